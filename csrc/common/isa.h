@@ -1,0 +1,17 @@
+// The instruction sets of the CPU backend, and the namespace that each is compiled into.
+//
+// Every csrc/<family>/cpu.cpp is compiled once per instruction set, with LLMKERN_ISA set to its name.
+// All that such a file defines, and every header of ours that it includes for vector code, lies in
+// namespace llmkern::LLMKERN_ISA. Two objects therefore never define the same inline function with
+// different machine code, which the linker would merge into one, chosen by link order.
+#pragma once
+
+#define LLMKERN_INLINE static inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define LLMKERN_FOR_EACH_ISA(X, ...) X(avx512, ##__VA_ARGS__) X(avx2, ##__VA_ARGS__) X(portable, ##__VA_ARGS__)  // best first
+#elif defined(__aarch64__)
+#define LLMKERN_FOR_EACH_ISA(X, ...) X(neon, ##__VA_ARGS__) X(portable, ##__VA_ARGS__)
+#else
+#define LLMKERN_FOR_EACH_ISA(X, ...) X(portable, ##__VA_ARGS__)
+#endif

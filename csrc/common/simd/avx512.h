@@ -1,0 +1,100 @@
+// Vector operations with AVX-512 (F, BW, DQ, VL, VNNI, BF16): 16 floats a register, 32 registers.
+// simd/portable.h documents the operations that all of these headers share.
+#pragma once
+#ifdef LLMKERN_EMULATE_AVX512  // the tests run this file on any processor, by SIMDe's emulation of the instructions
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#else
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+
+#include "../isa.h"
+#include "../types.h"
+
+namespace llmkern::avx512 {
+
+constexpr int kWidth = 16;
+constexpr int kRegisters = 32;
+constexpr bool kBf16Dot = true;
+using Float = __m512;
+using Int = __m512i;
+
+LLMKERN_INLINE Float zero() { return _mm512_setzero_ps(); }
+LLMKERN_INLINE Float broadcast(float x) { return _mm512_set1_ps(x); }
+LLMKERN_INLINE Int broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }
+LLMKERN_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+LLMKERN_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+LLMKERN_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+LLMKERN_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+LLMKERN_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+LLMKERN_INLINE Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+LLMKERN_INLINE Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
+LLMKERN_INLINE Float abs(Float a) { return _mm512_abs_ps(a); }
+
+LLMKERN_INLINE Int as_int(Float a) { return _mm512_castps_si512(a); }
+LLMKERN_INLINE Float as_float(Int a) { return _mm512_castsi512_ps(a); }
+LLMKERN_INLINE Int round_to_int(Float a) { return _mm512_cvtps_epi32(a); }
+LLMKERN_INLINE Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
+LLMKERN_INLINE Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+LLMKERN_INLINE Int sub(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+template <int N>
+LLMKERN_INLINE Int shift_left(Int a) {
+  return _mm512_slli_epi32(a, N);
+}
+
+LLMKERN_INLINE float sum(Float a) { return _mm512_reduce_add_ps(a); }
+LLMKERN_INLINE float largest(Float a) { return _mm512_reduce_max_ps(a); }
+
+LLMKERN_INLINE __mmask16 first_mask(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+LLMKERN_INLINE Float first(int n, Float a, Float b) { return _mm512_mask_blend_ps(first_mask(n), b, a); }
+LLMKERN_INLINE Float keep(const uint8_t* mask, Float a, Float b) {
+  __m128i m = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
+  return _mm512_mask_blend_ps(_mm_test_epi8_mask(m, m), b, a);
+}
+
+LLMKERN_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
+LLMKERN_INLINE void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
+LLMKERN_INLINE Float load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_mask(n), p); }
+LLMKERN_INLINE void store_first(float* p, Float a, int n) { _mm512_mask_storeu_ps(p, first_mask(n), a); }
+
+LLMKERN_INLINE Float widen(__m256i bits, Bf16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+LLMKERN_INLINE Float widen(__m256i bits, Fp16) { return _mm512_cvtph_ps(bits); }
+// By hand and not vcvtneps2bf16, which flushes subnormal numbers to zero.
+LLMKERN_INLINE __m256i narrow(Float a, Bf16) {  // to nearest, ties to even; NaN stays NaN
+  __m512i x = _mm512_castps_si512(a);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, nan, x, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+LLMKERN_INLINE __m256i narrow(Float a, Fp16) {
+  return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+template <class T>
+LLMKERN_INLINE Float load(const T* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
+}
+template <class T>
+LLMKERN_INLINE void store(T* p, Float a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a, T{}));
+}
+template <class T>
+LLMKERN_INLINE Float load_first(const T* p, int n) {
+  return widen(_mm256_maskz_loadu_epi16(first_mask(n), p), T{});
+}
+template <class T>
+LLMKERN_INLINE void store_first(T* p, Float a, int n) {
+  _mm256_mask_storeu_epi16(p, first_mask(n), narrow(a, T{}));
+}
+
+LLMKERN_INLINE Float dot_bf16(Float acc, Int a, Int b) {
+  return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+}  // namespace llmkern::avx512

@@ -1,0 +1,28 @@
+// The Python face of the library: every kernel as a function of addresses, sizes and strides.
+//
+// This is the only file that includes pybind11, and nothing here includes torch: shapes and dtypes
+// are checked in llmkern/<family>/op.py, before a tensor's address is taken. One library therefore serves every
+// version of torch. Each family lists its functions in csrc/<family>/bindings.h.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/dispatch.h"
+#include "common/parallel.h"
+#include "positional/bindings.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of llmkern, called through llmkern.<family>.op.";
+  m.def("built_isas", &llmkern::built_isas, "Instruction sets in this library, best first.");
+  m.def("supported_isas", &llmkern::supported_isas, "Those of them that this processor runs, best first.");
+  m.def("active_isa", [] { return llmkern::isa_name(llmkern::active_isa()); }, "The one that serves calls.");
+  m.def("force_isa", &llmkern::force_isa, py::arg("name"), "Serve calls by this one; '' goes back to the best.");
+  m.def("parallel_source", &llmkern::parallel_source, "Where the kernels' threads come from.");
+#ifdef LLMKERN_CUDA
+  m.attr("cuda_architectures") = LLMKERN_CUDA;
+#else
+  m.attr("cuda_architectures") = "";
+#endif
+  llmkern::bind_positional(m);
+}

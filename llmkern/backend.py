@@ -1,0 +1,137 @@
+"""Which backend serves a call of an operator.
+
+Each family's op.py gives every operator its backends, in order, per device type. A backend stands beside its kernel
+and says in one sentence why it cannot serve given arguments, or nothing where it can; the choice looks only at
+metadata (device, dtype, shape), never at data. The same sentences appear in the fallback warning, in errors and on the
+status page (`python -m llmkern`).
+
+The first backend that can serve a call does. The checks of the arguments and the choice are made once for each
+combination of metadata and kept with the backend's launcher as a plan, so that a repeated call pays one look-up. A backend asked for by name (`use("triton")` or LLMKERN_BACKEND) serves it or
+raises: it never falls back.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+NAMES = ("cpu", "cuda", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator."""
+
+    name: str
+    #: Takes the operator's arguments and returns the launcher for all calls with the same metadata, which takes
+    #: them again. It may bind sizes and strides, and no address.
+    plan: Callable[..., Callable[..., Any]]
+    #: Takes the same arguments; the reason why this backend cannot serve them, or None.
+    unsupported: Callable[..., str | None]
+
+
+def reference_backend(function: Callable[..., Any]) -> Backend:
+    """The plain PyTorch version as a backend: it serves everything."""
+    return Backend("reference", lambda *args: function, lambda *args: None)
+
+
+class BackendError(RuntimeError):
+    """The backend asked for by name cannot serve a call."""
+
+
+_forced: str | None = None
+_warned: set[tuple[str, str]] = set()
+
+
+def _checked(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+if os.environ.get("LLMKERN_BACKEND"):
+    _forced = _checked(os.environ["LLMKERN_BACKEND"])
+
+
+@contextmanager
+def use(name: str | None) -> Iterator[None]:
+    """Serve every call inside the block by the backend `name` ("cpu", "cuda", "triton", "reference"), or raise.
+
+    None goes back to the automatic choice. Holds for the whole process, not for the thread alone.
+    """
+    global _forced
+    before = _forced
+    _forced = None if name is None else _checked(name)
+    forget_plans()
+    try:
+        yield
+    finally:
+        _forced = before
+        forget_plans()
+
+
+def forget_plans() -> None:
+    """Makes every choice anew at the next call; to be called when something that choices depend on has changed."""
+    for operator in Operator.all.values():
+        operator.plans.clear()
+
+
+class Operator:
+    """An operator's backends, best first, for each device type."""
+
+    #: Every operator of the package by name; the status page lists them.
+    all: dict[str, Operator] = {}
+
+    #: A program whose shapes never repeat must not grow without bound: past this many, plans are forgotten.
+    most_plans = 4096
+
+    def __init__(self, name: str, check: Callable[..., None], **by_device: list[Backend]) -> None:
+        """check: raises on bad arguments, from metadata alone. by_device: cpu=[...], cuda=[...], other=[...]."""
+        self.name = name
+        self.check = check
+        self.by_device = by_device
+        self.plans: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        Operator.all[name] = self
+
+    def run(self, *args: Any) -> Any:
+        """Runs the operator, on the backend that serves these arguments. The first one is a tensor, on the device."""
+        key = tuple([(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in args])
+        launch = self.plans.get(key)
+        if launch is None:
+            self.check(*args)
+            launch = self._choose(args).plan(*args)
+            if len(self.plans) >= self.most_plans:
+                self.plans.clear()
+            self.plans[key] = launch
+        return launch(*args)
+
+    def _choose(self, args: tuple[Any, ...]) -> Backend:
+        if _forced is not None:
+            every = {b.name: b for listed in self.by_device.values() for b in listed}
+            if _forced not in every:
+                raise BackendError(f"{self.name}: there is no {_forced} kernel of this operator")
+            if reason := every[_forced].unsupported(*args):
+                raise BackendError(f"{self.name}: the backend {_forced} was asked for by name, but {reason}")
+            return every[_forced]
+        reasons: list[str] = []
+        for backend in self.by_device.get(args[0].device.type) or self.by_device["other"]:
+            reason = backend.unsupported(*args)
+            if reason is None:
+                if reasons:
+                    self._warn(backend, reasons)
+                return backend
+            reasons.append(f"{backend.name}: {reason}")
+        raise BackendError(f"{self.name}: no backend can serve this call ({'; '.join(reasons)})")
+
+    def _warn(self, backend: Backend, reasons: list[str]) -> None:
+        message = "; ".join(reasons)
+        if backend.name == "reference" and (self.name, message) not in _warned:
+            _warned.add((self.name, message))
+            warnings.warn(f"llmkern.{self.name} runs on the plain PyTorch reference ({message})", stacklevel=4)
+

@@ -1,0 +1,44 @@
+"""Checks of users' input. A message names the argument, what was expected with the names of the dimensions, what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if value.dtype not in allowed:
+        expected = " or ".join(short(d) for d in allowed)
+        raise TypeError(f"{name}: expected dtype {expected}, got {short(value.dtype)}")
+
+
+def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {short(other.dtype)}, got {short(value.dtype)}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}")
+
+
+def rank(name: str, value: Tensor, dimensions: str) -> None:
+    """dimensions: their names as the message shows them, "(B, H, S, D)"."""
+    if value.dim() != dimensions.count(",") + 1:
+        raise ValueError(f"{name}: expected {dimensions}, got shape {tuple(value.shape)}")
+
+
+def shape(name: str, value: Tensor, dimensions: str, expected: tuple[int, ...]) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected {dimensions} = {tuple(expected)}, got shape {tuple(value.shape)}")

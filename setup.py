@@ -1,0 +1,125 @@
+"""Builds llmkern._C: every csrc/<family>/cpu.cpp once per instruction set, cuda.cu where there is an nvcc.
+
+The compile commands are written to a ninja file under build/, so that they run in parallel and a changed source
+recompiles only its own objects, also under pip's build isolation. torch takes no part in the build. The environment
+variables are documented in README.md, "Environment variables".
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+
+# One list per machine: the name in csrc/common/isa.h and the flags it compiles with, nothing of the build machine.
+ISA_FLAGS = {
+    "x86_64": {
+        "portable": "",
+        "avx2": "-mavx2 -mfma -mf16c",
+        "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16",
+    },
+    "aarch64": {"portable": "", "neon": ""},
+}
+CUDA_ARCHITECTURES = "80 86 89 90 100 120"
+
+
+def cuda_compiler() -> str | None:
+    """The nvcc to build with: LLMKERN_CUDA = auto (use it if found), 1 (it must be there), 0 (do without)."""
+    choice = os.environ.get("LLMKERN_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"llmkern: LLMKERN_CUDA: expected auto, 0 or 1, got {choice!r}")
+    if choice == "0":
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = os.environ.get("LLMKERN_NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if choice == "1" and not nvcc:
+        raise SystemExit("llmkern: LLMKERN_CUDA=1, but no nvcc was found: put it on PATH or set LLMKERN_NVCC or CUDA_HOME")
+    return nvcc
+
+
+def quoted(*words: object) -> str:
+    return " ".join(shlex.quote(str(w)) for w in words).replace("$", "$$")
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+        if not cxx:
+            raise SystemExit("llmkern: no C++ compiler found: install g++ (9 or newer) or clang++, or set CXX")
+        nvcc, sanitize = cuda_compiler(), os.environ.get("LLMKERN_SANITIZE", "")
+        folder = ROOT / "build" / "-".join(filter(None, [sysconfig.get_platform(), sys.implementation.cache_tag, nvcc and "cuda", sanitize]))
+        library = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        self.write_ninja(folder, library, cxx, nvcc, sanitize)
+        jobs = ["-j", os.environ["LLMKERN_JOBS"]] if "LLMKERN_JOBS" in os.environ else []
+        try:
+            subprocess.run([sys.executable, "-m", "ninja", "-C", folder, *jobs], check=True)
+        except subprocess.CalledProcessError:
+            raise SystemExit(
+                f"llmkern: the kernels did not compile (the first message of {Path(cxx).name} above says why).\n"
+                "  A C++17 compiler is needed (g++ 9 or clang++ 12 and newer); CXX=... chooses another.\n"
+                "  If the failing file ends in .cu, LLMKERN_CUDA=0 installs without the CUDA part."
+            ) from None
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(library, target)
+
+    def write_ninja(self, folder: Path, library: Path, cxx: str, nvcc: str | None, sanitize: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # pip's isolated environment has a new path every time: reached through a link, commands stay the same.
+        (folder / "include").mkdir(exist_ok=True)
+        link = folder / "include" / "pybind11"
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(pybind11.get_include()) / "pybind11")
+        flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra -Wno-maybe-uninitialized -g1"
+        link_flags = ["-shared", "-ldl", "-lpthread"]
+        if sanitize:
+            flags += f" -fsanitize={sanitize} -fno-omit-frame-pointer -fno-sanitize-recover=undefined"
+            link_flags.append(f"-fsanitize={sanitize}")
+        archs = os.environ.get("LLMKERN_CUDA_ARCHS", CUDA_ARCHITECTURES).split()
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        define = f'-DLLMKERN_CUDA="{" ".join(f"sm_{a}" for a in archs)} + PTX {archs[-1]}"'
+        defines = [f'-DPYBIND11_RELEASE="{pybind11.__version__}"', *([define] if nvcc else [])]
+        linker = [nvcc, "-cudart", "static"] if nvcc else [cxx]
+        lines = [
+            "rule cxx",
+            f"  command = {quoted(cxx)} {flags} $flags -MMD -MF $out.d -c $in -o $out",
+            "  deps = gcc\n  depfile = $out.d\n  description = C++ $out",
+            "rule nvcc",
+            f"  command = {quoted(nvcc)} -O3 -std=c++17 -t 0 {quoted(*gencode)} -Xcompiler -fPIC,-fvisibility=hidden"
+            " -lineinfo -MD -MF $out.d -c $in -o $out",
+            "  deps = gcc\n  depfile = $out.d\n  description = CUDA $out",
+            f"rule link\n  command = {quoted(*linker)} -o $out $in {quoted(*link_flags)}\n  description = link $out",
+        ]
+        objects = []
+
+        def compile(rule: str, source: Path, name: str, flags: str = "") -> None:
+            objects.append(f"{name}.o")
+            lines.append(f"build {name}.o: {rule} {quoted(source)}\n  flags = {flags}")
+
+        for source in sorted(CSRC.glob("*/cpu*.cpp")):
+            for isa, isa_flags in ISA_FLAGS.get(platform.machine(), {"portable": ""}).items():
+                compile("cxx", source, f"{source.parent.name}.{source.stem}.{isa}", f"-DLLMKERN_ISA={isa} {isa_flags}")
+        for source in sorted(CSRC.glob("common/*.cpp")):
+            if not source.stem.startswith("cpu"):
+                compile("cxx", source, f"common.{source.stem}")
+        if nvcc:
+            for source in sorted(CSRC.glob("*/cuda*.cu")):
+                compile("nvcc", source, f"{source.parent.name}.{source.stem}")
+        include = quoted("-isystem", "include", "-isystem", sysconfig.get_path("include"), *defines)
+        compile("cxx", CSRC / "register.cpp", "register", include)
+        lines.append(f"build {library.name}: link {' '.join(objects)}\ndefault {library.name}\n")
+        (folder / "build.ninja").write_text("\n".join(lines))
+
+
+setup(ext_modules=[Extension("llmkern._C", ["csrc/register.cpp"])], cmdclass={"build_ext": NinjaBuild})

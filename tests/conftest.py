@@ -1,0 +1,34 @@
+"""What every test shares: unwritten memory is NaN, and the instruction sets of this processor, forced one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmkern import backend, extension
+
+ISAS = extension._C.supported_isas() if extension._C else []
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """Fills torch.empty with NaN (integers with their largest value), so that an element never written is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Runs the test once for each instruction set of the library that this processor has."""
+    extension._C.force_isa(request.param)
+    backend.forget_plans()
+    yield request.param
+    extension._C.force_isa("")
+    backend.forget_plans()
