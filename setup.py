@@ -57,9 +57,11 @@ class NinjaBuild(build_ext):
         if not cxx:
             raise SystemExit("llmkern: no C++ compiler found: install g++ (9 or newer) or clang++, or set CXX")
         nvcc, sanitize = cuda_compiler(), os.environ.get("LLMKERN_SANITIZE", "")
-        folder = ROOT / "build" / "-".join(filter(None, [sysconfig.get_platform(), sys.implementation.cache_tag, nvcc and "cuda", sanitize]))
+        emulate = os.environ.get("LLMKERN_EMULATE_AVX512") == "1"
+        variant = [nvcc and "cuda", sanitize.replace(",", "-"), emulate and "emulated"]
+        folder = ROOT / "build" / "-".join(filter(None, [sysconfig.get_platform(), sys.implementation.cache_tag, *variant]))
         library = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-        self.write_ninja(folder, library, cxx, nvcc, sanitize)
+        self.write_ninja(folder, library, cxx, nvcc, sanitize, emulate)
         jobs = ["-j", os.environ["LLMKERN_JOBS"]] if "LLMKERN_JOBS" in os.environ else []
         try:
             subprocess.run([sys.executable, "-m", "ninja", "-C", folder, *jobs], check=True)
@@ -73,7 +75,7 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(library, target)
 
-    def write_ninja(self, folder: Path, library: Path, cxx: str, nvcc: str | None, sanitize: str) -> None:
+    def write_ninja(self, folder: Path, library: Path, cxx: str, nvcc: str | None, sanitize: str, emulate: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # pip's isolated environment has a new path every time: reached through a link, commands stay the same.
         (folder / "include").mkdir(exist_ok=True)
@@ -85,6 +87,8 @@ class NinjaBuild(build_ext):
         if sanitize:
             flags += f" -fsanitize={sanitize} -fno-omit-frame-pointer -fno-sanitize-recover=undefined"
             link_flags.append(f"-fsanitize={sanitize}")
+        if emulate:
+            flags += " -DLLMKERN_EMULATE_AVX512 -Wno-psabi"
         archs = os.environ.get("LLMKERN_CUDA_ARCHS", CUDA_ARCHITECTURES).split()
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
@@ -109,6 +113,8 @@ class NinjaBuild(build_ext):
 
         for source in sorted(CSRC.glob("*/cpu*.cpp")):
             for isa, isa_flags in ISA_FLAGS.get(platform.machine(), {"portable": ""}).items():
+                if emulate and isa == "avx512":
+                    isa_flags = ISA_FLAGS["x86_64"]["avx2"]
                 compile("cxx", source, f"{source.parent.name}.{source.stem}.{isa}", f"-DLLMKERN_ISA={isa} {isa_flags}")
         for source in sorted(CSRC.glob("common/*.cpp")):
             if not source.stem.startswith("cpu"):

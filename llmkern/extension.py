@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -23,9 +24,23 @@ _C: Any = None
 #: Why the compiled library is missing; None where it is there.
 MISSING: str | None = None
 
+def _load() -> Any:
+    path = os.environ.get("LLMKERN_LIBRARY")
+    if not path:
+        from llmkern import _C  # type: ignore[attr-defined]
+
+        return _C
+    spec = importlib.util.spec_from_file_location("llmkern._C", path)
+    if spec is None or spec.loader is None or not os.path.exists(path):
+        raise ImportError(f"LLMKERN_LIBRARY: expected the path of a compiled library, got {path!r}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 try:
     # After torch, whose OpenMP threads the library looks up and shares.
-    from llmkern import _C  # type: ignore[attr-defined,no-redef]
+    _C = _load()
 except ImportError as error:
     MISSING = (
         f"the compiled library llmkern._C is not there ({error}): run `pip install -e .` in the repository, "

@@ -1,10 +1,8 @@
 // Vector operations with AVX-512 (F, BW, DQ, VL, VNNI, BF16): 16 floats a register, 32 registers.
 // simd/portable.h documents the operations that all of these headers share.
 #pragma once
-#ifdef LLMKERN_EMULATE_AVX512  // the tests run this file on any processor, by SIMDe's emulation of the instructions
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
+#ifdef LLMKERN_EMULATE_AVX512  // the tests run this file on any processor, by an emulation of the instructions
+#include "../../../tests/emulation/avx512.h"
 #else
 #include <immintrin.h>
 #endif
