@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 
@@ -91,10 +93,18 @@ class Operator:
     #: A program whose shapes never repeat must not grow without bound: past this many, plans are forgotten.
     most_plans = 4096
 
-    def __init__(self, name: str, check: Callable[..., None], **by_device: list[Backend]) -> None:
-        """check: raises on bad arguments, from metadata alone. by_device: cpu=[...], cuda=[...], other=[...]."""
+    def __init__(
+        self,
+        name: str,
+        check: Callable[..., None],
+        example: Callable[[str, torch.dtype], tuple[Any, ...]] | None = None,
+        **by_device: list[Backend],
+    ) -> None:
+        """check: raises on bad arguments, from metadata alone. example(device, dtype): arguments of a typical call,
+        for the status page. by_device: cpu=[...], cuda=[...], other=[...], the backends of each device, best first."""
         self.name = name
         self.check = check
+        self.example = example
         self.by_device = by_device
         self.plans: dict[tuple[Any, ...], Callable[..., Any]] = {}
         Operator.all[name] = self
@@ -128,6 +138,14 @@ class Operator:
                 return backend
             reasons.append(f"{backend.name}: {reason}")
         raise BackendError(f"{self.name}: no backend can serve this call ({'; '.join(reasons)})")
+
+    def reasons(self, device: str, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+        """Each backend for this device with the reason why it cannot serve the typical call, or None where it can."""
+        if self.example is None:
+            return []
+        with FakeTensorMode():  # describes tensors of devices that are not there
+            args = self.example(device, dtype)
+            return [(b.name, b.unsupported(*args)) for b in self.by_device.get(device) or self.by_device["other"]]
 
     def _warn(self, backend: Backend, reasons: list[str]) -> None:
         message = "; ".join(reasons)

@@ -60,9 +60,14 @@ def _cpu(x: Tensor, pe: Tensor, scale: float) -> Callable[..., Tensor]:
     return lambda x, pe, scale: _OPERATOR.run(x.contiguous(), pe.contiguous(), scale)
 
 
+def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    return torch.empty(8, 2, 64, dtype=dtype, device=device), torch.empty(8, 1, 64, device=device), 1.0
+
+
 _OPERATOR = Operator(
     "sinusoidal_add",
     _check,
+    _example,
     cpu=[Backend("cpu", _cpu, _cpu_unsupported), reference_backend(reference.sinusoidal_add)],
     other=[reference_backend(reference.sinusoidal_add)],
 )

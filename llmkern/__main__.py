@@ -1,0 +1,82 @@
+"""`python -m llmkern`: what was built, what serves each operator on this machine and why, and how to get more."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+
+import torch
+
+import llmkern
+from llmkern import backend, extension
+from llmkern.backend import Operator
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def build_lines() -> list[str]:
+    """The compiled library: instruction sets, threads, CUDA."""
+    lines = [
+        f"llmkern {llmkern.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"processor      {processor()}, {torch.get_num_threads()} threads",
+    ]
+    library = extension._C
+    if library is None:
+        return [*lines, f"library        missing: {extension.MISSING}"]
+    forced = " (forced by LLMKERN_ISA)" if os.environ.get("LLMKERN_ISA") else ""
+    missing = [isa for isa in library.built_isas() if isa not in library.supported_isas()]
+    lines += [
+        f"library        {library.__file__}",
+        f"instructions   {library.active_isa()} serves{forced}; built: {', '.join(library.built_isas())}"
+        + (f"; this processor lacks {', '.join(missing)}" if missing else ""),
+        f"threads        {library.parallel_source()}",
+    ]
+    if library.cuda_architectures:
+        lines.append(f"CUDA kernels   built for {library.cuda_architectures}")
+    else:
+        lines.append(
+            "CUDA kernels   not built: no nvcc was found (or LLMKERN_CUDA=0). To get them: install a CUDA toolkit, 12.8 "
+            "or newer, put its nvcc on PATH (or set CUDA_HOME), and run `pip install -e .` again"
+        )
+    if importlib.util.find_spec("triton"):
+        lines.append("Triton         installed" + ("" if torch.cuda.is_available() else "; its kernels need a GPU"))
+    else:
+        lines.append("Triton         not installed: `pip install triton` gives the Triton kernels (Linux)")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
+    return [*lines, f"GPU            {gpu}"]
+
+
+def operator_lines() -> list[str]:
+    """For each operator and device, which backend serves a typical call of each dtype, and why not an earlier one."""
+    lines = ["", f"{'operator':<28}{'device':<8}{'dtype':<10}served by"]
+    for name, operator in sorted(Operator.all.items()):
+        for device in [d for d in operator.by_device if d != "other"]:
+            for dtype in DTYPES:
+                reasons = operator.reasons(device, dtype)
+                refused = [f"{b}: {why}" for b, why in reasons if why is not None]
+                served = next((b for b, why in reasons if why is None), "nothing")
+                earlier = "; ".join(refused[: [b for b, _ in reasons].index(served)] if served != "nothing" else refused)
+                label = str(dtype).removeprefix("torch.")
+                lines.append(f"{name:<28}{device:<8}{label:<10}{served}" + (f"  ({earlier})" if earlier else ""))
+    return lines
+
+
+def main() -> None:
+    print("\n".join(build_lines()))
+    if os.environ.get("LLMKERN_BACKEND"):
+        print(f"backend        {backend._forced} for every call (LLMKERN_BACKEND)")
+    print("\n".join(operator_lines()))
+
+
+if __name__ == "__main__":
+    main()
