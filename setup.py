@@ -47,16 +47,26 @@ def cuda_compiler() -> str | None:
     return nvcc
 
 
+def cuda_architectures(nvcc: str) -> list[str]:
+    """Those asked for (LLMKERN_CUDA_ARCHS) or, by default, those of CUDA_ARCHITECTURES that this nvcc knows."""
+    if "LLMKERN_CUDA_ARCHS" in os.environ:
+        return os.environ["LLMKERN_CUDA_ARCHS"].split()
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    archs = [a for a in CUDA_ARCHITECTURES.split() if f"sm_{a}" in known]
+    print(f"llmkern: {nvcc} compiles for sm_{', sm_'.join(archs)} of sm_{CUDA_ARCHITECTURES.replace(' ', ', sm_')}")
+    return archs
+
+
 def quoted(*words: object) -> str:
     return " ".join(shlex.quote(str(w)) for w in words).replace("$", "$$")
 
 
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        nvcc, sanitize = cuda_compiler(), os.environ.get("LLMKERN_SANITIZE", "")
         cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
         if not cxx:
             raise SystemExit("llmkern: no C++ compiler found: install g++ (9 or newer) or clang++, or set CXX")
-        nvcc, sanitize = cuda_compiler(), os.environ.get("LLMKERN_SANITIZE", "")
         emulate = os.environ.get("LLMKERN_EMULATE_AVX512") == "1"
         variant = [nvcc and "cuda", sanitize.replace(",", "-"), emulate and "emulated"]
         folder = ROOT / "build" / "-".join(filter(None, [sysconfig.get_platform(), sys.implementation.cache_tag, *variant]))
@@ -89,7 +99,7 @@ class NinjaBuild(build_ext):
             link_flags.append(f"-fsanitize={sanitize}")
         if emulate:
             flags += " -DLLMKERN_EMULATE_AVX512 -Wno-psabi"
-        archs = os.environ.get("LLMKERN_CUDA_ARCHS", CUDA_ARCHITECTURES).split()
+        archs = cuda_architectures(nvcc) if nvcc else [""]
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         define = f'-DLLMKERN_CUDA="{" ".join(f"sm_{a}" for a in archs)} + PTX {archs[-1]}"'

@@ -1,0 +1,97 @@
+"""The choice of a backend: order, reasons, the warning, force by name, and plans that are forgotten in time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from llmkern import backend
+from llmkern.backend import Backend, BackendError, Operator, reference_backend
+
+
+@pytest.fixture
+def operator():
+    """An operator `double` whose cpu kernel serves float32 alone, and which counts its plans and checks."""
+    counts = {"checks": 0, "plans": 0}
+
+    def check(x):
+        counts["checks"] += 1
+        if x.dim() != 1:
+            raise ValueError(f"x: expected (N,), got shape {tuple(x.shape)}")
+
+    def plan(x):
+        counts["plans"] += 1
+        return lambda x: ("cpu", x * 2)
+
+    def unsupported(x):
+        return None if x.dtype == torch.float32 else f"its kernel serves float32, not {x.dtype}"
+
+    made = Operator(
+        "double",
+        check,
+        cpu=[Backend("cpu", plan, unsupported), reference_backend(lambda x: ("reference", x + x))],
+        other=[reference_backend(lambda x: ("reference", x + x))],
+    )
+    made.counts = counts
+    yield made
+    del Operator.all["double"]
+
+
+def test_first_backend_that_can_serves_and_its_plan_is_kept(operator):
+    for _ in range(3):
+        assert operator.run(torch.ones(2))[0] == "cpu"
+    assert operator.counts == {"checks": 1, "plans": 1}
+    operator.run(torch.ones(4)[::2])  # other strides: another plan
+    assert operator.counts == {"checks": 2, "plans": 2}
+
+
+def test_arguments_are_checked_before_any_backend(operator):
+    with pytest.raises(ValueError, match="x: expected"):
+        operator.run(torch.ones(2, 2))
+    assert operator.counts["plans"] == 0
+
+
+def test_fallback_to_the_reference_warns_once_with_the_reason(operator):
+    with pytest.warns(UserWarning, match="double runs on the plain PyTorch reference .cpu: its kernel serves float32"):
+        assert operator.run(torch.ones(2, dtype=torch.float16))[0] == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        operator.run(torch.ones(3, dtype=torch.float16))
+
+
+def test_a_backend_asked_for_by_name_never_falls_back(operator):
+    x = torch.ones(2)
+    assert operator.run(x)[0] == "cpu"
+    with backend.use("reference"):
+        assert operator.run(x)[0] == "reference"
+        with backend.use("cpu"):
+            assert operator.run(x)[0] == "cpu"
+            with pytest.raises(BackendError, match="cpu was asked for by name, but its kernel serves float32"):
+                operator.run(x.half())
+        assert operator.run(x)[0] == "reference"
+    with backend.use("triton"), pytest.raises(BackendError, match="no triton kernel"):
+        operator.run(x)
+    assert operator.run(x)[0] == "cpu"
+
+
+def test_unknown_backend_names_the_choices():
+    with pytest.raises(ValueError, match="backend: expected one of cpu, cuda, triton, reference, got 'gpu'"):
+        with backend.use("gpu"):
+            pass
+    code = "import llmkern.backend"
+    wrong = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "LLMKERN_BACKEND": "gpu"}, capture_output=True, text=True
+    )
+    assert wrong.returncode != 0 and "expected one of cpu, cuda" in wrong.stderr
+
+
+def test_plans_do_not_grow_without_bound(operator, monkeypatch):
+    monkeypatch.setattr(Operator, "most_plans", 8)
+    for n in range(50):
+        operator.run(torch.ones(n))
+    assert len(operator.plans) <= 8

@@ -1,0 +1,148 @@
+"""The build: what the objects define, what a change recompiles, what a failure says, and the library without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmkern import extension
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = Path(extension._C.__file__)
+
+
+def object_folder() -> Path:
+    """The build folder that the library in use came from."""
+    folders = [p for p in (ROOT / "build").glob("*/build.ninja") if (p.parent / LIBRARY.name).exists()]
+    same = [p.parent for p in folders if (p.parent / LIBRARY.name).read_bytes() == LIBRARY.read_bytes()]
+    assert same, "no build folder holds this library: run `pip install -e .` again"
+    return same[0]
+
+
+def run(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(c) for c in command], env={**os.environ, **env}, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm, of binutils")
+def test_objects_define_nothing_outside_their_instruction_sets_namespace():
+    """A weak symbol outside would be merged across instruction sets, and its AVX-512 body could serve the portable path."""
+    isas = extension._C.built_isas()
+    objects = [o for o in object_folder().glob("*.*.*.o") if o.stem.rsplit(".")[-1] in isas]
+    assert len(objects) >= 3 * len(isas)
+    for path in objects:
+        isa = path.stem.rsplit(".")[-1]
+        for line in run("nm", "-C", "--defined-only", path).stdout.splitlines():
+            _, kind, name = re.match(r"(\S*) +(\w) (.*)", line).groups()
+            if kind in "TWVuBDRSG" and not name.startswith("DW.ref."):
+                assert f"llmkern::{isa}::" in name, f"{path.name} defines {name} ({kind})"
+
+
+def would_compile(folder: Path) -> list[str]:
+    plan = run(sys.executable, "-m", "ninja", "-C", folder, "-n", "-v")
+    assert plan.returncode == 0, plan.stderr
+    return re.findall(r" -o (\S+\.o)$", plan.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("source", ["csrc/common/dispatch.cpp", "csrc/positional/cpu.cpp", "csrc/register.cpp"])
+def test_a_changed_source_recompiles_its_own_objects_only(source):
+    folder, path = object_folder(), ROOT / source
+    before = path.stat()
+    try:
+        assert would_compile(folder) == []
+        os.utime(path)
+        changed = would_compile(folder)
+    finally:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    isas = extension._C.built_isas()
+    expected = {
+        "csrc/common/dispatch.cpp": ["common.dispatch.o"],
+        "csrc/positional/cpu.cpp": [f"positional.cpu.{isa}.o" for isa in isas],
+        "csrc/register.cpp": ["register.o"],
+    }
+    assert sorted(changed) == sorted(expected[source])
+
+
+@pytest.fixture
+def sources(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "llmkern").mkdir()
+    (tmp_path / "csrc").symlink_to(ROOT / "csrc")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"CXX": "false", "LLMKERN_CUDA": "0"}, ["did not compile", "C++17", "CXX"]),
+        ({"LLMKERN_CUDA": "yes"}, ["LLMKERN_CUDA", "auto, 0 or 1", "'yes'"]),
+        ({"LLMKERN_CUDA": "1", "PATH": "", "CUDA_HOME": "/nowhere"}, ["LLMKERN_CUDA=1", "nvcc", "LLMKERN_NVCC"]),
+        ({"CXX": "", "PATH": "", "LLMKERN_CUDA": "0"}, ["no C++ compiler", "g++", "CXX"]),
+    ],
+)
+def test_a_failed_build_says_what_to_do(sources, env, words):
+    build = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"],
+        cwd=sources, env={**os.environ, **env}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert build.returncode != 0
+    assert all(word in build.stderr for word in words), build.stderr
+    assert not list(sources.rglob("*.so")), "a failed build must leave no library"
+
+
+WITHOUT_TORCH = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("llmkern._C", sys.argv[1])
+C = importlib.util.module_from_spec(spec); spec.loader.exec_module(C)
+assert "torch" not in sys.modules and C.parallel_source() == "a thread pool of llmkern", C.parallel_source()
+x = np.random.default_rng(0).standard_normal((501, 3, 77), dtype=np.float32)
+pe = np.random.default_rng(1).standard_normal((501, 77), dtype=np.float32)
+for threads in (1, 2, 3, 7, 2):
+    for _ in range(20):
+        out = np.full_like(x, np.nan)
+        C.sinusoidal_add(x.ctypes.data, pe.ctypes.data, out.ctypes.data, 501, 3, 77, 231, 77, 77, 231, 77, 1.0, 0, threads)
+        assert np.array_equal(out, x + pe[:, None])
+"""
+
+
+def test_without_torchs_openmp_a_pool_of_our_own_serves():
+    result = run(sys.executable, "-c", WITHOUT_TORCH, LIBRARY)
+    assert result.returncode == 0, result.stderr
+
+
+def test_dtype_codes_are_those_of_the_kernels():
+    codes = dict(re.findall(r"(\w+) = (\d+)", (ROOT / "csrc/common/types.h").read_text()))
+    names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "i8", "uint8": "u8", "int32": "i32",
+             "int64": "i64", "bool": "boolean"}  # fmt: skip
+    ours = {names[str(d).removeprefix("torch.")]: str(code) for d, code in extension.DTYPE_CODES.items()}
+    assert ours == codes
+
+
+def test_an_instruction_set_is_forced_by_name():
+    assert run(
+        sys.executable, "-c", "from llmkern import extension; print(extension._C.active_isa())", LLMKERN_ISA="portable"
+    ).stdout.strip() == "portable"
+    wrong = run(sys.executable, "-c", "import llmkern.extension", LLMKERN_ISA="sse9")
+    assert wrong.returncode != 0
+    assert "expected one of" in wrong.stderr and "portable" in wrong.stderr and "'sse9'" in wrong.stderr
+
+
+FRESH = """
+import sys, torch
+before = set(sys.modules)
+import llmkern
+new = {m.split(".")[0] for m in set(sys.modules) - before}
+assert not new & {"triton", "transformers", "matplotlib"}, new
+"""
+
+
+def test_import_loads_neither_triton_nor_transformers():
+    result = run(sys.executable, "-c", FRESH)
+    assert result.returncode == 0, result.stderr

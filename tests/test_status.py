@@ -1,0 +1,36 @@
+"""The status page names what was built and what serves every operator, also where the library is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from llmkern import extension
+
+
+def status(**env: str) -> str:
+    result = subprocess.run([sys.executable, "-m", "llmkern"], env={**os.environ, **env}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_every_operator_is_listed_with_what_serves_it():
+    page = status()
+    assert extension._C.active_isa() in page and "CUDA kernels" in page and "Triton" in page
+    from llmkern.backend import Operator
+
+    for name, operator in Operator.all.items():
+        assert operator.example is not None, f"{name} has no example for the status page"
+        line = next(line for line in page.splitlines() if line.startswith(f"{name} ") and " float32 " in line)
+        assert line.split()[1:4] == ["cpu", "float32", "cpu"], line
+
+
+def test_a_missing_library_is_said_with_the_way_to_get_it():
+    page = status(LLMKERN_LIBRARY="/nowhere/_C.so")
+    assert "missing" in page and "pip install -e ." in page
+    assert "reference" in page.splitlines()[-1]
+
+
+def test_a_forced_instruction_set_is_shown():
+    assert "portable serves (forced by LLMKERN_ISA)" in status(LLMKERN_ISA="portable")
