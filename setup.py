@@ -43,7 +43,9 @@ def cuda_compiler() -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = os.environ.get("LLMKERN_NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if choice == "1" and not nvcc:
-        raise SystemExit("llmkern: LLMKERN_CUDA=1, but no nvcc was found: put it on PATH or set LLMKERN_NVCC or CUDA_HOME")
+        raise SystemExit(
+            "llmkern: LLMKERN_CUDA=1, but no nvcc was found: put it on PATH or set LLMKERN_NVCC or CUDA_HOME"
+        )
     return nvcc
 
 
@@ -69,7 +71,9 @@ class NinjaBuild(build_ext):
             raise SystemExit("llmkern: no C++ compiler found: install g++ (9 or newer) or clang++, or set CXX")
         emulate = os.environ.get("LLMKERN_EMULATE_AVX512") == "1"
         variant = [nvcc and "cuda", sanitize.replace(",", "-"), emulate and "emulated"]
-        folder = ROOT / "build" / "-".join(filter(None, [sysconfig.get_platform(), sys.implementation.cache_tag, *variant]))
+        folder = (
+            ROOT / "build" / "-".join(filter(None, [sysconfig.get_platform(), sys.implementation.cache_tag, *variant]))
+        )
         library = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         self.write_ninja(folder, library, cxx, nvcc, sanitize, emulate)
         jobs = ["-j", os.environ["LLMKERN_JOBS"]] if "LLMKERN_JOBS" in os.environ else []
@@ -85,14 +89,17 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(library, target)
 
-    def write_ninja(self, folder: Path, library: Path, cxx: str, nvcc: str | None, sanitize: str, emulate: bool) -> None:
+    def write_ninja(
+        self, folder: Path, library: Path, cxx: str, nvcc: str | None, sanitize: str, emulate: bool
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # pip's isolated environment has a new path every time: reached through a link, commands stay the same.
         (folder / "include").mkdir(exist_ok=True)
         link = folder / "include" / "pybind11"
         link.unlink(missing_ok=True)
         link.symlink_to(Path(pybind11.get_include()) / "pybind11")
-        flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra -Wno-maybe-uninitialized -g1"
+        flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -g1"
+        flags += " -Wall -Wextra -Wno-maybe-uninitialized"  # g++ 12 sees its own AVX-512 headers as uninitialised
         link_flags = ["-shared", "-ldl", "-lpthread"]
         if sanitize:
             flags += f" -fsanitize={sanitize} -fno-omit-frame-pointer -fno-sanitize-recover=undefined"

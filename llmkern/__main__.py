@@ -45,8 +45,8 @@ def build_lines() -> list[str]:
         lines.append(f"CUDA kernels   built for {library.cuda_architectures}")
     else:
         lines.append(
-            "CUDA kernels   not built: no nvcc was found (or LLMKERN_CUDA=0). To get them: install a CUDA toolkit, 12.8 "
-            "or newer, put its nvcc on PATH (or set CUDA_HOME), and run `pip install -e .` again"
+            "CUDA kernels   not built: no nvcc was found (or LLMKERN_CUDA=0). To get them: install a CUDA toolkit, "
+            "12.8 or newer, put its nvcc on PATH (or set CUDA_HOME), and run `pip install -e .` again"
         )
     if importlib.util.find_spec("triton"):
         lines.append("Triton         installed" + ("" if torch.cuda.is_available() else "; its kernels need a GPU"))
@@ -65,7 +65,8 @@ def operator_lines() -> list[str]:
                 reasons = operator.reasons(device, dtype)
                 refused = [f"{b}: {why}" for b, why in reasons if why is not None]
                 served = next((b for b, why in reasons if why is None), "nothing")
-                earlier = "; ".join(refused[: [b for b, _ in reasons].index(served)] if served != "nothing" else refused)
+                before = [b for b, _ in reasons].index(served) if served != "nothing" else len(reasons)
+                earlier = "; ".join(refused[:before])
                 label = str(dtype).removeprefix("torch.")
                 lines.append(f"{name:<28}{device:<8}{label:<10}{served}" + (f"  ({earlier})" if earlier else ""))
     return lines

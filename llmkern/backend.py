@@ -6,8 +6,8 @@ metadata (device, dtype, shape), never at data. The same sentences appear in the
 status page (`python -m llmkern`).
 
 The first backend that can serve a call does. The checks of the arguments and the choice are made once for each
-combination of metadata and kept with the backend's launcher as a plan, so that a repeated call pays one look-up. A backend asked for by name (`use("triton")` or LLMKERN_BACKEND) serves it or
-raises: it never falls back.
+combination of metadata and kept with the backend's launcher as a plan, so that a repeated call pays one look-up. A
+backend asked for by name (`use("triton")` or LLMKERN_BACKEND) serves a call or raises: it never falls back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class Operator:
     """An operator's backends, best first, for each device type."""
 
     #: Every operator of the package by name; the status page lists them.
-    all: dict[str, Operator] = {}
+    all: ClassVar[dict[str, Operator]] = {}
 
     #: A program whose shapes never repeat must not grow without bound: past this many, plans are forgotten.
     most_plans = 4096
@@ -152,4 +152,3 @@ class Operator:
         if backend.name == "reference" and (self.name, message) not in _warned:
             _warned.add((self.name, message))
             warnings.warn(f"llmkern.{self.name} runs on the plain PyTorch reference ({message})", stacklevel=4)
-

@@ -1,4 +1,7 @@
-"""Checks of users' input. A message names the argument, what was expected with the names of the dimensions, what came."""
+"""Checks of users' input.
+
+A message names the argument, what was expected with the names of the dimensions, and what came.
+"""
 
 from __future__ import annotations
 

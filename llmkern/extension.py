@@ -24,6 +24,7 @@ _C: Any = None
 #: Why the compiled library is missing; None where it is there.
 MISSING: str | None = None
 
+
 def _load() -> Any:
     path = os.environ.get("LLMKERN_LIBRARY")
     if not path:

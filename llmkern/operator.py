@@ -1,8 +1,8 @@
-"""How an operator becomes a true operator of torch: one declaration, seen by eager, compile, export, autocast and DDP.
+"""How an operator becomes a true operator of torch: one declaration, seen by eager, compile, export and DDP alike.
 
 Two ways lead to the same kernels. `torch.ops.llmkern.<name>` is the operator that tracing sees. A call on plain
-tensors in eager mode takes a shorter way past torch's dispatcher, whose Python registration would cost some 15 us a call:
-a public function asks `is_plain(...)` and calls the implementation, or its autograd.Function, directly.
+tensors in eager mode takes a shorter way past torch's dispatcher, whose Python registration costs more than a small
+kernel does: a public function asks `is_plain(...)` and calls the implementation, or its autograd.Function, directly.
 """
 
 from __future__ import annotations
@@ -104,5 +104,5 @@ def short_autograd(
             setup_context(ctx, inputs, output)
             return output
 
-    Short.backward = staticmethod(backward)  # type: ignore[assignment]
+    Short.backward = staticmethod(backward)  # type: ignore[method-assign]
     return Short

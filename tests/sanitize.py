@@ -1,7 +1,9 @@
-"""Runs the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: `python tests/sanitize.py [pytest arguments]`.
+"""Runs the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Builds the CPU part with both into a folder of its own (the installed library stays), shows on a deliberate overflow that
-a write outside a tensor is caught, and runs the tests of every family with that library.
+    python tests/sanitize.py [pytest arguments]
+
+Builds the CPU part with both into a folder of its own (the installed library stays), shows on a deliberate overflow
+that a write outside a tensor is caught, and runs the tests of every family with that library.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def main() -> int:
     library = next((ROOT / "build").glob("*-address-undefined/_C*.so"))
     compiler = os.environ.get("CXX", "g++")
     runtimes = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     env = {

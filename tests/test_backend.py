@@ -80,9 +80,9 @@ def test_a_backend_asked_for_by_name_never_falls_back(operator):
 
 
 def test_unknown_backend_names_the_choices():
-    with pytest.raises(ValueError, match="backend: expected one of cpu, cuda, triton, reference, got 'gpu'"):
-        with backend.use("gpu"):
-            pass
+    message = "backend: expected one of cpu, cuda, triton, reference, got 'gpu'"
+    with pytest.raises(ValueError, match=message), backend.use("gpu"):
+        pass
     code = "import llmkern.backend"
     wrong = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "LLMKERN_BACKEND": "gpu"}, capture_output=True, text=True

@@ -31,7 +31,7 @@ def run(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm, of binutils")
 def test_objects_define_nothing_outside_their_instruction_sets_namespace():
-    """A weak symbol outside would be merged across instruction sets, and its AVX-512 body could serve the portable path."""
+    """A weak one would be merged across instruction sets, and its AVX-512 body could serve the portable path."""
     isas = extension._C.built_isas()
     objects = [o for o in object_folder().glob("*.*.*.o") if o.stem.rsplit(".")[-1] in isas]
     assert len(objects) >= 3 * len(isas)
@@ -107,7 +107,8 @@ pe = np.random.default_rng(1).standard_normal((501, 77), dtype=np.float32)
 for threads in (1, 2, 3, 7, 2):
     for _ in range(20):
         out = np.full_like(x, np.nan)
-        C.sinusoidal_add(x.ctypes.data, pe.ctypes.data, out.ctypes.data, 501, 3, 77, 231, 77, 77, 231, 77, 1.0, 0, threads)
+        addresses = [a.ctypes.data for a in (x, pe, out)]
+        C.sinusoidal_add(*addresses, 501, 3, 77, 231, 77, 77, 231, 77, 1.0, 0, threads)
         assert np.array_equal(out, x + pe[:, None])
 """
 
@@ -126,9 +127,15 @@ def test_dtype_codes_are_those_of_the_kernels():
 
 
 def test_an_instruction_set_is_forced_by_name():
-    assert run(
-        sys.executable, "-c", "from llmkern import extension; print(extension._C.active_isa())", LLMKERN_ISA="portable"
-    ).stdout.strip() == "portable"
+    assert (
+        run(
+            sys.executable,
+            "-c",
+            "from llmkern import extension; print(extension._C.active_isa())",
+            LLMKERN_ISA="portable",
+        ).stdout.strip()
+        == "portable"
+    )
     wrong = run(sys.executable, "-c", "import llmkern.extension", LLMKERN_ISA="sse9")
     assert wrong.returncode != 0
     assert "expected one of" in wrong.stderr and "portable" in wrong.stderr and "'sse9'" in wrong.stderr

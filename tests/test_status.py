@@ -10,7 +10,9 @@ from llmkern import extension
 
 
 def status(**env: str) -> str:
-    result = subprocess.run([sys.executable, "-m", "llmkern"], env={**os.environ, **env}, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "llmkern"], env={**os.environ, **env}, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 

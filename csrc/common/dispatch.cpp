@@ -77,8 +77,8 @@ void force_isa(const std::string& name) {
     if (name == isa_name(isa)) return active().store(isa);
     choices += (choices.empty() ? "" : ", ") + std::string(isa_name(isa));
   }
-  throw std::invalid_argument("instruction set: expected one of " + choices + " (those built for and run by this processor), got '" +
-                              name + "'");
+  throw std::invalid_argument("instruction set: expected one of " + choices +
+                              " (those built for and run by this processor), got '" + name + "'");
 }
 
 }  // namespace llmkern

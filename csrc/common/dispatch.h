@@ -27,10 +27,10 @@ void force_isa(const std::string& name);
 #define LLMKERN_CALL_(isa, name) \
   case Isa::isa:                 \
     return isa::name(params);
-#define LLMKERN_KERNEL(name, Params)                                       \
-  LLMKERN_FOR_EACH_ISA(LLMKERN_DECLARE_, name, Params)                     \
-  inline void name(const Params& params) {                                 \
-    switch (active_isa()) { LLMKERN_FOR_EACH_ISA(LLMKERN_CALL_, name) }    \
+#define LLMKERN_KERNEL(name, Params)                                    \
+  LLMKERN_FOR_EACH_ISA(LLMKERN_DECLARE_, name, Params)                  \
+  inline void name(const Params& params) {                              \
+    switch (active_isa()) { LLMKERN_FOR_EACH_ISA(LLMKERN_CALL_, name) } \
   }
 
 }  // namespace llmkern

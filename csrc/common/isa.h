@@ -9,7 +9,8 @@
 #define LLMKERN_INLINE static inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
-#define LLMKERN_FOR_EACH_ISA(X, ...) X(avx512, ##__VA_ARGS__) X(avx2, ##__VA_ARGS__) X(portable, ##__VA_ARGS__)  // best first
+#define LLMKERN_FOR_EACH_ISA(X, ...) \
+  X(avx512, ##__VA_ARGS__) X(avx2, ##__VA_ARGS__) X(portable, ##__VA_ARGS__)  // best first
 #elif defined(__aarch64__)
 #define LLMKERN_FOR_EACH_ISA(X, ...) X(neon, ##__VA_ARGS__) X(portable, ##__VA_ARGS__)
 #else

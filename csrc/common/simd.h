@@ -4,7 +4,9 @@
 
 #define LLMKERN_QUOTE_(x) #x
 #define LLMKERN_QUOTE(x) LLMKERN_QUOTE_(x)
+// clang-format off: no spaces in a path
 #define LLMKERN_SIMD_HEADER_(name) simd/name.h
+// clang-format on
 #define LLMKERN_SIMD_HEADER(name) LLMKERN_SIMD_HEADER_(name)
 #include LLMKERN_QUOTE(LLMKERN_SIMD_HEADER(LLMKERN_ISA))
 

@@ -17,7 +17,8 @@ from llmkern.positional import reference
 def sinusoidal_add(x: Tensor, pe: Tensor, *, scale: float = 1.0) -> Tensor:
     """x * scale + pe[:S], in one pass.
 
-    x: (S, B, D), float32, bfloat16 or float16. pe: (max_len, 1, D), float32, S <= max_len. Returns (S, B, D) in x's dtype.
+    x: (S, B, D), float32, bfloat16 or float16. pe: (max_len, 1, D), float32, S <= max_len. Returns (S, B, D) in x's
+    dtype.
     Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
     """
     if not is_plain(x, pe):

@@ -80,7 +80,9 @@ EMULATED __m256i extracti64x4_epi64(__m512i a, int half) {
   std::memcpy(&r, reinterpret_cast<const char*>(&a) + 32 * (half & 1), 32);
   return r;
 }
-EMULATED __m256 extractf32x8_ps(__m512 a, int half) { return _mm256_castsi256_ps(extracti64x4_epi64(bits<__m512i>(a), half)); }
+EMULATED __m256 extractf32x8_ps(__m512 a, int half) {
+  return _mm256_castsi256_ps(extracti64x4_epi64(bits<__m512i>(a), half));
+}
 
 // --- arithmetic on floats
 EMULATED __m512 add_ps(__m512 a, __m512 b) { return a + b; }
@@ -91,7 +93,8 @@ template <class Half>
 EMULATED __m512 by_halves(__m512 a, __m512 b, __m512 c, Half half) {
   Lanes<float> x = lanes<float>(a), y = lanes<float>(b), z = lanes<float>(c), r;
   for (int i = 0; i < 16; i += 8)
-    _mm256_storeu_ps(r.lane + i, half(_mm256_loadu_ps(x.lane + i), _mm256_loadu_ps(y.lane + i), _mm256_loadu_ps(z.lane + i)));
+    _mm256_storeu_ps(r.lane + i,
+                     half(_mm256_loadu_ps(x.lane + i), _mm256_loadu_ps(y.lane + i), _mm256_loadu_ps(z.lane + i)));
   return pack<__m512>(r);
 }
 EMULATED __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
@@ -325,7 +328,9 @@ EMULATED void masked_store(void* p, unsigned long long m, V v) {
   for (size_t i = 0; i < sizeof(V) / sizeof(T); i++)
     if (m >> i & 1) std::memcpy(static_cast<T*>(p) + i, x + i, sizeof(T));
 }
-EMULATED __m512 maskz_loadu_ps(__mmask16 m, const void* p) { return bits<__m512>(masked_load<uint32_t, __m512i>(m, p)); }
+EMULATED __m512 maskz_loadu_ps(__mmask16 m, const void* p) {
+  return bits<__m512>(masked_load<uint32_t, __m512i>(m, p));
+}
 EMULATED __m512i maskz_loadu_epi32(__mmask16 m, const void* p) { return masked_load<uint32_t, __m512i>(m, p); }
 EMULATED __m512i maskz_loadu_epi8(__mmask64 m, const void* p) { return masked_load<uint8_t, __m512i>(m, p); }
 EMULATED __m256i maskz_loadu_epi16_256(__mmask16 m, const void* p) { return masked_load<uint16_t, __m256i>(m, p); }

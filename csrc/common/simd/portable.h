@@ -14,8 +14,8 @@
 namespace llmkern::portable {
 
 constexpr int kWidth = 4;
-constexpr int kRegisters = 16;      // how many vectors a micro-kernel may hope to keep in registers
-constexpr bool kBf16Dot = false;    // whether dot_bf16 is one instruction
+constexpr int kRegisters = 16;    // how many vectors a micro-kernel may hope to keep in registers
+constexpr bool kBf16Dot = false;  // whether dot_bf16 is one instruction
 typedef float Float __attribute__((vector_size(16)));
 typedef int32_t Int __attribute__((vector_size(16)));
 
@@ -43,7 +43,8 @@ LLMKERN_INLINE Float as_float(Int a) {
 LLMKERN_INLINE Float abs(Float a) { return as_float(as_int(a) & 0x7fffffff); }
 LLMKERN_INLINE Int round_to_int(Float a) {  // to nearest, ties to even; INT32_MIN out of range and for NaN
   Int r;
-  for (int i = 0; i < kWidth; i++) r[i] = std::fabs(a[i]) < 2147483648.0f ? static_cast<int32_t>(std::nearbyintf(a[i])) : INT32_MIN;
+  for (int i = 0; i < kWidth; i++)
+    r[i] = std::fabs(a[i]) < 2147483648.0f ? static_cast<int32_t>(std::nearbyintf(a[i])) : INT32_MIN;
   return r;
 }
 LLMKERN_INLINE Float to_float(Int a) { return __builtin_convertvector(a, Float); }
@@ -109,7 +110,7 @@ LLMKERN_INLINE Fp16 narrow(float a, Fp16) {
   x &= 0x7fffffffu;
   if (x > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u | ((x >> 13) & 0x3ffu))};
   if (x >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to infinity
-  if (x < 0x38800000u) {                                                // subnormal: let an addition round
+  if (x < 0x38800000u) {                                                 // subnormal: let an addition round
     float shifted = scalar_from_bits(x) + 0.5f;
     return {static_cast<uint16_t>(sign | (scalar_bits(shifted) - 0x3f000000u))};
   }
