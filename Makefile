@@ -1,0 +1,42 @@
+# Every target makes what it needs, from a clean clone: an environment in .venv, the packages, the build.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_ARGS ?=
+LIBRARY_TESTS := tests/attention tests/int8 tests/positional
+.PHONY: help demo test lint emulate sanitize neon
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "llmkern: Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+install-%: $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS) -e ".[$*]"
+
+demo: install-demo  ## a real trained model, as published and with llmkern: one table and a plot in output/
+	$(BIN)/python -m benchmarks.end_to_end --output output
+
+test: install-demo,test  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: install-lint,test  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+
+emulate: install-demo,test  ## the kernels' tests with the AVX-512 code emulated, on a processor that lacks it
+	LLMKERN_EMULATE_AVX512=1 LLMKERN_CUDA=0 $(BIN)/python setup.py -q build_ext
+	LLMKERN_LIBRARY=$$(ls $(CURDIR)/build/*-emulated/_C*.so) LLMKERN_ISA=avx512 $(BIN)/python -m pytest $(LIBRARY_TESTS)
+
+sanitize: install-demo,test  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python tests/sanitize.py
+
+neon:  ## compiles the kernels for AArch64 (needs g++-aarch64-linux-gnu)
+	for source in csrc/*/cpu*.cpp; do for isa in neon portable; do echo $$source $$isa; \
+	aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Werror -ffp-contract=off -DLLMKERN_ISA=$$isa -c $$source -o /dev/null || exit 1; \
+	done; done
