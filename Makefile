@@ -31,7 +31,7 @@ lint: install-lint,test  ## format, lint and types
 
 emulate: install-demo,test  ## the kernels' tests with the AVX-512 code emulated, on a processor that lacks it
 	LLMKERN_EMULATE_AVX512=1 LLMKERN_CUDA=0 $(BIN)/python setup.py -q build_ext
-	LLMKERN_LIBRARY=$$(ls $(CURDIR)/build/*-emulated/_C*.so) LLMKERN_ISA=avx512 $(BIN)/python -m pytest $(LIBRARY_TESTS)
+	LLMKERN_LIBRARY=$$(ls $(CURDIR)/build/*-emulated/_C*.so) LLMKERN_TEST_ISAS=avx512 $(BIN)/python -m pytest $(LIBRARY_TESTS)
 
 sanitize: install-demo,test  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/sanitize.py

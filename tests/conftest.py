@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from llmkern import backend, extension
 
-ISAS = extension._C.supported_isas() if extension._C else []
+SUPPORTED = extension._C.supported_isas() if extension._C else []
+#: LLMKERN_TEST_ISAS narrows the choice, where one of them is what is under test (`make emulate`).
+ISAS = os.environ.get("LLMKERN_TEST_ISAS", "").split() or SUPPORTED
 
 
 @pytest.fixture(autouse=True)
