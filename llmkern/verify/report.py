@@ -55,8 +55,8 @@ class Report:
         measures = ("max error", "reference", "allowed", "rms error", "reference", "allowed")
         table: list[tuple[str, ...]] = [("", "kind", "shape", "dtype", *measures, "")]
         for row in self.rows:
-            errors = (row.max_error, row.max_reference, row.max_allowed)
-            errors += (row.rms_error, row.rms_reference, row.rms_allowed)
+            largest = (row.max_error, row.max_reference, row.max_allowed)
+            errors = (*largest, row.rms_error, row.rms_reference, row.rms_allowed)
             shape = "x".join(map(str, row.shape)) or "scalar"
             dtype = "" if row.dtype is None else short(row.dtype)
             numbers = ("-" if math.isnan(e) else f"{e:.2e}" for e in errors)
@@ -95,11 +95,13 @@ def gradient_row(name: str, *runs: Mapping[str, Tensor | None]) -> Row | None:
     if any(g is MISSING for g in (k, r, t)):
         return judge_row(name, "gradient", k, r, t)
     like_r = next(g for g in (r, k, t) if isinstance(g, Tensor))
-    filled = [torch.zeros_like(like_r) if g is None else g for g in (k, r)]
-    row = judge_row(name, "gradient", *filled, torch.zeros_like(like_r, dtype=torch.float64) if t is None else t)
-    return (
-        dataclasses.replace(row, reason=f"no gradient came (None): {row.reason}") if k is None and row.reason else row
+    zeros = torch.zeros_like(like_r)
+    row = judge_row(
+        name, "gradient", zeros if k is None else k, zeros if r is None else r, zeros.double() if t is None else t
     )
+    if k is None and not row.passed:
+        return dataclasses.replace(row, reason=f"no gradient came (None): {row.reason}")
+    return row
 
 
 def judge_row(name: str, kind: str, k: Any, r: Any, t: Any) -> Row:

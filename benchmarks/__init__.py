@@ -1,0 +1,1 @@
+"""Measurements of every kernel against its peers: `python -m benchmarks.run`."""
