@@ -1,0 +1,52 @@
+"""The public names: there, typed, documented, and the same in the reference."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import llmkern
+import llmkern.functional
+import llmkern.reference
+
+MODULES = ["MultiHeadAttention", "PositionalEncoding", "RotaryEmbedding", "Int8Linear", "Transformer"]
+FUNCTIONS = ["quantize_model", "verify"]
+FUNCTIONAL = ["scaled_dot_product_attention", "rotary", "int8_linear"]
+PUBLIC = [
+    *((llmkern, name) for name in MODULES + FUNCTIONS),
+    *((llmkern.reference, name) for name in [*MODULES, "quantize_model"]),
+    *((llmkern.functional, name) for name in FUNCTIONAL),
+]
+
+
+@pytest.mark.parametrize(("room", "name"), PUBLIC, ids=[f"{room.__name__}.{name}" for room, name in PUBLIC])
+def test_public_names_have_docstrings_and_types(room, name):
+    public = getattr(room, name)
+    assert callable(public), f"{name} is not callable"
+    assert inspect.getdoc(public) and len(inspect.getdoc(public)) > 40, f"{name} has no docstring worth the name"
+    function = public.__init__ if inspect.isclass(public) else public
+    signature = inspect.signature(function)
+    for parameter in signature.parameters.values():
+        if parameter.name not in ("self", "args", "kwargs"):
+            assert parameter.annotation is not parameter.empty, f"{name}: {parameter.name} has no type"
+    assert signature.return_annotation is not signature.empty, f"{name} has no return type"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_drop_ins_take_what_the_reference_takes(name):
+    """The reference's parameters, in the same order with the same defaults, come first; more only by keyword."""
+    for method in ("__init__", "forward"):
+        plain = inspect.signature(getattr(getattr(llmkern.reference, name), method)).parameters
+        fast = inspect.signature(getattr(getattr(llmkern, name), method)).parameters
+        positional = [p for p in plain.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        ours = [p for p in fast.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert [p.name for p in ours] == [p.name for p in positional], f"{name}.{method}"
+        for parameter in plain.values():
+            assert fast[parameter.name].default == parameter.default, f"{name}.{method}: {parameter.name}"
+
+
+def test_all_names_what_is_public():
+    assert set(MODULES + FUNCTIONS) <= set(llmkern.__all__)
+    for name in llmkern.__all__:
+        assert hasattr(llmkern, name)
