@@ -1,0 +1,74 @@
+"""The encoder-decoder in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from llmkern import check
+
+
+class Transformer(nn.Module):
+    """An encoder and a decoder of torch's own layers, sequence first.
+
+    d_model: the width. nhead: attention heads, a divisor of d_model. num_layers: layers of each stack. The feed-forward
+    width is 2048 and dropout 0.1. Raises ValueError where nhead does not divide d_model or a number is not positive.
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.
+    """
+
+    def __init__(self, d_model: int = 512, nhead: int = 8, num_layers: int = 6) -> None:
+        for name, value in (("d_model", d_model), ("nhead", nhead), ("num_layers", num_layers)):
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value}")
+        if d_model % nhead:
+            raise ValueError(f"nhead: expected a divisor of d_model = {d_model}, got {nhead}")
+        super().__init__()
+        self.d_model, self.nhead, self.num_layers = d_model, nhead, num_layers
+        encoder_layer = nn.TransformerEncoderLayer(d_model, nhead, dim_feedforward=2048, dropout=0.1)
+        decoder_layer = nn.TransformerDecoderLayer(d_model, nhead, dim_feedforward=2048, dropout=0.1)
+        # Nested tensors serve batch-first layers alone.
+        self.encoder = nn.TransformerEncoder(encoder_layer, num_layers, enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(decoder_layer, num_layers)
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """The decoder's output, (T, B, d_model) or without batches (T, d_model).
+
+        src (S, B, d_model), tgt (T, B, d_model), or both without B; masks and flags as torch.nn.Transformer has them: a
+        boolean mask is True where attention is forbidden, a floating one is added to the scores.
+
+        Raises TypeError for what is no tensor, ValueError for a wrong rank, width or batch.
+        """
+        for name, value in (("src", src), ("tgt", tgt)):
+            check.is_tensor(name, value)
+            if value.dim() not in (2, 3) or value.size(-1) != self.d_model:
+                expected = f"(length, batch, d_model) or (length, d_model) with d_model = {self.d_model}"
+                raise ValueError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
+        if src.dim() != tgt.dim() or (src.dim() == 3 and src.size(1) != tgt.size(1)):
+            raise ValueError(f"tgt: expected the batch of src, {tuple(src.shape)}, got shape {tuple(tgt.shape)}")
+        memory = self.encoder(
+            src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal
+        )  # fmt: skip
+        output: Tensor = self.decoder(
+            tgt,
+            memory,
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=tgt_is_causal,
+            memory_is_causal=memory_is_causal,
+        )
+        return output
