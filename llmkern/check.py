@@ -45,3 +45,11 @@ def rank(name: str, value: Tensor, dimensions: str) -> None:
 def shape(name: str, value: Tensor, dimensions: str, expected: tuple[int, ...]) -> None:
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name}: expected {dimensions} = {tuple(expected)}, got shape {tuple(value.shape)}")
+
+
+def broadcasts(name: str, value: Tensor, dimensions: str, target: tuple[int, ...]) -> None:
+    """value's shape must broadcast to the target, whose dimensions are named as the message shows them."""
+    sizes = tuple(value.shape)
+    padded = (1,) * (len(target) - len(sizes)) + sizes
+    if len(padded) != len(target) or any(s not in (1, t) for s, t in zip(padded, target, strict=True)):
+        raise ValueError(f"{name}: expected a shape that broadcasts to {dimensions} = {target}, got shape {sizes}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -22,3 +23,14 @@ def output_strides(query: Tensor, width: int) -> tuple[int, int, int, int]:
         result[d] = step
         step *= max(sizes[d], 1)
     return result[0], result[1], result[2], result[3]
+
+
+def empty_in_order(like: Tensor, width: int) -> Tensor:
+    """A fresh (B, H, S, width) in like's dtype, its dimensions in memory in the order of like's (B, H, S, _)."""
+    sizes = (like.size(0), like.size(1), like.size(2), width)
+    return torch.empty_strided(sizes, output_strides(like, width), dtype=like.dtype, device=like.device)
+
+
+def in_order(values: Tensor, like: Tensor) -> Tensor:
+    """The values in like's dtype and memory order."""
+    return empty_in_order(like, values.size(3)).copy_(values)

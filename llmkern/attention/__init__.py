@@ -1,0 +1,1 @@
+"""Scaled dot-product attention, fused: forward, backward, and the attention weights on request."""
