@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "common/bindings.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "positional/bindings.h"
@@ -24,5 +25,6 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_architectures") = "";
 #endif
+  llmkern::bind_common(m);
   llmkern::bind_positional(m);
 }

@@ -115,9 +115,20 @@ def run(
     cotangents: Mapping[str, Tensor] | None = None,
 ) -> Run:
     """Runs the function forward and backward; `rounded` rounds what came out as float32 in the end."""
+    with _buffers_kept(function):  # until after the backward, which may need them as they were left
+        return _run(function, arguments, cast, rounded, cotangents)
+
+
+def _run(
+    function: Callable[..., Any],
+    arguments: Arguments,
+    cast: torch.dtype | None,
+    rounded: torch.dtype | None,
+    cotangents: Mapping[str, Tensor] | None,
+) -> Run:
     args, kwargs, leaves = arguments.copies(cast)
     devices = {t.device.index or 0 for _, t in arguments.tensors.values() if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)), _buffers_kept(function):
+    with torch.random.fork_rng(devices=sorted(devices)):
         torch.manual_seed(_SEED)
         with _Float64Mode() if cast is torch.float64 else nullcontext():
             result = function(*args, **kwargs)
@@ -214,11 +225,13 @@ class _Float64Mode(TorchFunctionMode):
 def _buffers_kept(function: Callable[..., Any]) -> Iterator[None]:
     """Gives a module's buffers (running statistics) their values back afterwards."""
     buffers = list(function.buffers()) if isinstance(function, nn.Module) else []
-    saved = [(b, b._version, b.clone()) for b in buffers]
+    saved = [(b, b.clone()) for b in buffers]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, version, value in saved:
-                if buffer._version != version:
+            for buffer, value in saved:
+                # By value: batch_norm writes its statistics without counting a new version.
+                same = (buffer == value) | ((buffer != buffer) & (value != value))
+                if not same.all():
                     buffer.copy_(value)

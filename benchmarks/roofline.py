@@ -1,0 +1,105 @@
+"""What this processor can do at most, measured: multiply-adds per second by dtype, and the rate of reading.
+
+    python -m benchmarks.roofline
+
+The kernels' shares of the peak refer to these rates, measured in the same round as the kernel (`floor`): a machine that
+others slow down, or that heats up, slows both.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+
+from llmkern import extension
+
+KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "read": 3}  # enum Roofline in csrc/common/roofline.h
+MEMORY_BYTES = 1 << 28  # larger than the caches
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Operations (a multiply-add counts 2) and bytes per second, of all threads that torch uses."""
+
+    float32: float
+    bfloat16: float
+    int8: float
+    memory: float  #: reading from memory
+    cache: float  #: reading 256 KiB again and again
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        g = {k: v / 1e9 for k, v in asdict(self).items()}
+        return (
+            f"peaks measured here: fp32 {g['float32']:.0f} GFLOP/s, bf16 {g['bfloat16']:.0f} GFLOP/s, "
+            f"int8 {g['int8']:.0f} GOP/s, reading memory {g['memory']:.0f} GB/s, cache {g['cache']:.0f} GB/s"
+        )
+
+
+@lru_cache(maxsize=4)
+def _block(size: int) -> torch.Tensor:
+    return torch.ones(size // 4)
+
+
+def rate(kind: str, size: int = 0, seconds: float = 0.002) -> float:
+    """Operations per second of `kind` (float32, bfloat16, int8); for "read", bytes per second of a block of that size.
+
+    Measured now, for about `seconds`. Raises RuntimeError without the compiled library.
+    """
+    if extension._C is None:
+        raise RuntimeError(str(extension.MISSING))
+    code, address = KINDS[kind], 0
+    if kind == "read":
+        size = max(4096, min(size, MEMORY_BYTES) // 512 * 512)
+        address = _block(size).data_ptr()
+    repeats = 1
+    while True:
+        start = time.perf_counter()
+        work: float = extension._C.roofline(code, address, size, repeats, torch.get_num_threads())
+        took = time.perf_counter() - start
+        if took >= seconds:
+            return work / took
+        repeats = math.ceil(repeats * min(1000.0, 1.2 * seconds / max(took, 1e-7)))
+
+
+def peaks(samples: int = 9, seconds: float = 0.01) -> Peaks:
+    """The best of some samples each: what slows one down is no property of the machine."""
+
+    def best(kind: str, size: int = 0) -> float:
+        return max(rate(kind, size, seconds) for _ in range(samples))
+
+    fp32 = best("float32")
+    bf16 = max(best("bfloat16"), fp32)  # without a bf16 instruction, widening once and computing in fp32 is faster
+    return Peaks(fp32, bf16, best("int8"), best("read", MEMORY_BYTES), best("read", 1 << 18))
+
+
+def floor(flops: float, dtype: torch.dtype, bytes: float = 0.0) -> Callable[[], float]:
+    """A function that measures, when called, the seconds that no version beats.
+
+    flops: operations of the call (a multiply-add counts 2), done at the rate of `dtype` (float16 at float32's: it is
+    widened). bytes: the fewest that must be read, at the rate of reading a block of that size again and again, so from
+    the cache where they fit there. The longer of the two counts, since both can go on at once.
+    """
+    kind = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.uint8: "int8"}.get(dtype, "float32")
+
+    def measure() -> float:
+        arithmetic = 0.0
+        if flops:
+            fastest = max(rate(kind), rate("float32")) if kind == "bfloat16" else rate(kind)
+            arithmetic = flops / fastest
+        return max(arithmetic, bytes / rate("read", int(bytes)) if bytes else 0.0)
+
+    return measure
+
+
+if __name__ == "__main__":
+    for name in extension._C.supported_isas() if extension._C else []:
+        extension._C.force_isa(name)
+        print(f"{name}: {peaks()}")
