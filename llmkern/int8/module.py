@@ -1,0 +1,39 @@
+"""The int8 linear layer on the fused kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmkern.int8 import reference
+from llmkern.int8.op import int8_linear
+
+
+class Int8Linear(reference.Int8Linear):
+    """nn.Linear with int8 weights, activations quantised for each row on the fly, in one kernel.
+
+    in_features, out_features, bias, device, dtype: as for nn.Linear; dtype is that of the bias. Constructor, forward
+    and state_dict are those of llmkern.reference.Int8Linear; `Int8Linear.from_linear(layer)` quantises a layer, and a
+    state_dict of an nn.Linear loads too. Kernels read a packed copy of the weight, made at the first call and again
+    after every change that torch counts; a change through `.data` it does not count: call load_state_dict or copy_
+    instead.
+
+    Source: Jacob et al. 2018, section 2 (see llmkern.functional.int8_linear).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., out_features) in x's dtype from x (..., in_features), float32, bfloat16 or float16.
+
+        Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
+        """
+        return int8_linear(x, self.weight, self.weight_scale, self.bias)

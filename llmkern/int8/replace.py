@@ -1,0 +1,129 @@
+"""Replacing the linear layers of a model, tied weights kept tied, with a report of what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer: what became of it."""
+
+    name: str
+    shape: tuple[int, ...]  #: (out_features, in_features)
+    left: str  #: why it was left as it was; empty where it was replaced
+    bytes_before: int
+    bytes_after: int
+    error: float  #: root mean square of the weights' rounding error over that of the weights
+
+
+@dataclass
+class QuantizationReport:
+    """What `quantize_model` did; printed, a table."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def replaced(self) -> list[str]:
+        return [layer.name for layer in self.layers if not layer.left]
+
+    def __str__(self) -> str:
+        before, after = (sum(getattr(layer, f"bytes_{when}") for layer in self.layers) for when in ("before", "after"))
+        lines = [("layer", "shape", "MB", "int8 MB", "weight error", "")]
+        for layer in self.layers:
+            size = "x".join(map(str, layer.shape))
+            numbers = (f"{layer.bytes_before / 1e6:.2f}", f"{layer.bytes_after / 1e6:.2f}", f"{layer.error:.2%}")
+            lines.append((layer.name or "(the model)", size, *numbers, f"left: {layer.left}" if layer.left else "int8"))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        total = f"{len(self.replaced)} of {len(self.layers)} linear layers in int8, {before / 1e6:.1f} MB before and "
+        return "\n".join([*table, f"{total}{after / 1e6:.1f} MB after"])
+
+
+def replace_linears(
+    model: nn.Module,
+    from_linear: Callable[[nn.Linear, tuple[Tensor, Tensor]], nn.Module],
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
+    bits: int = 8,
+    skip: Iterable[str] = (),
+) -> nn.Module:
+    """Replaces every nn.Linear in place and attaches `quantization_report` to the model that it returns.
+
+    from_linear(layer, (values, scales)) makes the new layer, quantize(weight) the values and scales, made once for a
+    weight that several layers share. skip: names to leave, "lm_head" (a whole name or its last parts) or a pattern,
+    "layers.0.*".
+
+    Raises TypeError for what is no module, ValueError for bits other than 8 and for a name in skip that fits no layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if bits != 8:
+        raise ValueError(f"bits: expected 8, got {bits}")
+    if isinstance(skip, str):
+        raise TypeError(f'skip: expected a sequence of names, ("{skip}",), got the string {skip!r}')
+    linears = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
+    reasons = _reasons(model, linears, list(skip))
+    quantized: dict[int, tuple[Tensor, Tensor]] = {}
+    made: dict[int, nn.Module] = {}
+    report = QuantizationReport()
+    for name, linear in linears:
+        before = linear.weight.numel() * linear.weight.element_size()
+        reason = reasons[id(linear)]
+        if reason:
+            report.layers.append(LayerReport(name, tuple(linear.weight.shape), reason, before, before, 0.0))
+            continue
+        if id(linear.weight) not in quantized:
+            quantized[id(linear.weight)] = quantize(linear.weight)
+        values, scale = quantized[id(linear.weight)]
+        if id(linear) not in made:
+            made[id(linear)] = from_linear(linear, (values, scale))
+        weight = linear.weight.detach().float()
+        error = (values * scale[:, None] - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        after = values.numel() + scale.numel() * scale.element_size()
+        report.layers.append(LayerReport(name, tuple(linear.weight.shape), "", before, after, float(error)))
+        if name:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, made[id(linear)])
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # torch's fused layer would read the weights behind the layers' backs
+    result = made.get(id(model), model)
+    result.quantization_report = report  # type: ignore[assignment]
+    return result
+
+
+def _reasons(model: nn.Module, linears: list[tuple[str, nn.Linear]], skip: list[str]) -> dict[int, str]:
+    """Why each layer is left as it is, by identity; empty where it is replaced."""
+    used = {pattern: False for pattern in skip}
+    reasons: dict[int, str] = {}
+    for name, linear in linears:
+        reason = ""
+        if type(linear) is not nn.Linear:
+            reason = f"a {type(linear).__name__}, not an nn.Linear itself"
+        elif linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+            reason = "it has hooks"
+        for pattern in skip:
+            if fnmatchcase(name, pattern) or f".{name}".endswith(f".{pattern}"):
+                used[pattern], reason = True, "named in skip"
+        reasons[id(linear)] = reasons.get(id(linear)) or reason
+    for pattern, found in used.items():
+        if not found:
+            names = ", ".join(name for name, _ in linears[:8]) or "none"
+            raise ValueError(f"skip: expected names of linear layers ({names}, ...), got {pattern!r}, which fits none")
+    while True:  # a layer that is left keeps the layers tied to it
+        owners: dict[int, str] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            for attribute, parameter in module._parameters.items():
+                is_replaced = isinstance(module, nn.Linear) and not reasons[id(module)] and attribute == "weight"
+                if parameter is not None and not is_replaced:
+                    owners[id(parameter)] = f"{path}.{attribute}".lstrip(".")
+        tied = [m for _, m in linears if not reasons[id(m)] and id(m.weight) in owners]
+        if not tied:
+            return reasons
+        for linear in tied:
+            reasons[id(linear)] = f"its weight is also {owners[id(linear.weight)]}"
