@@ -177,9 +177,9 @@ def check_inputs(
         check.rank(name, t, f"(B, {length}, d_model)")
         if t.size(2) != d_model:
             raise ValueError(f"{name}: expected (B, {length}, d_model) with d_model = {d_model}, got {tuple(t.shape)}")
-        if not torch.is_autocast_enabled(t.device.type):
-            check.same_dtype(name, t, "the parameters", weight)
         check.same_device(name, t, "the parameters", weight)
+        if not torch.is_autocast_enabled(weight.device.type):
+            check.same_dtype(name, t, "the parameters", weight)
         if t.size(0) != query.size(0):
             raise ValueError(f"{name}: expected the batch of query, {query.size(0)}, got shape {tuple(t.shape)}")
     if value.size(1) != key.size(1):

@@ -1,0 +1,46 @@
+"""Bad input raises before any kernel runs, in eager mode and while tracing, and is named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import llmkern
+from llmkern import reference
+from llmkern.functional import scaled_dot_product_attention
+from tests.attention.bad_inputs import CASES, t
+
+
+@pytest.mark.parametrize("mode", ["eager", "fake"])
+@pytest.mark.parametrize(("changed", "error", "words"), CASES.values(), ids=CASES)
+def test_scaled_dot_product_attention(changed, error, words, mode):
+    arguments = {"query": t(), "key": t(), "value": t(), **changed}
+    if mode == "fake":
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        arguments = {k: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with pytest.raises(error) as raised:
+        scaled_dot_product_attention(**arguments)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+MODULES = [llmkern.MultiHeadAttention, reference.MultiHeadAttention]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module(module):
+    with pytest.raises(ValueError, match="n_head: expected a positive divisor of d_model = 10, got 3"):
+        module(10, 3)
+    attention, x = module(8, 2), torch.zeros(2, 5, 8)
+    for arguments, error, message in [
+        ((x[0], x, x), ValueError, r"query: expected \(B, Sq, d_model\)"),
+        ((x[..., :7], x, x), ValueError, r"query: .* d_model = 8"),
+        ((x.double(), x, x), TypeError, "query: .* float32, got float64"),
+        ((x, x[:1], x), ValueError, "key: expected the batch of query, 2"),
+        ((x, x, x[:, :4]), ValueError, "value: expected the length of key, 5"),
+        ((x, x, x, torch.ones(5, 4)), ValueError, r"mask: .*n_head, Sq, Sk\) = \(2, 2, 5, 5\), got shape \(5, 4\)"),
+        ((x, x, x.tolist()), TypeError, "value: expected a torch.Tensor, got list"),
+        ((x, x.to("meta"), x), ValueError, "key: expected the device"),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=message):
+            attention(*arguments)

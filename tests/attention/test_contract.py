@@ -1,0 +1,95 @@
+"""Outputs and gradients against the plain version in float64: every shape, mask, dtype and instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmkern.verify import verify
+from tests.attention.cases import RULES, SHAPES, attend, rule, tensors
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", RULES)
+def test_float32(name, shape, isa):
+    masks = rule(name, shape)
+    for uniform in (False, True) if name in ("rows", "lengths") else (False,):
+        verify(attend(uniform), attend(uniform, plain=True), tensors(shape), masks).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", RULES)
+def test_half_precision(name, dtype, isa):
+    for shape in (SHAPES["primes"], SHAPES["grouped heads"], SHAPES["head 32"]):
+        masks = rule(name, shape, dtype)
+        verify(attend(), attend(plain=True), tensors(shape, dtype), masks).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["all", "causal", "rows", "additive"])
+def test_weights_and_their_gradient(name, dtype, isa):
+    shape = SHAPES["grouped heads"]
+    fast, plain = attend(True, weights=True), attend(True, plain=True, weights=True)
+    verify(fast, plain, tensors(shape, dtype), rule(name, shape, dtype)).raise_if_failed()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 5, 5), (2, 1, 1, 33, 70), (2, 6, 1, 1, 70), (1, 1, 1, 33, 1)])
+def test_gradient_of_an_additive_mask_that_broadcasts(shape, isa):
+    size = SHAPES["grouped heads"] if len(shape) == 5 and shape[4] != 5 else (1, 2, 2, 5, 5, 8, 8)
+    mask = torch.randn(shape[:4] if len(shape) == 4 else shape[0:1] + shape[1:2] + shape[3:5])
+    verify(attend(), attend(plain=True), (*tensors(size), mask)).raise_if_failed()
+
+
+@pytest.mark.parametrize("factor", [1e-3, 30.0, 1e4])
+def test_small_and_large_scores(factor, isa):
+    q, k, v = tensors(SHAPES["around a block"])
+    verify(attend(), attend(plain=True), (q * factor, k, v), {"causal": True}).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_masked_cannot_leak(dtype, isa):
+    """NaN and inf in masked keys and values change nothing, bit for bit, forward and backward."""
+    shape = (2, 4, 2, 70, 150, 32, 32)
+    q, k, v = tensors(shape, dtype)
+    grad = torch.randn(2, 4, 70, 32, dtype=dtype)
+    seen = torch.rand(1, 1, 70, 150) > 0.3
+    masks = {
+        "lengths": ({"key_lengths": torch.tensor([100, 7])}, torch.arange(150) >= torch.tensor([[100], [7]])),
+        "padding": ({"mask": (torch.arange(150) < 90)[None, None, None]}, (torch.arange(150) >= 90).expand(2, 150)),
+        "causal": ({"causal": True}, (torch.arange(150) >= 70).expand(2, 150)),
+        "columns": ({"mask": seen & (torch.arange(150) % 5 > 0)}, (torch.arange(150) % 5 == 0).expand(2, 150)),
+    }
+    for name, (mask, hidden) in masks.items():
+        results = []
+        for value in (0.0, torch.nan, torch.inf):
+            spoiled = [t.masked_fill(hidden[:, None, :, None], value).requires_grad_() for t in (k, v)]
+            query = q.clone().requires_grad_()
+            output = attend()(query, *spoiled, **mask)
+            results.append([output.detach(), *torch.autograd.grad(output, [query, *spoiled], grad)])
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.equal(a, b), name
+
+
+def test_a_nan_that_is_seen_passes_through(isa):
+    q, k, v = tensors((1, 2, 2, 9, 20, 16, 16))
+    v[0, 1, 3, 2], k[0, 0, 5] = torch.nan, torch.nan
+    verify(attend(), attend(plain=True), (q, k, v), gradients=False).raise_if_failed()
+
+
+def test_a_row_depends_on_nothing_around_it(isa):
+    """Bitwise the same for any number of threads, beside other rows, and with padding behind the keys."""
+    q, k, v = tensors((3, 4, 4, 90, 120, 64, 64))
+    whole = attend()(q, k, v)
+    assert torch.equal(whole, attend()(q, k, v))
+    assert torch.equal(whole[1:2], attend()(q[1:2], k[1:2], v[1:2]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(whole, attend()(q, k, v))
+    finally:
+        torch.set_num_threads(threads)
+    longer = [torch.cat([t, torch.randn(3, 4, 77, 64)], 2) for t in (k, v)]
+    assert torch.equal(whole, attend()(q, *longer, key_lengths=torch.full((3,), 120)))

@@ -1,0 +1,39 @@
+"""The README: its example runs, and its table names every environment variable that the code reads."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_drop_in_runs_as_printed(capsys):
+    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    exec(compile(example, "README.md", "exec"), {})
+    assert "PASSED" in capsys.readouterr().out
+
+
+def test_every_environment_variable_stands_in_the_table():
+    patterns = [r'environ(?:\.get\(|\[)"(LLMKERN_\w+)"', r'"(LLMKERN_\w+)" in os\.environ', r'getenv\("(LLMKERN_\w+)"']
+    sources = [ROOT / "setup.py", *(ROOT / "llmkern").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp"),
+               ROOT / "tests/conftest.py"]  # fmt: skip
+    used = {name for path in sources for pattern in patterns for name in re.findall(pattern, path.read_text())}
+    assert len(used) > 5
+    missing = {name for name in used if f"| `{name}` |" not in README}
+    assert not missing, missing
+
+
+def test_its_two_commands_are_targets_of_the_makefile_and_ci_calls_the_second():
+    commands = re.findall(r"^(make \w+) +#", README, re.MULTILINE)
+    assert commands == ["make demo", "make test"]
+    for command in commands:
+        subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, check=True, capture_output=True)
+    assert "\nmake test\n" in (ROOT / ".ci/run").read_text()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
