@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include "common/bindings.h"
+#include "attention/bindings.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "positional/bindings.h"
@@ -26,5 +27,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = "";
 #endif
   llmkern::bind_common(m);
+  llmkern::bind_attention(m);
   llmkern::bind_positional(m);
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmkern import check
-from llmkern.attention import reference
+from llmkern.attention import compiled, reference
 from llmkern.attention.layout import empty_in_order
 from llmkern.attention.mask import Mask
 from llmkern.backend import Operator, reference_backend
@@ -153,7 +153,7 @@ _ATTENTION = Operator(
     "attention",
     _check_attention,
     _example,
-    cpu=[reference_backend(reference.attention)],
+    cpu=[compiled.CPU_ATTENTION, reference_backend(reference.attention)],
     other=[reference_backend(reference.attention)],
 )
 _BACKWARD = Operator(

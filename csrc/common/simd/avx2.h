@@ -64,6 +64,10 @@ LLMKERN_INLINE Float keep(const uint8_t* mask, Float a, Float b) {
   return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(masked));
 }
 
+LLMKERN_INLINE Float where_equal(Float a, Float b, Float x, Float y) {
+  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+}
+
 LLMKERN_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
 LLMKERN_INLINE void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
 LLMKERN_INLINE Float load_first(const float* p, int n) { return _mm256_maskload_ps(p, first_mask(n)); }
@@ -105,6 +109,8 @@ LLMKERN_INLINE void store_first(T* p, Float a, int n) {
   _mm_store_si128(reinterpret_cast<__m128i*>(bits), narrow(a, T{}));
   std::memcpy(p, bits, 2 * static_cast<size_t>(n));
 }
+
+LLMKERN_INLINE void store_flushed(Bf16* p, Float a) { store(p, a); }
 
 // acc + lo(a) * lo(b) + hi(a) * hi(b), each lane of a and b holding two bf16 values.
 LLMKERN_INLINE Float dot_bf16(Float acc, Int a, Int b) {

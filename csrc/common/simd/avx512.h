@@ -53,6 +53,10 @@ LLMKERN_INLINE Float keep(const uint8_t* mask, Float a, Float b) {
   return _mm512_mask_blend_ps(_mm_test_epi8_mask(m, m), b, a);
 }
 
+LLMKERN_INLINE Float where_equal(Float a, Float b, Float x, Float y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x);
+}
+
 LLMKERN_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
 LLMKERN_INLINE void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
 LLMKERN_INLINE Float load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_mask(n), p); }
@@ -89,6 +93,10 @@ LLMKERN_INLINE Float load_first(const T* p, int n) {
 template <class T>
 LLMKERN_INLINE void store_first(T* p, Float a, int n) {
   _mm256_mask_storeu_epi16(p, first_mask(n), narrow(a, T{}));
+}
+
+LLMKERN_INLINE void store_flushed(Bf16* p, Float a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
 }
 
 LLMKERN_INLINE Float dot_bf16(Float acc, Int a, Int b) {

@@ -55,6 +55,8 @@ LLMKERN_INLINE Float keep(const uint8_t* mask, Float a, Float b) {
   return vbslq_f32(vtstq_u32(m, m), a, b);
 }
 
+LLMKERN_INLINE Float where_equal(Float a, Float b, Float x, Float y) { return vbslq_f32(vceqq_f32(a, b), x, y); }
+
 LLMKERN_INLINE Float load(const float* p) { return vld1q_f32(p); }
 LLMKERN_INLINE void store(float* p, Float a) { vst1q_f32(p, a); }
 LLMKERN_INLINE Float load_first(const float* p, int n) {
@@ -98,6 +100,8 @@ LLMKERN_INLINE void store_first(T* p, Float a, int n) {
   vst1_u16(bits, narrow(a, T{}));
   std::memcpy(p, bits, 2 * static_cast<size_t>(n));
 }
+
+LLMKERN_INLINE void store_flushed(Bf16* p, Float a) { store(p, a); }
 
 LLMKERN_INLINE Float dot_bf16(Float acc, Int a, Int b) {
   const int32x4_t high = vdupq_n_s32(static_cast<int32_t>(0xffff0000u));

@@ -69,6 +69,9 @@ LLMKERN_INLINE Float keep(const uint8_t* mask, Float a, Float b) {
   return (m != 0) ? a : b;
 }
 
+// Lane i of x where a equals b there, of y elsewhere.
+LLMKERN_INLINE Float where_equal(Float a, Float b, Float x, Float y) { return (a == b) ? x : y; }
+
 LLMKERN_INLINE Float load(const float* p) {
   Float a;
   std::memcpy(&a, p, sizeof a);
@@ -134,6 +137,9 @@ template <class T>
 LLMKERN_INLINE void store_first(T* p, Float a, int n) {
   for (int i = 0; i < n; i++) p[i] = narrow(a[i], T{});
 }
+
+// May write subnormal numbers as 0, where that is quicker.
+LLMKERN_INLINE void store_flushed(Bf16* p, Float a) { store(p, a); }
 
 // acc + lo(a) * lo(b) + hi(a) * hi(b), each lane of a and b holding two bf16 values.
 LLMKERN_INLINE Float dot_bf16(Float acc, Int a, Int b) {

@@ -1,0 +1,42 @@
+// Arguments of the attention kernels. Strides count elements; the last dimension of every tensor of (b, h, row, d)
+// is contiguous.
+#pragma once
+#include <cstdint>
+
+#include "../common/types.h"
+
+namespace llmkern {
+
+// Where the tensor of dimensions (b, h, row, d) begins, and the steps of its outer three.
+struct AttentionTensor {
+  char* data;
+  int64_t b, h, row;
+};
+
+// Key j takes part for query i of (b, h) where each rule given lets it (llmkern/attention/mask.py).
+struct AttentionMask {
+  const char* data;  // null: none
+  DType dtype;       // boolean: not 0 takes part; floating: added to the scaled scores, -infinity masks
+  int64_t b, h, row, key;
+  const char* lengths;  // null: none
+  bool lengths_64;
+  int64_t lengths_step;
+  bool causal, bottom_right;
+};
+
+struct AttentionParams {
+  AttentionTensor query, key, value, output;  // (B, H, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv), (B, H, Sq, Dv)
+  AttentionTensor grad_output, dquery, dkey, dvalue;
+  AttentionTensor weights;  // (B, H, Sq, Sk): of the weights kernels, what they write; backward, the gradient
+  float* logsumexp;         // (B, H, Sq) contiguous
+  float* dmask;             // null: not asked for; zeroed, dense
+  int64_t dmask_b, dmask_h, dmask_row, dmask_key;  // its strides, 0 where the mask broadcasts
+  AttentionMask mask;
+  int64_t batch, heads, kv_heads, queries, keys, width, value_width;
+  float scale;
+  bool uniform_empty_rows;
+  DType dtype;
+  int threads;
+};
+
+}  // namespace llmkern

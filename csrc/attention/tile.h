@@ -1,0 +1,225 @@
+// Packing, and the product of two matrices of which one is packed: what every attention kernel is made of.
+#pragma once
+#include <cstring>
+#include <type_traits>
+
+#include "../common/simd.h"
+#include "params.h"
+
+namespace llmkern::LLMKERN_ISA {
+namespace {
+
+// A tile of the product: 6 rows times kVectors vectors leaves registers for one row of the packed operand.
+constexpr int kTileRows = 6;
+constexpr int kVectors = kRegisters >= 32 ? 4 : 2;
+constexpr int kPanel = kVectors * kWidth;
+
+// How a dtype is multiplied: bf16 pairs where the processor has an instruction for them, floats otherwise. Both are
+// packed as units of 32 bits: one float, or two bf16 values that follow each other along the summed dimension.
+template <class T>
+constexpr bool kPairs = kBf16Dot && std::is_same<T, Bf16>::value;
+
+LLMKERN_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+template <bool kPair>
+LLMKERN_INLINE Float multiply_add(const float* a, Float b, Float c) {
+  if constexpr (kPair) {
+    int32_t x;
+    std::memcpy(&x, a, 4);
+    return dot_bf16(c, broadcast_int(x), as_int(b));
+  } else {
+    return fma(broadcast(*a), b, c);
+  }
+}
+
+// What becomes of the sums of a tile.
+enum class Into {
+  set,      // c = factor * sum
+  add,      // c = c + factor * sum
+  correct,  // c = corrections[i] * c + sum
+};
+
+// The sum over k of a[i * a_row + k * a_k] * b[k * ldb + j], for R rows i and V vectors of j.
+template <bool kPair, Into kInto, int R, int V>
+inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, int64_t count, float* c,
+                 int64_t ldc, float factor, const float* corrections) {
+  Float sum[R][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) sum[i][j] = zero();
+  for (int64_t k = 0; k < count; k++) {
+    Float row[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) row[j] = load(b + j * kWidth);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+      for (int j = 0; j < V; j++) sum[i][j] = multiply_add<kPair>(a + i * a_row, row[j], sum[i][j]);
+    a += a_k;
+    b += ldb;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++) {
+    Float f = broadcast(kInto == Into::correct ? corrections[i] : factor);
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) {
+      float* to = c + i * ldc + j * kWidth;
+      if constexpr (kInto == Into::set)
+        store(to, mul(sum[i][j], f));
+      else if constexpr (kInto == Into::add)
+        store(to, fma(sum[i][j], f, load(to)));
+      else
+        store(to, fma(load(to), f, sum[i][j]));
+    }
+  }
+}
+
+// The same for any number of rows up to kTileRows and of vectors up to kVectors.
+template <bool kPair, Into kInto, int V = kVectors>
+void tile_rows(int rows, int vectors, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb,
+               int64_t count, float* c, int64_t ldc, float factor, const float* corrections) {
+  if constexpr (V > 1) {
+    if (vectors < V)
+      return tile_rows<kPair, kInto, V - 1>(rows, vectors, a, a_row, a_k, b, ldb, count, c, ldc, factor, corrections);
+  }
+  if (rows == kTileRows)
+    return tile<kPair, kInto, kTileRows, V>(a, a_row, a_k, b, ldb, count, c, ldc, factor, corrections);
+  if (rows >= 4) {
+    tile<kPair, kInto, 4, V>(a, a_row, a_k, b, ldb, count, c, ldc, factor, corrections);
+    a += 4 * a_row, c += 4 * ldc, corrections += corrections ? 4 : 0, rows -= 4;
+  }
+  if (rows >= 2) {
+    tile<kPair, kInto, 2, V>(a, a_row, a_k, b, ldb, count, c, ldc, factor, corrections);
+    a += 2 * a_row, c += 2 * ldc, corrections += corrections ? 2 : 0, rows -= 2;
+  }
+  if (rows) tile<kPair, kInto, 1, V>(a, a_row, a_k, b, ldb, count, c, ldc, factor, corrections);
+}
+
+// c = factor * (a times panels): scores of `rows` queries with `count` keys packed by pack_panels. Summed in pieces
+// of kDepth, which keeps the rounding error of wide heads small.
+constexpr int64_t kDepth = 64;
+template <bool kPair>
+void times_panels(int rows, const float* a, int64_t a_row, const float* panels, int64_t depth, int count, float* c,
+                  int64_t ldc, float factor) {
+  for (int j = 0; j < count; j += kPanel) {
+    int left = count - j, vectors = left >= kPanel ? kVectors : (left + kWidth - 1) / kWidth;
+    for (int i = 0; i < rows; i += kTileRows) {
+      int n = rows - i < kTileRows ? rows - i : kTileRows;
+      for (int64_t d = 0; d < depth; d += kDepth) {
+        const float *x = a + i * a_row + d, *y = panels + j * depth + d * kPanel;
+        float* to = c + i * ldc + j;
+        int64_t piece = depth - d < kDepth ? depth - d : kDepth;
+        if (d == 0)
+          tile_rows<kPair, Into::set>(n, vectors, x, a_row, 1, y, kPanel, piece, to, ldc, factor, nullptr);
+        else
+          tile_rows<kPair, Into::add>(n, vectors, x, a_row, 1, y, kPanel, piece, to, ldc, factor, nullptr);
+      }
+    }
+  }
+}
+
+// a times the `count` packed rows of b, whose width is a multiple of kWidth, into c of the same width. Where
+// `skip_zeros` (b holds infinities or NaN), an element of a that is exactly 0 takes no part in the sum.
+template <bool kPair, Into kInto>
+void times_rows(int rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t width, int64_t count,
+                float* c, const float* corrections, bool skip_zeros) {
+  if (!skip_zeros) {
+    for (int64_t j = 0; j < width; j += kPanel) {
+      int64_t left = width - j;
+      int vectors = left >= kPanel ? kVectors : static_cast<int>(left / kWidth);
+      for (int i = 0; i < rows; i += kTileRows)
+        tile_rows<kPair, kInto>(rows - i < kTileRows ? rows - i : kTileRows, vectors, a + i * a_row, a_row, a_k, b + j,
+                                width, count, c + i * width + j, width, 1, corrections ? corrections + i : nullptr);
+    }
+    return;
+  }
+  for (int i = 0; i < rows; i++) {
+    for (int64_t j = 0; j < width; j += kWidth) {
+      Float sum = zero();
+      for (int64_t k = 0; k < count; k++) {
+        const float* x = a + i * a_row + k * a_k;
+        if constexpr (kPair) {
+          uint16_t weight[2], part[2 * kWidth];
+          std::memcpy(weight, x, 4);
+          std::memcpy(part, b + k * width + j, sizeof part);
+          for (int l = 0; l < 2 * kWidth; l++) part[l] = weight[l & 1] ? part[l] : 0;
+          float packed[kWidth];
+          std::memcpy(packed, part, sizeof part);
+          sum = multiply_add<true>(x, load(packed), sum);
+        } else if (*x != 0) {
+          sum = fma(broadcast(*x), load(b + k * width + j), sum);
+        }
+      }
+      float* to = c + i * width + j;
+      store(to, kInto == Into::correct ? fma(load(to), broadcast(corrections[i]), sum)
+                : kInto == Into::add   ? add(load(to), sum)
+                                       : sum);
+    }
+  }
+}
+
+// One row of n elements as units, zeros up to `units`.
+template <bool kPair, class T>
+LLMKERN_INLINE void pack_row(float* to, const T* from, int64_t n, int64_t units) {
+  if constexpr (kPair) {
+    std::memcpy(to, from, 2 * static_cast<size_t>(n));
+    std::memset(reinterpret_cast<uint16_t*>(to) + n, 0, static_cast<size_t>(4 * units - 2 * n));
+  } else {
+    int64_t d = 0;
+    for (; d + kWidth <= n; d += kWidth) store(to + d, load(from + d));
+    if (d < n) store_first(to + d, load_first(from + d, static_cast<int>(n - d)), static_cast<int>(n - d));
+    for (d = n; d < units; d++) to[d] = 0;
+  }
+}
+
+// Rows [begin, end) of a matrix into panels of kPanel rows, transposed: panel[unit][row], zeros past `end`.
+// `begin` is a multiple of kPanel, and `panels` the place of row 0.
+template <bool kPair, class T>
+void pack_panels(float* panels, const T* from, int64_t step, int64_t begin, int64_t end, int64_t n, int64_t units) {
+  constexpr int kMost = 512;  // units of a row: the widths that the operator takes end at 256
+  alignas(64) float rows[kWidth][kMost];
+  for (int64_t r = begin; r < round_up(end, kPanel); r += kWidth) {
+    float* to = panels + r / kPanel * kPanel * units + r % kPanel;
+    for (int i = 0; i < kWidth; i++) {
+      if (r + i < end)
+        pack_row<kPair>(rows[i], from + (r + i) * step, n, units);
+      else
+        std::memset(rows[i], 0, static_cast<size_t>(4 * units));
+    }
+    for (int64_t u = 0; u < units; u++)
+      for (int i = 0; i < kWidth; i++) to[u * kPanel + i] = rows[i][u];
+  }
+}
+
+// Rows [begin, end) of a matrix, padded to `width` units; pairs of rows interleaved where kPair, where `begin` is even
+// and an odd last row is paired with zeros. Returns whether anything in them is infinite or NaN.
+template <bool kPair, class T>
+bool pack_rows(float* to, const T* from, int64_t step, int64_t begin, int64_t end, int64_t n, int64_t width) {
+  if constexpr (kPair) {
+    uint32_t special = 0;
+    for (int64_t r = begin; r < end; r += 2) {
+      const uint16_t* a = reinterpret_cast<const uint16_t*>(from + r * step);
+      const uint16_t* b = r + 1 < end ? a + step : nullptr;
+      uint32_t* out = reinterpret_cast<uint32_t*>(to + r / 2 * width);
+      for (int64_t d = 0; d < n; d++) {
+        uint32_t x = a[d], y = b ? b[d] : 0;
+        special |= static_cast<uint32_t>((x & 0x7f80u) == 0x7f80u) | static_cast<uint32_t>((y & 0x7f80u) == 0x7f80u);
+        out[d] = x | y << 16;
+      }
+      for (int64_t d = n; d < width; d++) out[d] = 0;
+    }
+    return special != 0;
+  } else {
+    Float special = zero();  // NaN as soon as something is not finite
+    for (int64_t r = begin; r < end; r++) {
+      float* out = to + r * width;
+      pack_row<false>(out, from + r * step, n, width);
+      for (int64_t d = 0; d < width; d += kWidth) special = fma(load(out + d), zero(), special);
+    }
+    return sum(special) != 0;
+  }
+}
+
+}  // namespace
+}  // namespace llmkern::LLMKERN_ISA
