@@ -10,6 +10,7 @@
 #include "attention/bindings.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
+#include "int8/bindings.h"
 #include "positional/bindings.h"
 
 namespace py = pybind11;
@@ -28,5 +29,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
   llmkern::bind_common(m);
   llmkern::bind_attention(m);
+  llmkern::bind_int8(m);
   llmkern::bind_positional(m);
 }

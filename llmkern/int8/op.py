@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmkern.backend import Operator, reference_backend
 from llmkern.int8 import reference
+from llmkern.int8.compiled import CPU_INT8_LINEAR
 from llmkern.operator import define, is_plain, needs_grad, short_autograd
 
 
@@ -44,7 +45,7 @@ _OPERATOR = Operator(
     "int8_linear",
     _check,
     _example,
-    cpu=[reference_backend(reference.int8_linear)],
+    cpu=[CPU_INT8_LINEAR, reference_backend(reference.int8_linear)],
     other=[reference_backend(reference.int8_linear)],
 )
 

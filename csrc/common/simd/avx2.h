@@ -40,6 +40,26 @@ LLMKERN_INLINE Int shift_left(Int a) {
   return _mm256_slli_epi32(a, N);
 }
 
+LLMKERN_INLINE Int mul(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
+
+// In 16 bits: vpmaddubsw on bytes would cut off sums at 32767.
+constexpr int kDotDepth = 2;
+using Quantized = int16_t;
+LLMKERN_INLINE void store_quantized(Quantized* p, Int a) {
+  a = _mm256_min_epi32(_mm256_max_epi32(a, _mm256_setzero_si256()), _mm256_set1_epi32(255));
+  __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+}
+LLMKERN_INLINE Int broadcast_quantized(const Quantized* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return _mm256_set1_epi32(pair);
+}
+LLMKERN_INLINE Int load_weights(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+LLMKERN_INLINE Int dot_quantized(Int acc, Int x, Int w) { return _mm256_add_epi32(acc, _mm256_madd_epi16(x, w)); }
+
 LLMKERN_INLINE float sum(Float a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));

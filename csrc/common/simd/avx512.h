@@ -8,6 +8,7 @@
 #endif
 
 #include <cstdint>
+#include <cstring>
 
 #include "../isa.h"
 #include "../types.h"
@@ -42,6 +43,22 @@ template <int N>
 LLMKERN_INLINE Int shift_left(Int a) {
   return _mm512_slli_epi32(a, N);
 }
+
+LLMKERN_INLINE Int mul(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
+
+constexpr int kDotDepth = 4;
+using Quantized = uint8_t;
+LLMKERN_INLINE void store_quantized(Quantized* p, Int a) {
+  a = _mm512_max_epi32(a, _mm512_setzero_si512());
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(a));
+}
+LLMKERN_INLINE Int broadcast_quantized(const Quantized* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+LLMKERN_INLINE Int load_weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+LLMKERN_INLINE Int dot_quantized(Int acc, Int x, Int w) { return _mm512_dpbusd_epi32(acc, x, w); }
 
 LLMKERN_INLINE float sum(Float a) { return _mm512_reduce_add_ps(a); }
 LLMKERN_INLINE float largest(Float a) { return _mm512_reduce_max_ps(a); }

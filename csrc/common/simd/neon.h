@@ -43,6 +43,26 @@ LLMKERN_INLINE Int shift_left(Int a) {
   return vshlq_n_s32(a, N);
 }
 
+LLMKERN_INLINE Int mul(Int a, Int b) { return vmulq_s32(a, b); }
+
+// x and w: four values of 16 bits for the first k, then four for the second.
+constexpr int kDotDepth = 2;
+using Quantized = int16_t;
+LLMKERN_INLINE void store_quantized(Quantized* p, Int a) {
+  vst1_s16(p, vqmovn_s32(vminq_s32(vmaxq_s32(a, vdupq_n_s32(0)), vdupq_n_s32(255))));
+}
+LLMKERN_INLINE Int broadcast_quantized(const Quantized* p) {
+  return vreinterpretq_s32_s16(vcombine_s16(vld1_dup_s16(p), vld1_dup_s16(p + 1)));
+}
+LLMKERN_INLINE Int load_weights(const int8_t* p) {
+  int16x8_t w = vmovl_s8(vld1_s8(p));
+  return vreinterpretq_s32_s16(vuzp1q_s16(w, vextq_s16(w, w, 1)));
+}
+LLMKERN_INLINE Int dot_quantized(Int acc, Int x, Int w) {
+  int16x8_t a = vreinterpretq_s16_s32(x), b = vreinterpretq_s16_s32(w);
+  return vmlal_high_s16(vmlal_s16(acc, vget_low_s16(a), vget_low_s16(b)), a, b);
+}
+
 LLMKERN_INLINE float sum(Float a) { return vaddvq_f32(a); }
 LLMKERN_INLINE float largest(Float a) { return vmaxvq_f32(a); }
 
