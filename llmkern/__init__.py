@@ -1,8 +1,25 @@
 """llmkern: drop-in fused attention, positional encoding and int8 linear for PyTorch transformers.
 
 The modules here have the constructor, forward and state_dict of their plain versions in `llmkern.reference`;
-`verify` shows for any of them, or for a model of yours, that outputs and gradients are as accurate as the plain
-version's.
+`llmkern.functional` holds the same kernels as functions; `verify` shows for any of them, or for a model of yours, that
+outputs and gradients are as accurate as the plain version's. `python -m llmkern` prints what serves each operator here.
 """
 
+from llmkern.attention.module import MultiHeadAttention
+from llmkern.int8.module import Int8Linear
+from llmkern.models.quantize import quantize_model
+from llmkern.positional.module import PositionalEncoding, RotaryEmbedding
+from llmkern.transformer import Transformer
+from llmkern.verify import verify
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Int8Linear",
+    "MultiHeadAttention",
+    "PositionalEncoding",
+    "RotaryEmbedding",
+    "Transformer",
+    "quantize_model",
+    "verify",
+]

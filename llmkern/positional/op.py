@@ -1,34 +1,55 @@
-"""torch.ops.llmkern.sinusoidal_add: checks, backends, autograd."""
+"""torch.ops.llmkern.sinusoidal_add and rotary: checks, backends, autograd."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmkern import check, extension
-from llmkern.backend import Backend, Operator, reference_backend
+from llmkern import check
+from llmkern.backend import Operator, reference_backend
 from llmkern.operator import define, is_plain, needs_grad, short_autograd
 from llmkern.positional import reference
+from llmkern.positional.compiled import CPU_ROTARY, CPU_SINUSOIDAL_ADD, CPU_SINUSOIDAL_DROPOUT, rotary_output
 
 
-def sinusoidal_add(x: Tensor, pe: Tensor, *, scale: float = 1.0) -> Tensor:
-    """x * scale + pe[:S], in one pass.
+def sinusoidal_add(
+    x: Tensor,
+    pe: Tensor,
+    *,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """dropout(x * scale + pe[:S]), in one pass.
 
     x: (S, B, D), float32, bfloat16 or float16. pe: (max_len, 1, D), float32, S <= max_len. Returns (S, B, D) in x's
-    dtype.
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
+    dtype. dropout_p: the probability, in [0, 1], with which an element becomes 0; the others are multiplied by
+    1 / (1 - dropout_p). The mask is a function of `seed` and of the element's place alone (Philox4x32-10, Salmon et
+    al. 2011), the same on every backend, and is made anew in the backward instead of being kept. seed: an integer or a
+    CPU int64 tensor (); without one it is drawn from torch's CPU generator.
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or probability.
     """
+    key = _seed(seed) if dropout_p > 0.0 else None
     if not is_plain(x, pe):
-        return torch.ops.llmkern.sinusoidal_add(x, pe, scale)
+        return torch.ops.llmkern.sinusoidal_add(x, pe, key, scale, dropout_p)
     if needs_grad(x, pe):
-        return _SinusoidalAdd.apply(x, pe, scale)
-    return _OPERATOR.run(x, pe, scale)
+        return _SinusoidalAdd.apply(x, pe, key, scale, dropout_p)
+    return _SINUSOIDAL_ADD.run(x, pe, key, scale, dropout_p)
 
 
-def _check(x: Tensor, pe: Tensor, scale: float) -> None:
+def _seed(seed: int | Tensor | None) -> Tensor:
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    if isinstance(seed, Tensor):
+        return seed
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
+    return torch.tensor(seed, dtype=torch.int64, device="cpu")
+
+
+def _check_sinusoidal_add(x: Tensor, pe: Tensor, seed: Tensor | None, scale: float, dropout_p: float) -> None:
     check.dtype("x", x, check.FLOATS)
     check.dtype("pe", pe, (torch.float32,))
     check.same_device("pe", pe, "x", x)
@@ -38,64 +59,320 @@ def _check(x: Tensor, pe: Tensor, scale: float) -> None:
         raise ValueError(f"pe: expected (max_len, 1, D) with D = {x.size(2)} as in x, got shape {tuple(pe.shape)}")
     if x.size(0) > pe.size(0):
         raise ValueError(f"x: expected (S, B, D) with S <= max_len = {pe.size(0)} of pe, got shape {tuple(x.shape)}")
+    _check_dropout(seed, dropout_p)
 
 
-def _cpu_unsupported(x: Tensor, pe: Tensor, scale: float) -> str | None:
-    return extension.MISSING
+def _check_dropout(seed: Tensor | None, dropout_p: float) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+    if seed is None:
+        if dropout_p > 0.0:
+            raise ValueError(f"seed: expected an int64 tensor () with dropout_p = {dropout_p}, got None")
+        return
+    check.dtype("seed", seed, (torch.int64,))
+    check.shape("seed", seed, "()", ())
+    if seed.device.type != "cpu":
+        raise ValueError(f"seed: expected the device cpu, got {seed.device}")
 
 
-def _cpu(x: Tensor, pe: Tensor, scale: float) -> Callable[..., Tensor]:
-    kernel, threads = extension._C.sinusoidal_add, extension.threads
-    length, batch, width = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype)
-    strides = (x.stride(0), x.stride(1), pe.stride(0), out.stride(0), out.stride(1))
-    code = extension.DTYPE_CODES[x.dtype]
-
-    def launch(x: Tensor, pe: Tensor, scale: float) -> Tensor:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        kernel(x.data_ptr(), pe.data_ptr(), out.data_ptr(), length, batch, width, *strides, scale, code, threads())
-        return out
-
-    if x.stride(2) == 1 and pe.stride(2) == 1:
-        return launch
-    return lambda x, pe, scale: _OPERATOR.run(x.contiguous(), pe.contiguous(), scale)
+def _check_sinusoidal_dropout(x: Tensor, seed: Tensor, scale: float, dropout_p: float) -> None:
+    check.dtype("x", x, check.FLOATS)
+    check.rank("x", x, "(S, B, D)")
+    _check_dropout(seed, dropout_p)
 
 
-def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    return torch.empty(8, 2, 64, dtype=dtype, device=device), torch.empty(8, 1, 64, device=device), 1.0
+def _plain_dropout(x: Tensor, seed: Tensor, scale: float, dropout_p: float) -> Tensor:
+    return x * scale * reference.dropout_factor(x, dropout_p, seed)
 
 
-_OPERATOR = Operator(
+def _sinusoidal_example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    x = torch.empty(8, 2, 64, dtype=dtype, device=device)
+    return x, torch.empty(8, 1, 64, device=device), None, 1.0, 0.0
+
+
+def _dropout_example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    return torch.empty(8, 2, 64, dtype=dtype, device=device), torch.empty((), dtype=torch.int64), 1.0, 0.1
+
+
+_SINUSOIDAL_ADD = Operator(
     "sinusoidal_add",
-    _check,
-    _example,
-    cpu=[Backend("cpu", _cpu, _cpu_unsupported), reference_backend(reference.sinusoidal_add)],
+    _check_sinusoidal_add,
+    _sinusoidal_example,
+    cpu=[CPU_SINUSOIDAL_ADD, reference_backend(reference.sinusoidal_add)],
+    cuda=[reference_backend(reference.sinusoidal_add)],
     other=[reference_backend(reference.sinusoidal_add)],
+)
+_SINUSOIDAL_DROPOUT = Operator(
+    "sinusoidal_dropout",
+    _check_sinusoidal_dropout,
+    _dropout_example,
+    cpu=[CPU_SINUSOIDAL_DROPOUT, reference_backend(_plain_dropout)],
+    cuda=[reference_backend(_plain_dropout)],
+    other=[reference_backend(_plain_dropout)],
 )
 
 
-def _fake(x: Tensor, pe: Tensor, scale: float) -> Tensor:
-    _check(x, pe, scale)
+def _fake_sinusoidal_add(x: Tensor, pe: Tensor, seed: Tensor | None, scale: float, dropout_p: float) -> Tensor:
+    _check_sinusoidal_add(x, pe, seed, scale, dropout_p)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, pe, ctx.scale = inputs
+def _fake_sinusoidal_dropout(x: Tensor, seed: Tensor, scale: float, dropout_p: float) -> Tensor:
+    _check_sinusoidal_dropout(x, seed, scale, dropout_p)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _setup_sinusoidal_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, pe, seed, ctx.scale, ctx.dropout_p = inputs
     ctx.pe_shape = pe.shape
+    ctx.save_for_backward(seed)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    grad_pe = None
+def _backward_sinusoidal_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (seed,) = ctx.saved_tensors
+    grad_x = grad_pe = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad * ctx.scale if seed is None else _dropout(grad, seed, ctx.scale, ctx.dropout_p)
     if ctx.needs_input_grad[1]:
-        grad_pe = grad.new_zeros(ctx.pe_shape, dtype=torch.float32)
-        grad_pe[: grad.size(0)] = grad.float().sum(1, keepdim=True)
-    return (grad * ctx.scale if ctx.needs_input_grad[0] else None), grad_pe, None
+        kept = grad.float() if seed is None else _dropout(grad.float(), seed, 1.0, ctx.dropout_p)
+        rows = kept.sum(1, keepdim=True)
+        grad_pe = torch.cat((rows, rows.new_zeros(ctx.pe_shape[0] - rows.size(0), *ctx.pe_shape[1:])))
+    return grad_x, grad_pe, None, None, None
+
+
+def _dropout(x: Tensor, seed: Tensor, scale: float, dropout_p: float) -> Tensor:
+    return torch.ops.llmkern.sinusoidal_dropout(x, seed, scale, dropout_p)
+
+
+def _setup_dropout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, seed, ctx.scale, ctx.dropout_p = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward_dropout(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _dropout(grad, *ctx.saved_tensors, ctx.scale, ctx.dropout_p), None, None, None
 
 
 define(
-    "sinusoidal_add(Tensor x, Tensor pe, float scale) -> Tensor",
-    _OPERATOR.run, _fake, setup_context=_setup_context, backward=_backward,
+    "sinusoidal_add(Tensor x, Tensor pe, Tensor? seed, float scale, float dropout_p) -> Tensor",
+    _SINUSOIDAL_ADD.run, _fake_sinusoidal_add, setup_context=_setup_sinusoidal_add, backward=_backward_sinusoidal_add,
 )  # fmt: skip
+define(
+    "sinusoidal_dropout(Tensor x, Tensor seed, float scale, float dropout_p) -> Tensor",
+    _SINUSOIDAL_DROPOUT.run, _fake_sinusoidal_dropout, setup_context=_setup_dropout, backward=_backward_dropout,
+)  # fmt: skip
+_SinusoidalAdd = short_autograd(_SINUSOIDAL_ADD.run, _setup_sinusoidal_add, _backward_sinusoidal_add)
 
 
-_SinusoidalAdd = short_autograd(_OPERATOR.run, _setup_context, _backward)
+def rotary(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    position_ids: Tensor | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotary position embedding of queries and keys, both in one pass. Returns (q, k).
+
+    q: (B, H, S, D), float32, bfloat16 or float16. k: (B, Hkv, S, D) in q's dtype, or None. cos, sin: (length, R/2),
+    float32 or q's dtype, R <= D: the first R elements of a row are rotated, the others kept. position_ids: (S,) or
+    (B, S), int32 or int64, each in [0, length); without, positions are 0 ... S - 1, S <= length.
+    interleaved: pairs are (2 j, 2 j + 1) instead of (j, j + R/2).
+    inplace: writes over q and k and returns them. Where autograd records the call, the results are computed apart and
+    copied over q and k, so that gradients are those of any torch operation in place; cos and sin that require gradients
+    and leaves that require gradients are refused.
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape or device and, on the CPU, for a position outside
+    the tables; on a GPU the rotated elements of such a row become NaN. Source: Su et al. 2021, "RoFormer", section 3.4.
+    """
+    args = (q, k, cos, sin, position_ids, interleaved, False)
+    if inplace:
+        return _rotary_inplace(*args)
+    if not is_plain(q, k, cos, sin, position_ids):
+        q_out, k_out = torch.ops.llmkern.rotary(*args)
+    elif needs_grad(q, k, cos, sin):
+        q_out, k_out = _Rotary.apply(*args)
+    else:
+        return _ROTARY.run(*args, False)
+    return q_out, None if k is None else k_out
+
+
+def _rotary_inplace(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor | None]:
+    if not needs_grad(q, k, cos, sin):
+        if is_plain(q, k, cos, sin, position_ids):
+            return _ROTARY.run(q, k, cos, sin, position_ids, interleaved, inverse, True)
+        torch.ops.llmkern.rotary_(q, k, cos, sin, position_ids, interleaved, inverse)
+        return q, k
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError("inplace: expected False where cos or sin requires a gradient, which needs q and k; got True")
+    for name, x in (("q", q), ("k", k)):
+        if x is not None and x.requires_grad and x.is_leaf:
+            raise ValueError(f"inplace: expected False where {name} is a leaf that requires a gradient; got True")
+    _check_inplace(q, k)
+    q_out, k_out = rotary(q, k, cos, sin, interleaved=interleaved, position_ids=position_ids)
+    return q.copy_(q_out), None if k is None or k_out is None else k.copy_(k_out)
+
+
+def _check_inplace(q: Tensor, k: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k)):
+        if x is not None and any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError(
+                f"{name}: expected elements with memory of their own with inplace=True, got strides {x.stride()} "
+                f"with shape {tuple(x.shape)}"
+            )
+
+
+def _check_rotary(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool,
+    inverse: bool, inplace: bool,
+) -> None:  # fmt: skip
+    check.dtype("q", q, check.FLOATS)
+    check.rank("q", q, "(B, H, S, D)")
+    batch, _, length, width = q.shape
+    if k is not None:
+        check.same_dtype("k", k, "q", q)
+        check.same_device("k", k, "q", q)
+        check.rank("k", k, "(B, Hkv, S, D)")
+        check.shape("k", k, "(B, Hkv, S, D)", (batch, k.size(1), length, width))
+    check.dtype("cos", cos, (torch.float32, q.dtype) if q.dtype != torch.float32 else (torch.float32,))
+    check.same_dtype("sin", sin, "cos", cos)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check.same_device(name, table, "q", q)
+        check.rank(name, table, "(length, R/2)")
+    check.shape("sin", sin, "(length, R/2)", tuple(cos.shape))
+    if 2 * cos.size(1) > width:
+        raise ValueError(f"cos: expected (length, R/2) with R <= D = {width} of q, got shape {tuple(cos.shape)}")
+    if position_ids is None:
+        if length > cos.size(0):
+            raise ValueError(
+                f"q: expected (B, H, S, D) with S <= length = {cos.size(0)} of cos, got shape {tuple(q.shape)}"
+            )
+    else:
+        check.dtype("position_ids", position_ids, (torch.int64, torch.int32))
+        check.same_device("position_ids", position_ids, "q", q)
+        if tuple(position_ids.shape) not in ((length,), (batch, length)):
+            raise ValueError(
+                f"position_ids: expected (S,) = {(length,)} or (B, S) = {(batch, length)}, "
+                f"got shape {tuple(position_ids.shape)}"
+            )
+    if inplace:
+        _check_inplace(q, k)
+
+
+def _plain_rotary(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool,
+    inverse: bool, inplace: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    if position_ids is not None and position_ids.device.type == "cpu" and position_ids.numel():
+        low, high = (int(x) for x in position_ids.aminmax())
+        if low < 0 or high >= cos.size(0):
+            raise ValueError(
+                f"position_ids: expected values in [0, length) with length = {cos.size(0)} of cos and sin, "
+                f"got {low if low < 0 else high}"
+            )
+    sin = -sin if inverse else sin
+    q_out, k_out = reference.rotary(q, k, cos, sin, interleaved=interleaved, position_ids=position_ids)
+    if not inplace:
+        return q_out, k_out
+    return q.copy_(q_out), None if k is None or k_out is None else k.copy_(k_out)
+
+
+def _rotary_example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    q, k = (torch.empty(1, heads, 8, 64, dtype=dtype, device=device) for heads in (4, 2))
+    cos, sin = (torch.empty(8, 32, device=device) for _ in range(2))
+    return q, k, cos, sin, None, False, False, False
+
+
+_ROTARY = Operator(
+    "rotary",
+    _check_rotary,
+    _rotary_example,
+    cpu=[CPU_ROTARY, reference_backend(_plain_rotary)],
+    cuda=[reference_backend(_plain_rotary)],
+    other=[reference_backend(_plain_rotary)],
+)
+
+
+def _run_rotary(q: Tensor, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    q_out, k_out = _ROTARY.run(q, k, *args, False)
+    return q_out, q.new_empty(0) if k_out is None else k_out  # an operator's result is never None
+
+
+def _run_rotary_inplace(q: Tensor, k: Tensor | None, *args: Any) -> None:
+    if needs_grad(q, k):
+        raise RuntimeError("llmkern::rotary_ has no gradient; call llmkern.functional.rotary(..., inplace=True)")
+    _ROTARY.run(q, k, *args, True)
+
+
+def _fake_rotary(q: Tensor, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    _check_rotary(q, k, *args, False)
+    return rotary_output(q), q.new_empty(0) if k is None else rotary_output(k)
+
+
+def _fake_rotary_inplace(q: Tensor, k: Tensor | None, *args: Any) -> None:
+    _check_rotary(q, k, *args, True)
+
+
+def _setup_rotary(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, cos, sin, position_ids, ctx.interleaved, ctx.inverse = inputs
+    # q and k only for the gradients of the tables.
+    tables = cos.requires_grad or sin.requires_grad
+    ctx.has_k = k is not None
+    ctx.save_for_backward(q if tables else None, k if tables else None, cos, sin, position_ids)
+
+
+def _backward_rotary(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, cos, sin, position_ids = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 7
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        args = (cos, sin, position_ids, ctx.interleaved, not ctx.inverse)
+        gq, gk = torch.ops.llmkern.rotary(grad_q, grad_k if ctx.has_k else None, *args)
+        grads[0] = gq if ctx.needs_input_grad[0] else None
+        grads[1] = gk if ctx.needs_input_grad[1] else None
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        pairs = [(q, grad_q)] if k is None else [(q, grad_q), (k, grad_k)]
+        grad_cos, grad_sin = _table_gradients(pairs, cos, position_ids, ctx.interleaved)
+        grads[2] = grad_cos if ctx.needs_input_grad[2] else None
+        grads[3] = (-grad_sin if ctx.inverse else grad_sin) if ctx.needs_input_grad[3] else None
+    return tuple(grads)
+
+
+def _table_gradients(
+    pairs: list[tuple[Tensor, Tensor]], cos: Tensor, position_ids: Tensor | None, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """From (input, gradient of the output) pairs: each position's sums over heads and over the batch, in float32."""
+    half = cos.size(1)
+    sums = []
+    for x, grad in pairs:
+        parts = []
+        for t in (x, grad):
+            rotated = t[..., : 2 * half].float()
+            parts += rotated.unflatten(-1, (half, 2)).unbind(-1) if interleaved else rotated.chunk(2, -1)
+        a, b, ga, gb = parts
+        sums.append(((ga * a + gb * b).sum(1), (gb * a - ga * b).sum(1)))
+    batch, length = sums[0][0].shape[:2]
+    if position_ids is None:
+        position_ids = torch.arange(length, device=cos.device)
+    index = position_ids.long().expand(batch, length).reshape(-1)
+    results = []
+    for part in (0, 1):
+        total = sum((s[part] for s in sums[1:]), sums[0][part]).reshape(-1, half)
+        table = torch.zeros(cos.shape, dtype=total.dtype, device=cos.device).index_add(0, index, total)
+        results.append(table.to(cos.dtype))
+    return results[0], results[1]
+
+
+define(
+    "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse)"
+    " -> (Tensor, Tensor)",
+    _run_rotary, _fake_rotary, setup_context=_setup_rotary, backward=_backward_rotary,
+)  # fmt: skip
+define(
+    "rotary_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse)"
+    " -> ()",
+    _run_rotary_inplace, _fake_rotary_inplace,
+)  # fmt: skip
+_Rotary = short_autograd(_run_rotary, _setup_rotary, _backward_rotary)

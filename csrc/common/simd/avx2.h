@@ -28,6 +28,7 @@ LLMKERN_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, 
 LLMKERN_INLINE Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
 LLMKERN_INLINE Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
 LLMKERN_INLINE Float abs(Float a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+LLMKERN_INLINE Float swap_pairs(Float a) { return _mm256_permute_ps(a, 0xB1); }
 
 LLMKERN_INLINE Int as_int(Float a) { return _mm256_castps_si256(a); }
 LLMKERN_INLINE Float as_float(Int a) { return _mm256_castsi256_ps(a); }

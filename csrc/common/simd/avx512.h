@@ -32,6 +32,7 @@ LLMKERN_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, 
 LLMKERN_INLINE Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
 LLMKERN_INLINE Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
 LLMKERN_INLINE Float abs(Float a) { return _mm512_abs_ps(a); }
+LLMKERN_INLINE Float swap_pairs(Float a) { return _mm512_permute_ps(a, 0xB1); }
 
 LLMKERN_INLINE Int as_int(Float a) { return _mm512_castps_si512(a); }
 LLMKERN_INLINE Float as_float(Int a) { return _mm512_castsi512_ps(a); }

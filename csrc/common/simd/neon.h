@@ -28,6 +28,7 @@ LLMKERN_INLINE Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b);
 LLMKERN_INLINE Float max(Float a, Float b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 LLMKERN_INLINE Float min(Float a, Float b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 LLMKERN_INLINE Float abs(Float a) { return vabsq_f32(a); }
+LLMKERN_INLINE Float swap_pairs(Float a) { return vrev64q_f32(a); }
 
 LLMKERN_INLINE Int as_int(Float a) { return vreinterpretq_s32_f32(a); }
 LLMKERN_INLINE Float as_float(Int a) { return vreinterpretq_f32_s32(a); }

@@ -41,6 +41,7 @@ LLMKERN_INLINE Float as_float(Int a) {
   return b;
 }
 LLMKERN_INLINE Float abs(Float a) { return as_float(as_int(a) & 0x7fffffff); }
+LLMKERN_INLINE Float swap_pairs(Float a) { return Float{a[1], a[0], a[3], a[2]}; }  // lanes 2 i and 2 i + 1
 LLMKERN_INLINE Int round_to_int(Float a) {  // to nearest, ties to even; INT32_MIN out of range and for NaN
   Int r;
   for (int i = 0; i < kWidth; i++)

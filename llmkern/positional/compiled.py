@@ -1,0 +1,122 @@
+"""Launchers of the compiled positional kernels, each with the reason why it cannot serve a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern import extension
+from llmkern.backend import Backend
+from llmkern.positional.reference import drop_below
+
+
+def _missing(*args: Any) -> str | None:
+    return extension.MISSING
+
+
+def _sinusoidal_add(
+    x: Tensor, pe: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float
+) -> Callable[..., Tensor]:
+    """pe None stands for zeros: the backward, which only scales and drops."""
+    if x.stride(2) != 1 or (pe is not None and pe.stride(2) != 1):
+
+        def contiguous(x: Tensor, pe: Tensor | None, *rest: Any) -> Tensor:
+            x, pe = x.contiguous(), None if pe is None else pe.contiguous()
+            return _sinusoidal_add(x, pe, seed, scale, dropout_p)(x, pe, *rest)
+
+        return contiguous
+    kernel, threads = extension._C.sinusoidal_add, extension.threads
+    length, batch, width = x.shape
+    strides = (x.stride(0), x.stride(1), 0 if pe is None else pe.stride(0), batch * width, width)
+    code = extension.DTYPE_CODES[x.dtype]
+    drop = drop_below(dropout_p) if seed is not None else 0
+    keep_scale = 0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p)
+
+    def launch(x: Tensor, pe: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        table = 0 if pe is None else pe.data_ptr()
+        if seed is None:
+            kernel(x.data_ptr(), table, out.data_ptr(), length, batch, width, *strides, scale, code, threads())
+        else:
+            kernel(x.data_ptr(), table, out.data_ptr(), length, batch, width, *strides, scale, code, threads(),
+                   drop, keep_scale, int(seed))  # fmt: skip
+        return out
+
+    return launch
+
+
+CPU_SINUSOIDAL_ADD = Backend("cpu", _sinusoidal_add, _missing)
+CPU_SINUSOIDAL_DROPOUT = Backend(
+    "cpu",
+    lambda x, seed, scale, dropout_p: _dropout(_sinusoidal_add(x, None, seed, scale, dropout_p)),
+    _missing,
+)
+
+
+def _dropout(launch: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, seed, scale, dropout_p: launch(x, None, seed, scale, dropout_p)
+
+
+def rotary_output(x: Tensor) -> Tensor:
+    """Where a rotation of x is written: the memory order of x, but always with contiguous rows."""
+    out = torch.empty_like(x)
+    return out if out.stride(3) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _rotary(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+    inplace: bool,
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if q.stride(3) != 1 or cos.stride(1) != 1 or sin.stride(1) != 1 or (k is not None and k.stride(3) != 1):
+        return _rotary_contiguous
+    q_out, k_out = (q, k) if inplace else (rotary_output(q), None if k is None else rotary_output(k))
+    position_strides = (0, 0)
+    if position_ids is not None:
+        position_strides = (position_ids.stride(0) if position_ids.dim() == 2 else 0, position_ids.stride(-1))
+    codes, zero = extension.DTYPE_CODES, (0, 0, 0)
+    plan = extension._C.RotaryPlan(
+        [q.size(0), q.size(1), 0 if k is None else k.size(1), q.size(2), q.size(3), 2 * cos.size(1), cos.size(0)],
+        [*q.stride()[:3], *(zero if k is None else k.stride()[:3]), *q_out.stride()[:3],
+         *(zero if k_out is None else k_out.stride()[:3]), cos.stride(0), sin.stride(0), *position_strides],
+        [codes[q.dtype], codes[cos.dtype], 0 if position_ids is None else codes[position_ids.dtype]],
+        interleaved, inverse,
+    )  # fmt: skip
+    kernel, threads = extension._C.rotary, extension.threads
+
+    def launch(
+        q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        q_out, k_out = (q, k) if inplace else (rotary_output(q), None if k is None else rotary_output(k))
+        kernel(
+            plan, q.data_ptr(), 0 if k is None else k.data_ptr(), q_out.data_ptr(),
+            0 if k_out is None else k_out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            0 if position_ids is None else position_ids.data_ptr(), threads(),
+        )  # fmt: skip
+        return q_out, k_out
+
+    return launch
+
+
+def _rotary_contiguous(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool,
+    inverse: bool, inplace: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """For rows whose elements do not lie side by side: on copies."""
+    args = (q.contiguous(), None if k is None else k.contiguous(), cos.contiguous(), sin.contiguous(), position_ids,
+            interleaved, inverse, False)  # fmt: skip
+    q_out, k_out = _rotary(*args)(*args)
+    if inplace:
+        return q.copy_(q_out), None if k is None or k_out is None else k.copy_(k_out)
+    return q_out, k_out
+
+
+CPU_ROTARY = Backend("cpu", _rotary, _missing)

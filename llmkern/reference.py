@@ -1,0 +1,15 @@
+"""The plain PyTorch versions, under the names of the fast ones: what every kernel is held to."""
+
+from llmkern.attention.reference import MultiHeadAttention
+from llmkern.int8.reference import Int8Linear, quantize_model
+from llmkern.positional.reference import PositionalEncoding, RotaryEmbedding
+from llmkern.transformer.reference import Transformer
+
+__all__ = [
+    "Int8Linear",
+    "MultiHeadAttention",
+    "PositionalEncoding",
+    "RotaryEmbedding",
+    "Transformer",
+    "quantize_model",
+]
