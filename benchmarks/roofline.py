@@ -84,7 +84,7 @@ def floor(flops: float, dtype: torch.dtype, bytes: float = 0.0) -> Callable[[], 
     """A function that measures, when called, the seconds that no version beats.
 
     flops: operations of the call (a multiply-add counts 2), done at the rate of `dtype` (float16 at float32's: it is
-    widened). bytes: the fewest that must be read, at the rate of reading a block of that size again and again, so from
+    widened). bytes: the fewest that must be moved, at the rate of reading a block of that size again and again, so from
     the cache where they fit there. The longer of the two counts, since both can go on at once.
     """
     kind = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.uint8: "int8"}.get(dtype, "float32")
