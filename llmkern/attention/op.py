@@ -16,7 +16,7 @@ from llmkern.attention import compiled, reference
 from llmkern.attention.layout import empty_in_order
 from llmkern.attention.mask import Mask
 from llmkern.backend import Operator, reference_backend
-from llmkern.operator import define, is_plain, needs_grad, short_autograd
+from llmkern.operator import define, is_plain, needs_grad, refuse_forward_ad, short_autograd
 
 
 def attention(
@@ -34,6 +34,8 @@ def attention(
     args = (query, key, value, *mask.arguments(), scale, uniform_empty_rows)
     tensors = (query, key, value, mask.dense)
     if not is_plain(*tensors, mask.key_lengths):
+        # Here and not in the operator alone: torch.func unwraps its tangents on the way there.
+        refuse_forward_ad("attention", *tensors)
         return torch.ops.llmkern.attention(*args)
     if needs_grad(*tensors):
         return _Attention.apply(*args)
