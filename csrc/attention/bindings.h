@@ -11,6 +11,9 @@
 namespace llmkern {
 
 LLMKERN_KERNEL(attention_forward, AttentionParams)
+LLMKERN_KERNEL(attention_backward, AttentionParams)
+LLMKERN_KERNEL(attention_weights, AttentionParams)
+LLMKERN_KERNEL(attention_weights_backward, AttentionParams)
 
 inline void bind_attention(pybind11::module_& m) {
   namespace py = pybind11;
@@ -39,24 +42,36 @@ inline void bind_attention(pybind11::module_& m) {
            })
 #define LLMKERN_STRIDES(name) \
   .def(#name, [](AttentionParams& p, int64_t b, int64_t h, int64_t row) { p.name = {nullptr, b, h, row}; })
-          LLMKERN_STRIDES(query) LLMKERN_STRIDES(key) LLMKERN_STRIDES(value) LLMKERN_STRIDES(output);
+          LLMKERN_STRIDES(query) LLMKERN_STRIDES(key) LLMKERN_STRIDES(value) LLMKERN_STRIDES(output)
+              LLMKERN_STRIDES(grad_output) LLMKERN_STRIDES(dquery) LLMKERN_STRIDES(dkey) LLMKERN_STRIDES(dvalue)
+                  LLMKERN_STRIDES(weights);
 #undef LLMKERN_STRIDES
-  m.def(
-      "attention_forward",
-      [](const AttentionParams& plan, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t mask,
-         uintptr_t lengths, uintptr_t output, uintptr_t logsumexp, int threads) {
-        AttentionParams p = plan;
-        p.query.data = reinterpret_cast<char*>(query);
-        p.key.data = reinterpret_cast<char*>(key);
-        p.value.data = reinterpret_cast<char*>(value);
-        p.mask.data = reinterpret_cast<const char*>(mask);
-        p.mask.lengths = reinterpret_cast<const char*>(lengths);
-        p.output.data = reinterpret_cast<char*>(output);
-        p.logsumexp = reinterpret_cast<float*>(logsumexp);
-        p.threads = threads;
-        attention_forward(p);
-      },
-      py::call_guard<py::gil_scoped_release>());
+  // A kernel takes a plan, the threads, and addresses (0: none): of the mask, the lengths, the log-sum-exp, the gradient
+  // of the scores, then of the tensors listed here.
+  using P = AttentionParams;
+  using Tensors = std::vector<AttentionTensor P::*>;
+  auto define = [&m](const char* name, void (*kernel)(const P&), const Tensors& tensors) {
+    m.def(
+        name,
+        [kernel, tensors](const P& plan, int threads, const std::vector<uintptr_t>& addresses) {
+          P p = plan;
+          p.threads = threads;
+          p.mask.data = reinterpret_cast<const char*>(addresses.at(0));
+          p.mask.lengths = reinterpret_cast<const char*>(addresses.at(1));
+          p.logsumexp = reinterpret_cast<double*>(addresses.at(2));
+          p.grad_scores = reinterpret_cast<float*>(addresses.at(3));
+          for (size_t i = 0; i < tensors.size(); i++)
+            (p.*tensors[i]).data = reinterpret_cast<char*>(addresses.at(4 + i));
+          kernel(p);
+        },
+        py::call_guard<py::gil_scoped_release>());
+  };
+  define("attention_forward", attention_forward, {&P::query, &P::key, &P::value, &P::output});
+  define("attention_backward", attention_backward,
+         {&P::query, &P::key, &P::value, &P::output, &P::grad_output, &P::dquery, &P::dkey, &P::dvalue});
+  define("attention_weights", attention_weights, {&P::query, &P::key, &P::weights});
+  define("attention_weights_backward", attention_weights_backward,
+         {&P::query, &P::key, &P::weights, &P::dquery, &P::dkey});
 }
 
 }  // namespace llmkern

@@ -23,11 +23,6 @@ struct Sizes {
   int64_t depth, value_width, key_units, value_units, blocks, head_units;
 };
 
-template <class T>
-const T* rows_of(const AttentionTensor& t, int64_t b, int64_t h) {
-  return reinterpret_cast<const T*>(t.data) + b * t.b + h * t.h;
-}
-
 // The packed keys and values of one (b, kv head), and for each block whether its values are all finite.
 template <class T>
 struct Head {
@@ -74,9 +69,9 @@ LLMKERN_INLINE float soften(float* s, float* weights, int count, float* largest_
   *largest_so_far = now;
   // Nothing seen yet: any finite value, so that exp2(-infinity - it) is 0.
   float shift = now == minus_infinity() ? 0 : now;
-  Float by = broadcast(shift), sum0 = zero(), sum1 = zero();
+  Float by = broadcast(shift), log2e = broadcast(kLog2E), sum0 = zero(), sum1 = zero();
   auto weight = [&](int at) {
-    Float w = exp2_negative<kPairs<T>>(sub(load(s + at), by));
+    Float w = exp2_negative<kPairs<T>>(mul(sub(load(s + at), by), log2e));
     if constexpr (kPairs<T>)
       store_flushed(reinterpret_cast<Bf16*>(weights) + at, w);
     else
@@ -90,7 +85,7 @@ LLMKERN_INLINE float soften(float* s, float* weights, int count, float* largest_
   }
   if (c < count) sum0 = add(sum0, weight(c));
   alignas(64) float factor[kWidth];
-  store(factor, exp2_negative(sub(broadcast(before), by)));
+  store(factor, exp2_negative(mul(sub(broadcast(before), by), log2e)));
   float correction = before == now ? 1.0f : factor[0];
   *sum_so_far = *sum_so_far * correction + sum(add(sum0, sum1));
   return correction;
@@ -124,7 +119,7 @@ void attend(const AttentionParams& p, const Sizes<T>& sizes, const Head<T>& head
       int count = static_cast<int>(at_most(kBlockKeys, mask.limit(begin + first_row + n - 1) - key));
       if (count <= 0) continue;
       times_panels<kPairs<T>>(n, work.query + first_row * sizes.depth, sizes.depth, head.keys + key * sizes.depth,
-                              sizes.depth, count, work.scores, kBlockKeys, p.scale * kLog2E);
+                              sizes.depth, count, work.scores, kBlockKeys, p.scale);
       int padded = static_cast<int>(round_up(count, kWidth));
       float corrections[kTileRows];
       constexpr int64_t kRow = kPairs<T> ? kBlockKeys / 2 : kBlockKeys;
@@ -158,18 +153,11 @@ void attend(const AttentionParams& p, const Sizes<T>& sizes, const Head<T>& head
     int64_t d = 0;
     for (; d + kWidth <= p.value_width; d += kWidth) store(to + d, div(load(from + d), by));
     if (d < p.value_width) store_first(to + d, div(load(from + d), by), static_cast<int>(p.value_width - d));
-    p.logsumexp[(b * p.heads + h) * p.queries + begin + i] =
-        work.sum[i] == 0 ? minus_infinity()
-                         : static_cast<float>(kLn2 * (static_cast<double>(work.largest[i]) +
-                                                      __builtin_log2(static_cast<double>(work.sum[i]))));
+p.logsumexp[(b * p.heads + h) * p.queries + begin + i] =
+        work.sum[i] == 0 ? -__builtin_inf()
+                         : static_cast<double>(work.largest[i]) + __builtin_log(static_cast<double>(work.sum[i]));
   }
 }
-
-// Next one of `count` pieces of work, for whichever thread asks.
-struct Counter {
-  int64_t next = 0;
-  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-};
 
 template <class T>
 void forward(const AttentionParams& p) {

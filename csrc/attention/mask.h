@@ -45,8 +45,11 @@ class HeadMask {
   // No query in [0, row] sees a key at or past this one, but for the dense mask.
   int64_t limit(int64_t row) const { return mask_.causal ? at_least(0, at_most(keys_, row + diagonal_ + 1)) : keys_; }
 
-  // Applies the rules to the scores of a query and the keys [begin, begin + count), in units of log2, and sets those
-  // up to the next multiple of kWidth to -infinity.
+  // No query before this one sees the key.
+  int64_t first_row(int64_t key) const { return mask_.causal ? at_least(0, key - diagonal_) : 0; }
+
+  // Applies the rules to the scores of a query and the keys [begin, begin + count), and sets those up
+  // to the next multiple of kWidth to -infinity.
   void apply(float* s, int64_t row, int64_t begin, int count) const {
     int seen = static_cast<int>(at_least(0, at_most(count, limit(row) - begin)));
     if (mask_.data) apply_dense(s, row, begin, seen);
@@ -76,7 +79,7 @@ class HeadMask {
 
   template <class M>
   void add_dense(float* s, const M* data, int count) const {
-    Float none = broadcast(minus_infinity()), log2e = broadcast(kLog2E);
+    Float none = broadcast(minus_infinity());
     for (int c = 0; c < count; c += kWidth) {
       int n = count - c < kWidth ? count - c : kWidth;
       Float x;
@@ -87,7 +90,7 @@ class HeadMask {
         for (int i = 0; i < n; i++) gathered[i] = load_one(data + (c + i) * mask_.key);
         x = load(gathered);
       }
-      store(s + c, where_equal(x, none, none, fma(x, log2e, load(s + c))));
+      store(s + c, where_equal(x, none, none, add(x, load(s + c))));
     }
   }
 

@@ -28,9 +28,8 @@ struct AttentionParams {
   AttentionTensor query, key, value, output;  // (B, H, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv), (B, H, Sq, Dv)
   AttentionTensor grad_output, dquery, dkey, dvalue;
   AttentionTensor weights;  // (B, H, Sq, Sk): of the weights kernels, what they write; backward, the gradient
-  float* logsumexp;         // (B, H, Sq) contiguous
-  float* dmask;             // null: not asked for; zeroed, dense
-  int64_t dmask_b, dmask_h, dmask_row, dmask_key;  // its strides, 0 where the mask broadcasts
+  double* logsumexp;        // (B, H, Sq) contiguous
+  float* grad_scores;       // (B, H, Sq, Sk) contiguous, zeroed; null: not asked for
   AttentionMask mask;
   int64_t batch, heads, kv_heads, queries, keys, width, value_width;
   float scale;

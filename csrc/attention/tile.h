@@ -19,6 +19,11 @@ constexpr int kPanel = kVectors * kWidth;
 template <class T>
 constexpr bool kPairs = kBf16Dot && std::is_same<T, Bf16>::value;
 
+template <class T>
+const T* rows_of(const AttentionTensor& t, int64_t b, int64_t h) {
+  return reinterpret_cast<const T*>(t.data) + b * t.b + h * t.h;
+}
+
 LLMKERN_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 template <bool kPair>
@@ -98,7 +103,7 @@ void tile_rows(int rows, int vectors, const float* a, int64_t a_row, int64_t a_k
 
 // c = factor * (a times panels): scores of `rows` queries with `count` keys packed by pack_panels. Summed in pieces
 // of kDepth, which keeps the rounding error of wide heads small.
-constexpr int64_t kDepth = 64;
+constexpr int64_t kDepth = 32;
 template <bool kPair>
 void times_panels(int rows, const float* a, int64_t a_row, const float* panels, int64_t depth, int count, float* c,
                   int64_t ldc, float factor) {

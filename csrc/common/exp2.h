@@ -5,7 +5,6 @@
 namespace llmkern::LLMKERN_ISA {
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr double kLn2 = 0.69314718055994531;
 
 // Exactly 0 at -infinity and below -127, 1 at 0, NaN at NaN; relative error below 2^-23 above -126, where
 // kQuick is false, and below 2^-13 where it is true (enough for what is rounded to bf16 next).

@@ -33,6 +33,12 @@ LLMKERN_INLINE void parallel(int threads, Body& body) {
   run_parallel(threads, [](void* context, int i, int n) { (*static_cast<Body*>(context))(i, n); }, &body);
 }
 
+// The next piece of work, for whichever thread asks.
+struct Counter {
+  int64_t next = 0;
+  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+};
+
 // The part of [0, count) that thread i of n takes when all parts are equally dear, cut at multiples of `grain`.
 struct Range {
   int64_t begin, end;

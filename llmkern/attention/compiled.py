@@ -9,45 +9,47 @@ import torch
 from torch import Tensor
 
 from llmkern import extension
-from llmkern.attention.layout import output_strides
+from llmkern.attention.layout import empty_in_order, output_strides
 from llmkern.backend import Backend
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_WIDTH = 256
+Strides = tuple[int, int, int, int]
 
 
-def _unsupported(query: Tensor, key: Tensor, *rest: Any) -> str | None:
+def _unsupported(*tensors: Tensor) -> str | None:
     if extension.MISSING is not None:
         return extension.MISSING
-    if query.dtype not in _FLOATS:
-        return f"its kernels compute float32, bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
-    values = [t.shape[3] for t in rest if isinstance(t, Tensor) and t.dim() == 4][:1]
-    if max(query.shape[3], *values) > _MOST_WIDTH and rest:
-        return f"its kernels take heads of width 1 to {_MOST_WIDTH}, not {max(query.shape[3], *values)}"
+    if tensors[0].dtype not in _FLOATS:
+        return f"its kernels compute float32, bfloat16 and float16, not {str(tensors[0].dtype).removeprefix('torch.')}"
+    width = max(t.shape[3] for t in tensors)
+    if width > _MOST_WIDTH:
+        return f"its kernels take heads of width 1 to {_MOST_WIDTH}, not {width}"
     return None
 
 
-def _plain(t: Tensor) -> bool:
-    """Whether a kernel reads this tensor as it is: the last dimension contiguous."""
-    return t.stride(3) == 1 or t.shape[3] <= 1
+def _plain(t: Tensor) -> Tensor:
+    """The tensor as a kernel reads it: the last dimension contiguous."""
+    return t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous()
 
 
 def _params(
     query: Tensor, key: Tensor, value_width: int, mask: Tensor | None, key_lengths: Tensor | None, causal: bool,
-    bottom_right: bool, scale: float, uniform_empty_rows: bool,
+    bottom_right: bool, scale: float, uniform_empty_rows: bool, **tensors: Tensor | Strides,
 ) -> Any:  # fmt: skip
+    """What stays the same from call to call; `tensors` are the further ones of the kernel, or their strides."""
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
     sizes = [batch, heads, key.shape[1], queries, keys, width, value_width]
     code = extension.DTYPE_CODES[query.dtype]
     params = extension._C.AttentionParams(sizes, scale, uniform_empty_rows, causal, bottom_right, code)
-    params.query(*query.stride()[:3])
-    params.key(*key.stride()[:3])
     if mask is not None:
         strides = mask.expand(batch, heads, queries, keys).stride()
         params.mask(extension.DTYPE_CODES[mask.dtype], list(strides))
     if key_lengths is not None:
-        params.lengths(key_lengths.dtype == torch.int64, key_lengths.stride(0) if key_lengths.dim() else 0)
+        params.lengths(key_lengths.dtype == torch.int64, key_lengths.stride(0))
+    for name, t in {"query": query, "key": key, **tensors}.items():
+        getattr(params, name)(*(t.stride() if isinstance(t, Tensor) else t)[:3])
     return params
 
 
@@ -55,38 +57,125 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, key_lengths: Tensor | None, causal: bool,
-    bottom_right: bool, scale: float, uniform_empty_rows: bool,
-) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
-    if not (_plain(query) and _plain(key) and _plain(value)):
-
-        def contiguous(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-            args = [t if _plain(t) else t.contiguous() for t in (query, key, value)]
-            return _forward(*args, *rest)(*args, *rest)
-
-        return contiguous
-    params = _params(
-        query, key, value.shape[3], mask, key_lengths, causal, bottom_right, scale, uniform_empty_rows
-    )  # fmt: skip
-    batch, heads, queries, _ = query.shape
-    params.value(*value.stride()[:3])
-    shape, strides = (batch, heads, queries, value.shape[3]), output_strides(query, value.shape[3])
-    params.output(*strides[:3])
+def _forward(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    if any(_plain(t) is not t for t in (query, key, value)):
+        return _through_copies(_forward, 3)
+    shape, strides = (*query.shape[:3], value.shape[3]), output_strides(query, value.shape[3])
+    params = _params(query, key, value.shape[3], *rules, value=value, output=strides)
     kernel, threads, dtype, rows = extension._C.attention_forward, extension.threads, query.dtype, shape[:3]
 
     def launch(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, key_lengths: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         output = torch.empty_strided(shape, strides, dtype=dtype)
-        logsumexp = torch.empty(rows, dtype=torch.float32)
-        kernel(
-            params, query.data_ptr(), key.data_ptr(), value.data_ptr(), _address(mask), _address(key_lengths),
-            output.data_ptr(), logsumexp.data_ptr(), threads(),
+        logsumexp = torch.empty(rows, dtype=torch.float64)
+        addresses = (
+            _address(mask), _address(key_lengths), logsumexp.data_ptr(), 0,
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr(),
         )  # fmt: skip
+        kernel(params, threads(), addresses)
         return output, logsumexp
 
     return launch
 
 
-CPU_ATTENTION = Backend("cpu", _forward, _unsupported)
+def _backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, *rest: Any
+) -> Callable[..., tuple[Tensor, ...]]:
+    if any(_plain(t) is not t for t in (grad_output, query, key, value, output)):
+        return _through_copies(_backward, 5)
+    *rules, mask_grad = rest
+    width = value.shape[3]
+    strides = {f"d{n}": output_strides(t, t.shape[3]) for n, t in (("query", query), ("key", key), ("value", value))}
+    params = _params(
+        query, key, width, *rules, value=value, output=output, grad_output=grad_output, **strides
+    )  # fmt: skip
+    kernel, threads = extension._C.attention_backward, extension.threads
+
+    def launch(
+        grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor,
+        mask: Tensor | None, key_lengths: Tensor | None, *rest: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        grads = [empty_in_order(t, t.shape[3]) for t in (query, key, value)]
+        logsumexp = logsumexp.contiguous()
+        grad_scores = _grad_scores(query, key, mask_grad and mask is not None)
+        tensors = [query, key, value, output, grad_output, *grads]
+        kernel(params, threads(), [_address(t) for t in (mask, key_lengths, logsumexp, grad_scores, *tensors)])
+        return *grads, _mask_grad(query, mask, grad_scores)
+
+    return launch
+
+
+def _weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Callable[..., Tensor]:
+    if any(_plain(t) is not t for t in (query, key)):
+        return _through_copies(_weights, 2)
+    shape = (*query.shape[:3], key.shape[2])
+    like = torch.empty(shape, dtype=query.dtype, device="meta")
+    params = _params(query, key, 0, *rules, weights=like)
+    kernel, threads = extension._C.attention_weights, extension.threads
+
+    def launch(
+        query: Tensor, key: Tensor, logsumexp: Tensor, mask: Tensor | None, key_lengths: Tensor | None, *rest: Any
+    ) -> Tensor:
+        weights = query.new_empty(shape)
+        logsumexp = logsumexp.contiguous()
+        tensors = (mask, key_lengths, logsumexp, None, query, key, weights)
+        kernel(params, threads(), [_address(t) for t in tensors])
+        return weights
+
+    return launch
+
+
+def _weights_backward(
+    grad_weights: Tensor, query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any
+) -> Callable[..., tuple[Tensor, ...]]:
+    if any(_plain(t) is not t for t in (grad_weights, query, key)):
+        return _through_copies(_weights_backward, 3)
+    *rules, mask_grad = rest
+    strides = {f"d{n}": output_strides(t, t.shape[3]) for n, t in (("query", query), ("key", key))}
+    params = _params(query, key, 0, *rules, weights=grad_weights, **strides)
+    kernel, threads = extension._C.attention_weights_backward, extension.threads
+
+    def launch(
+        grad_weights: Tensor, query: Tensor, key: Tensor, logsumexp: Tensor, mask: Tensor | None,
+        key_lengths: Tensor | None, *rest: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        grads = [empty_in_order(t, t.shape[3]) for t in (query, key)]
+        logsumexp = logsumexp.contiguous()
+        grad_scores = _grad_scores(query, key, mask_grad and mask is not None)
+        tensors = [query, key, grad_weights, *grads]
+        kernel(params, threads(), [_address(t) for t in (mask, key_lengths, logsumexp, grad_scores, *tensors)])
+        return *grads, _mask_grad(query, mask, grad_scores)
+
+    return launch
+
+
+def _through_copies(plan: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """A launcher for tensors whose last dimension is not contiguous: the first `count` arguments are made so."""
+
+    def launch(*args: Any) -> Any:
+        args = (*(_plain(t) for t in args[:count]), *args[count:])
+        return plan(*args)(*args)
+
+    return launch
+
+
+def _grad_scores(query: Tensor, key: Tensor, wanted: bool) -> Tensor | None:
+    """The gradient of the scaled scores, (B, H, Sq, Sk) float32, for the kernel to fill where a query sees a key."""
+    return query.new_zeros((*query.shape[:3], key.shape[2]), dtype=torch.float32) if wanted else None
+
+
+def _mask_grad(query: Tensor, mask: Tensor | None, grad_scores: Tensor | None) -> Tensor:
+    if grad_scores is None or mask is None:
+        return query.new_empty(0, dtype=torch.float32)
+    return grad_scores.sum_to_size(mask.shape).contiguous()
+
+
+CPU_ATTENTION = Backend("cpu", _forward, lambda query, key, value, *rest: _unsupported(query, key, value))
+CPU_ATTENTION_BACKWARD = Backend(
+    "cpu", _backward, lambda grad_output, query, key, value, *rest: _unsupported(query, key, value)
+)
+CPU_ATTENTION_WEIGHTS = Backend("cpu", _weights, lambda query, key, *rest: _unsupported(query, key))
+CPU_ATTENTION_WEIGHTS_BACKWARD = Backend(
+    "cpu", _weights_backward, lambda grad_weights, query, key, *rest: _unsupported(query, key)
+)

@@ -26,7 +26,8 @@ def attention(
 
     query (B, H, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv), all float32, bfloat16 or float16, Hkv a divisor
     of H; mask as llmkern.attention.mask.Mask describes it. Returns (B, H, Sq, Dv) in the memory order of query, and
-    (B, H, Sq) float32, through which no gradient flows. A row with every key masked is zeros or, with
+    (B, H, Sq) float64, through which no gradient flows: rounded to float32 it would give every weight of a row the same
+    error again in the backward. A row with every key masked is zeros or, with
     uniform_empty_rows, the average of all values.
 
     Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
@@ -96,7 +97,7 @@ def _check_value(key: Tensor, value: Tensor) -> None:
 
 
 def _check_logsumexp(query: Tensor, logsumexp: Tensor) -> None:
-    check.dtype("logsumexp", logsumexp, (torch.float32,))
+    check.dtype("logsumexp", logsumexp, (torch.float64,))
     check.same_device("logsumexp", logsumexp, "query", query)
     check.shape("logsumexp", logsumexp, "(B, H, Sq)", tuple(query.shape[:3]))
 
@@ -139,12 +140,12 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 
 def _example_backward(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     x = torch.empty(1, 8, 128, 64, dtype=dtype, device=device)
-    return x, x, x, x, x, torch.empty(1, 8, 128, device=device), *_MASK, False
+    return x, x, x, x, x, torch.empty(1, 8, 128, dtype=torch.float64, device=device), *_MASK, False
 
 
 def _example_weights(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     x = torch.empty(1, 8, 128, 64, dtype=dtype, device=device)
-    return x, x, torch.empty(1, 8, 128, device=device), *_MASK
+    return x, x, torch.empty(1, 8, 128, dtype=torch.float64, device=device), *_MASK
 
 
 def _example_weights_backward(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -162,28 +163,28 @@ _BACKWARD = Operator(
     "attention_backward",
     _check_attention_backward,
     _example_backward,
-    cpu=[reference_backend(reference.attention_backward)],
+    cpu=[compiled.CPU_ATTENTION_BACKWARD, reference_backend(reference.attention_backward)],
     other=[reference_backend(reference.attention_backward)],
 )
 _WEIGHTS = Operator(
     "attention_weights",
     _check_weights,
     _example_weights,
-    cpu=[reference_backend(reference.attention_weights)],
+    cpu=[compiled.CPU_ATTENTION_WEIGHTS, reference_backend(reference.attention_weights)],
     other=[reference_backend(reference.attention_weights)],
 )
 _WEIGHTS_BACKWARD = Operator(
     "attention_weights_backward",
     _check_weights_backward,
     _example_weights_backward,
-    cpu=[reference_backend(reference.attention_weights_backward)],
+    cpu=[compiled.CPU_ATTENTION_WEIGHTS_BACKWARD, reference_backend(reference.attention_weights_backward)],
     other=[reference_backend(reference.attention_weights_backward)],
 )
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _check_attention(query, key, value, *rest)
-    return empty_in_order(query, value.size(3)), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return empty_in_order(query, value.size(3)), query.new_empty(query.shape[:3], dtype=torch.float64)
 
 
 def _fake_mask_grad(query: Tensor, mask: Tensor | None, mask_grad: bool) -> Tensor:

@@ -23,7 +23,7 @@ def attention(
     causal: bool, bottom_right: bool, scale: float, uniform_empty_rows: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(scale * query @ key^T + mask) @ value, (B, H, Sq, Dv), and the log-sum-exp of each row, (B, H, Sq)
-    float32.
+    float64.
 
     A row with every key masked is the average of all values (uniform_empty_rows) or zeros; its log-sum-exp is -inf.
     """
@@ -31,7 +31,7 @@ def attention(
     scores, seen = _scores(query, key, described, scale)
     weights, seen = _softmax(scores, seen, uniform_empty_rows)
     output = _matmul(weights, _for_each_head(value, query), seen)
-    return in_order(output, query), torch.logsumexp(scores.float(), dim=-1)
+    return in_order(output, query), torch.logsumexp(scores.double(), dim=-1)
 
 
 def attention_backward(

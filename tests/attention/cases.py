@@ -77,4 +77,4 @@ def _differentiable(query, key, value, mask, scale, uniform):
     scores, seen = reference._scores(query, key, mask, scale)
     weights, _ = reference._softmax(scores, seen, uniform)
     output = torch.matmul(weights, reference._for_each_head(value, query))
-    return output, torch.logsumexp(scores.float(), -1)
+    return output, torch.logsumexp(scores.double(), -1)

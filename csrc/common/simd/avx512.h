@@ -117,6 +117,12 @@ LLMKERN_INLINE void store_flushed(Bf16* p, Float a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
 }
 
+LLMKERN_INLINE void store_pairs(float* p, Float low, Float high) {
+  __m512i a = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(low)));
+  __m512i b = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(high)));
+  _mm512_storeu_ps(p, _mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16))));
+}
+
 LLMKERN_INLINE Float dot_bf16(Float acc, Int a, Int b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }

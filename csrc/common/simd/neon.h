@@ -124,6 +124,15 @@ LLMKERN_INLINE void store_first(T* p, Float a, int n) {
 
 LLMKERN_INLINE void store_flushed(Bf16* p, Float a) { store(p, a); }
 
+LLMKERN_INLINE void store_pairs(float* p, Float low, Float high) {
+  Bf16 a[kWidth], b[kWidth];
+  store(a, low), store(b, high);
+  for (int i = 0; i < kWidth; i++) {
+    uint32_t pair = a[i].bits | static_cast<uint32_t>(b[i].bits) << 16;
+    std::memcpy(p + i, &pair, 4);
+  }
+}
+
 LLMKERN_INLINE Float dot_bf16(Float acc, Int a, Int b) {
   const int32x4_t high = vdupq_n_s32(static_cast<int32_t>(0xffff0000u));
   acc = fma(as_float(shift_left<16>(a)), as_float(shift_left<16>(b)), acc);

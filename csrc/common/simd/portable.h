@@ -174,6 +174,16 @@ LLMKERN_INLINE void store_first(T* p, Float a, int n) {
 // May write subnormal numbers as 0, where that is quicker.
 LLMKERN_INLINE void store_flushed(Bf16* p, Float a) { store(p, a); }
 
+// Lane i of both as bf16 in the two halves of p[i], low first; subnormal numbers as in store_flushed.
+LLMKERN_INLINE void store_pairs(float* p, Float low, Float high) {
+  Bf16 a[kWidth], b[kWidth];
+  store(a, low), store(b, high);
+  for (int i = 0; i < kWidth; i++) {
+    uint32_t pair = a[i].bits | static_cast<uint32_t>(b[i].bits) << 16;
+    std::memcpy(p + i, &pair, 4);
+  }
+}
+
 // acc + lo(a) * lo(b) + hi(a) * hi(b), each lane of a and b holding two bf16 values.
 LLMKERN_INLINE Float dot_bf16(Float acc, Int a, Int b) {
   const int32_t high = static_cast<int32_t>(0xffff0000u);

@@ -1,0 +1,355 @@
+// The gradients of attention for the CPU: of query, key, value and of the scores; compiled once per instruction set.
+// docs/attention.md describes the algorithm.
+#include "probabilities.h"
+
+namespace llmkern::LLMKERN_ISA {
+namespace {
+
+// What one thread works in: a block of keys, a strip of queries, and their scores.
+template <class T>
+struct Work {
+  explicit Work(const Sizes<T>& sizes, int64_t more = 0)
+      : memory{static_cast<float*>(
+            scratch(Scratch::work, static_cast<size_t>(4 * (units(sizes) + more + kBlockKeys * 8))))},
+        block(sizes, memory.take(sizes.block_units())),
+        query(memory, sizes.depth, sizes.width),
+        grad_output(memory, sizes.value_depth, sizes.value_width),
+        output(memory, sizes.value_depth, sizes.value_width) {
+    weights = memory.take(kStrip * kBlockKeys);
+    grad_scores = memory.take(kStrip * kBlockKeys);
+    packed = memory.take(3 * kStrip / 2 * kBlockKeys);
+    key_sums = memory.take(kBlockKeys * sizes.width);
+    value_sums = memory.take(kBlockKeys * sizes.value_width);
+    average = memory.take(sizes.value_width);
+  }
+  static int64_t units(const Sizes<T>& sizes) {
+    return sizes.block_units() + 3 * sizes.strip_units() + (kBlockKeys + 2) * (sizes.width + sizes.value_width);
+  }
+  Memory memory;
+  Block<T> block;
+  Rows<T> query, grad_output, output;
+  float *weights, *grad_scores;
+  float* packed;  // bf16: weights and gradients in pairs of rows, gradients in pairs along the row
+  float *key_sums, *value_sums;
+  float* average;
+};
+
+template <class T>
+struct Backward {
+  const AttentionParams& p;
+  Sizes<T> sizes;
+  bool of_weights;  // the gradient of the weights is given, not that of the output
+  float* delta;     // (B, H, Sq): the sum of weights * their gradient
+
+  int64_t group() const { return p.heads / p.kv_heads; }
+
+  // The weights of a strip in a block, and the gradient of them: the number of keys that the strip sees.
+  int gradient_of_weights(const HeadMask& mask, const Block<T>& block, Work<T>& work, int64_t b, int64_t h, int64_t row,
+                          int count, int64_t begin) const {
+    int keys = static_cast<int>(at_most(kBlockKeys, mask.limit(row + count - 1) - begin));
+    if (keys <= 0) return 0;
+    work.query.pack(rows_of<T>(p.query, b, h) + row * p.query.row, p.query.row, count, p.width);
+    probabilities(p, sizes, mask, block, work.query, p.logsumexp + (b * p.heads + h) * p.queries, row, count, begin,
+                  keys, work.weights);
+    if (of_weights) {
+      const T* from = rows_of<T>(p.weights, b, h) + row * p.weights.row + begin;
+      for (int i = 0; i < count; i++, from += p.weights.row) {
+        float* to = work.grad_scores + i * kBlockKeys;
+        int c = 0;
+        for (; c + kWidth <= keys; c += kWidth) store(to + c, load(from + c));
+        if (c < keys) store(to + c, load_first(from + c, keys - c));
+      }
+    } else {
+      work.grad_output.pack(rows_of<T>(p.grad_output, b, h) + row * p.grad_output.row, p.grad_output.row, count,
+                            p.value_width);
+      times_panels<kPairs<T>>(count, work.grad_output.along, work.grad_output.step, block.values, sizes.value_depth,
+                              keys, work.grad_scores, kBlockKeys, 1);
+    }
+    return keys;
+  }
+
+  // Adds what a strip and a block give to the sums of the keys and values (null: not wanted) and of the queries.
+  void step(const HeadMask& mask, const Block<T>& block, Work<T>& work, int64_t b, int64_t h, int64_t row,
+            int64_t begin, float* key_sums, float* value_sums, float* query_sums) const {
+    int count = static_cast<int>(at_most(kStrip, p.queries - row));
+    int keys = gradient_of_weights(mask, block, work, b, h, row, count, begin);
+    if (!keys) return;
+    float *weights = work.weights, *grads = work.grad_scores;
+    const float* of_rows = delta + (b * p.heads + h) * p.queries + row;
+    for (int i = 0; i < count; i++) {
+      Float d = broadcast(of_rows[i]), none = zero();
+      for (int c = i * kBlockKeys; c < i * kBlockKeys + keys; c += kWidth) {
+        Float w = load(weights + c);
+        // A masked key has no part, whatever its value is.
+        store(grads + c, where_equal(w, none, none, mul(w, sub(load(grads + c), d))));
+      }
+    }
+    // The gradients of the scores are written once, on the way to the keys.
+    if (p.grad_scores && key_sums)
+      for (int i = 0; i < count; i++)
+        std::memcpy(p.grad_scores + ((b * p.heads + h) * p.queries + row + i) * p.keys + begin, grads + i * kBlockKeys,
+                    4 * static_cast<size_t>(keys));
+    const float *weights_by_row = weights, *grads_by_row = grads, *grads_along = grads;
+    int64_t along_step = kBlockKeys;
+    int rows = count, columns = keys;
+    if constexpr (kPairs<T>) {
+      float* to = work.packed;
+      rows = (count + 1) / 2, columns = (keys + 1) / 2, along_step = kBlockKeys / 2;
+      weights_by_row = to, grads_by_row = to + kStrip / 2 * kBlockKeys, grads_along = to + kStrip * kBlockKeys;
+      for (int i = 0; i < count; i++)
+        for (int c = 0; c < keys; c += kWidth)
+          store_flushed(reinterpret_cast<Bf16*>(to + kStrip * kBlockKeys + i * along_step) + c,
+                        load(grads + i * kBlockKeys + c));
+      for (int i = 0; i < rows; i++)
+        for (int c = 0; c < keys; c += kWidth) {
+          const float *w = weights + 2 * i * kBlockKeys + c, *g = grads + 2 * i * kBlockKeys + c;
+          bool both = 2 * i + 1 < count;
+          store_pairs(to + i * kBlockKeys + c, load(w), both ? load(w + kBlockKeys) : zero());
+          store_pairs(to + (kStrip / 2 + i) * kBlockKeys + c, load(g), both ? load(g + kBlockKeys) : zero());
+        }
+    }
+    constexpr bool kPair = kPairs<T>;
+    if (value_sums)
+      times_rows<kPair, Into::add>(keys, weights_by_row, 1, kBlockKeys, work.grad_output.rows, sizes.value_width, rows,
+                                   value_sums, nullptr, work.grad_output.special);
+    if (key_sums)
+      times_rows<kPair, Into::add>(keys, grads_by_row, 1, kBlockKeys, work.query.rows, sizes.width, rows, key_sums,
+                                   nullptr, work.query.special);
+    if (query_sums)
+      times_rows<kPair, Into::add>(count, grads_along, along_step, 1, block.key_rows, sizes.width, columns, query_sums,
+                                   nullptr, *block.special != 0);
+  }
+
+  // The gradients of one block of keys and values; with query_sums, zeroed and (group, Sq, width), those of the
+  // queries are added up too.
+  void keys_and_values(const Block<T>& block, Work<T>& work, int64_t b, int64_t kv_head, int64_t index,
+                       float* query_sums) const {
+    int64_t begin = index * kBlockKeys, keys = at_most(kBlockKeys, p.keys - begin);
+    std::memset(work.key_sums, 0, static_cast<size_t>(4 * kBlockKeys * sizes.width));
+    float* value_sums = of_weights ? nullptr : work.value_sums;
+    if (value_sums) std::memset(value_sums, 0, static_cast<size_t>(4 * kBlockKeys * sizes.value_width));
+    for (int64_t g = 0; g < group(); g++) {
+      int64_t h = kv_head * group() + g;
+      HeadMask mask(p, b, h);
+      for (int64_t row = mask.first_row(begin) / kStrip * kStrip; row < p.queries; row += kStrip)
+        step(mask, block, work, b, h, row, begin, work.key_sums, value_sums,
+             query_sums ? query_sums + (g * p.queries + row) * sizes.width : nullptr);
+    }
+    write(p.dkey, b, kv_head, begin, keys, work.key_sums, sizes.width, p.width, p.scale, nullptr);
+    if (of_weights) return;
+    bool uniform = p.uniform_empty_rows && empty_rows(b, kv_head, work.average);
+    write(p.dvalue, b, kv_head, begin, keys, value_sums, sizes.value_width, p.value_width, 1,
+          uniform ? work.average : nullptr);
+  }
+
+  // What each value gets from the rows without any key, which attend to all alike. False: there are none.
+  bool empty_rows(int64_t b, int64_t kv_head, float* to) const {
+    bool found = false;
+    std::memset(to, 0, static_cast<size_t>(4 * sizes.value_width));
+    for (int64_t h = kv_head * group(); h < (kv_head + 1) * group(); h++)
+      for (int64_t row = 0; row < p.queries; row++) {
+        if (p.logsumexp[(b * p.heads + h) * p.queries + row] != minus_infinity()) continue;
+        found = true;
+        const T* from = rows_of<T>(p.grad_output, b, h) + row * p.grad_output.row;
+        for (int64_t d = 0; d < p.value_width; d++) to[d] += load_one(from + d) / static_cast<float>(p.keys);
+      }
+    return found;
+  }
+
+  void write(const AttentionTensor& t, int64_t b, int64_t h, int64_t begin, int64_t count, const float* from,
+             int64_t step, int64_t width, float factor, const float* plus) const {
+    T* to = const_cast<T*>(rows_of<T>(t, b, h)) + begin * t.row;
+    Float f = broadcast(factor);
+    for (int64_t i = 0; i < count; i++, to += t.row, from += step)
+      for (int64_t d = 0; d < width; d += kWidth) {
+        Float x = mul(load(from + d), f);
+        if (plus) x = add(x, load(plus + d));
+        if (d + kWidth <= width)
+          store(to + d, x);
+        else
+          store_first(to + d, x, static_cast<int>(width - d));
+      }
+  }
+
+  // delta of the rows [row, row + total) of (b, h): from the output and its gradient. Summed in the order in which
+  // times_panels sums the gradient of a weight, so that the two cancel exactly where a query sees one key alone, and
+  // nearly where one key outweighs the others.
+  void delta_of_output(Work<T>& work, int64_t b, int64_t h, int64_t row, int64_t total) const {
+    Rows<T>&x = work.grad_output, &y = work.output;
+    for (int64_t end = row + total; row < end; row += kStrip) {
+      int count = static_cast<int>(at_most(kStrip, end - row));
+      x.pack(rows_of<T>(p.grad_output, b, h) + row * p.grad_output.row, p.grad_output.row, count, p.value_width);
+      y.pack(rows_of<T>(p.output, b, h) + row * p.output.row, p.output.row, count, p.value_width);
+      constexpr int kChains = 8;  // kStrip is a multiple of it; rows past `count` give what nobody reads
+      for (int i = 0; i < count; i += kChains) {
+        float sums[kChains] = {};
+        for (int64_t begin = 0; begin < sizes.value_depth; begin += kDepth) {
+          Float chains[kChains];
+          for (int j = 0; j < kChains; j++) chains[j] = zero();
+          for (int64_t d = begin; d < at_most(begin + kDepth, sizes.value_depth); d++)
+#pragma GCC unroll 8
+            for (int j = 0; j < kChains; j++) {
+              int64_t at = (i + j) * x.step + d;
+              chains[j] = multiply_add<kPairs<T>>(x.along + at, broadcast(y.along[at]), chains[j]);
+            }
+          for (int j = 0; j < kChains; j++) {
+            alignas(64) float lanes[kWidth];
+            store(lanes, chains[j]);
+            sums[j] += lanes[0];
+          }
+        }
+        for (int j = 0; j < kChains && i + j < count; j++) delta[(b * p.heads + h) * p.queries + row + i + j] = sums[j];
+      }
+    }
+  }
+
+  // The same from the weights and their gradient; `blocks` are those of this (b, kv head).
+  void delta_of_weights(const float* blocks, Work<T>& work, int64_t b, int64_t h, int64_t row, int64_t total) const {
+    HeadMask mask(p, b, h);
+    float* sums = delta + (b * p.heads + h) * p.queries;
+    for (int64_t end = row + total; row < end; row += kStrip) {
+      int count = static_cast<int>(at_most(kStrip, end - row));
+      for (int i = 0; i < count; i++) sums[row + i] = 0;
+      for (int64_t index = 0; index < sizes.blocks; index++) {
+        Block<T> block(sizes, const_cast<float*>(blocks) + index * sizes.block_units());
+        int keys = gradient_of_weights(mask, block, work, b, h, row, count, index * kBlockKeys);
+        for (int i = 0; i < count; i++) {
+          Float s = zero(), none = zero();
+          for (int c = i * kBlockKeys; c < i * kBlockKeys + keys; c += kWidth) {
+            Float w = load(work.weights + c);
+            s = where_equal(w, none, s, fma(w, load(work.grad_scores + c), s));
+          }
+          sums[row + i] += sum(s);
+        }
+      }
+    }
+  }
+
+  void queries(const float* blocks, Work<T>& work, int64_t b, int64_t h, int64_t row, int64_t total,
+               float* sums) const {
+    HeadMask mask(p, b, h);
+    std::memset(sums, 0, static_cast<size_t>(4 * total * sizes.width));
+    for (int64_t index = 0; index < sizes.blocks; index++) {
+      Block<T> block(sizes, const_cast<float*>(blocks) + index * sizes.block_units());
+      for (int64_t i = 0; i < total; i += kStrip)
+        step(mask, block, work, b, h, row + i, index * kBlockKeys, nullptr, nullptr, sums + i * sizes.width);
+    }
+    write(p.dquery, b, h, row, total, sums, sizes.width, p.width, p.scale, nullptr);
+  }
+};
+
+constexpr int64_t kRowsOfTask = 16 * kStrip;
+
+// Every (b, kv head) by one thread, its keys packed block by block: each weight is made once.
+template <class T>
+void by_head(const Backward<T>& backward, int threads) {
+  const AttentionParams& p = backward.p;
+  const Sizes<T>& sizes = backward.sizes;
+  Counter counter;
+  auto body = [&](int, int) {
+    int64_t units = backward.group() * p.queries * sizes.width;
+    Work<T> work(sizes, units);
+    float* query_sums = work.memory.take(units);
+    for (int64_t i = counter.take(); i < p.batch * p.kv_heads; i = counter.take()) {
+      int64_t b = i / p.kv_heads, kv_head = i % p.kv_heads;
+      std::memset(query_sums, 0, static_cast<size_t>(4 * units));
+      for (int64_t h = kv_head * backward.group(); h < (kv_head + 1) * backward.group(); h++)
+        backward.delta_of_output(work, b, h, 0, p.queries);
+      for (int64_t index = 0; index < sizes.blocks; index++) {
+        work.block.pack(p, sizes, b, kv_head, index);
+        backward.keys_and_values(work.block, work, b, kv_head, index, query_sums);
+      }
+      for (int64_t g = 0; g < backward.group(); g++)
+        backward.write(p.dquery, b, kv_head * backward.group() + g, 0, p.queries,
+                       query_sums + g * p.queries * sizes.width, sizes.width, p.width, p.scale, nullptr);
+    }
+  };
+  parallel(threads, body);
+}
+
+// Every block of keys, then every chunk of queries, by whichever thread is free: the weights are made twice, but few
+// heads occupy many threads. All sums are formed in the same order as by_head forms them.
+template <class T>
+void by_block(const Backward<T>& backward, float* blocks, int threads) {
+  const AttentionParams& p = backward.p;
+  const Sizes<T>& sizes = backward.sizes;
+  int64_t head_units = sizes.blocks * sizes.block_units(), key_tasks = p.batch * p.kv_heads * sizes.blocks;
+  int64_t chunks = (p.queries + kRowsOfTask - 1) / kRowsOfTask, query_tasks = p.batch * p.heads * chunks;
+  Counter counter;
+  auto pack = [&](int, int) {
+    for (int64_t i = counter.take(); i < key_tasks; i = counter.take()) {
+      int64_t head = i / sizes.blocks;
+      Block<T> block(sizes, blocks + i * sizes.block_units());
+      block.pack(p, sizes, head / p.kv_heads, head % p.kv_heads, i % sizes.blocks);
+    }
+  };
+  parallel(threads, pack);
+  auto for_queries = [&](auto function) {
+    counter.next = 0;
+    auto body = [&](int, int) {
+      Work<T> work(sizes, kRowsOfTask * sizes.width);
+      float* sums = work.memory.take(kRowsOfTask * sizes.width);
+      for (int64_t i = counter.take(); i < query_tasks; i = counter.take()) {
+        int64_t b = i / chunks / p.heads, h = i / chunks % p.heads, row = (chunks - 1 - i % chunks) * kRowsOfTask;
+        function(blocks + (b * p.kv_heads + h / backward.group()) * head_units, work, b, h, row,
+                 at_most(kRowsOfTask, p.queries - row), sums);
+      }
+    };
+    parallel(threads, body);
+  };
+  for_queries([&](const float* of_head, Work<T>& work, int64_t b, int64_t h, int64_t row, int64_t count, float*) {
+    if (backward.of_weights || p.grad_scores)
+      backward.delta_of_weights(of_head, work, b, h, row, count);
+    else
+      backward.delta_of_output(work, b, h, row, count);
+  });
+  counter.next = 0;
+  auto keys = [&](int, int) {
+    Work<T> work(sizes);
+    for (int64_t i = counter.take(); i < key_tasks; i = counter.take()) {
+      int64_t head = i / sizes.blocks;
+      Block<T> block(sizes, blocks + i * sizes.block_units());
+      backward.keys_and_values(block, work, head / p.kv_heads, head % p.kv_heads, i % sizes.blocks, nullptr);
+    }
+  };
+  parallel(threads, keys);
+  for_queries([&](const float* of_head, Work<T>& work, int64_t b, int64_t h, int64_t row, int64_t count, float* sums) {
+    backward.queries(of_head, work, b, h, row, count, sums);
+  });
+}
+
+template <class T>
+void run(const AttentionParams& p, bool of_weights) {
+  Sizes<T> sizes(p);
+  constexpr int64_t kMostSums = int64_t(1) << 24;  // units of memory that a thread keeps for the sums of its queries
+  int64_t heads = p.batch * p.kv_heads, rows = p.batch * p.heads * p.queries;
+  int threads = static_cast<double>(rows) * static_cast<double>(p.keys * p.width) < 32768 ? 1 : p.threads;
+  // Where the gradient of the scores itself is asked for, delta has no other rounding than the terms of its sum.
+  bool whole_heads = !of_weights && !p.grad_scores && (heads % threads == 0 || heads >= 4 * threads) &&
+                     p.heads / p.kv_heads * p.queries * sizes.width <= kMostSums;
+  int64_t packed = whole_heads ? 0 : heads * sizes.blocks * sizes.block_units();
+  Memory memory{static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * (rows + packed + 32))))};
+  Backward<T> backward{p, sizes, of_weights, memory.take(rows)};
+  if (whole_heads)
+    by_head(backward, threads);
+  else
+    by_block(backward, memory.take(packed), threads);
+}
+
+void run(const AttentionParams& p, bool of_weights) {
+  switch (p.dtype) {
+    case DType::bf16:
+      return run<Bf16>(p, of_weights);
+    case DType::f16:
+      return run<Fp16>(p, of_weights);
+    default:
+      return run<float>(p, of_weights);
+  }
+}
+
+}  // namespace
+
+void attention_backward(const AttentionParams& p) { run(p, false); }
+void attention_weights_backward(const AttentionParams& p) { run(p, true); }
+
+}  // namespace llmkern::LLMKERN_ISA
