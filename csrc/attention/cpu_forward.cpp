@@ -67,11 +67,11 @@ LLMKERN_INLINE float soften(float* s, float* weights, int count, float* largest_
   float before = *largest_so_far, now = largest(max(m0, m1));
   now = before > now ? before : now;
   *largest_so_far = now;
-  // Nothing seen yet: any finite value, so that exp2(-infinity - it) is 0.
+  // Nothing seen yet: any finite value, so that e^(-infinity - it) is 0.
   float shift = now == minus_infinity() ? 0 : now;
-  Float by = broadcast(shift), log2e = broadcast(kLog2E), sum0 = zero(), sum1 = zero();
+  Float by = broadcast(shift), sum0 = zero(), sum1 = zero();
   auto weight = [&](int at) {
-    Float w = exp2_negative<kPairs<T>>(mul(sub(load(s + at), by), log2e));
+    Float w = exp_negative<kPairs<T>>(sub(load(s + at), by));
     if constexpr (kPairs<T>)
       store_flushed(reinterpret_cast<Bf16*>(weights) + at, w);
     else
@@ -85,7 +85,7 @@ LLMKERN_INLINE float soften(float* s, float* weights, int count, float* largest_
   }
   if (c < count) sum0 = add(sum0, weight(c));
   alignas(64) float factor[kWidth];
-  store(factor, exp2_negative(mul(sub(broadcast(before), by), log2e)));
+  store(factor, exp_negative(sub(broadcast(before), by)));
   float correction = before == now ? 1.0f : factor[0];
   *sum_so_far = *sum_so_far * correction + sum(add(sum0, sum1));
   return correction;

@@ -1,6 +1,6 @@
 // Which keys a query sees: the limits that skip whole blocks, and the rest written into the scores as -infinity.
 #pragma once
-#include "../common/exp2.h"
+#include "../common/exp.h"
 #include "../common/simd.h"
 #include "params.h"
 

@@ -91,7 +91,6 @@ void probabilities(const AttentionParams& p, const Sizes<T>& sizes, const HeadMa
                    const Rows<T>& query, const double* logsumexp, int64_t row, int count, int64_t begin, int keys,
                    float* weights) {
   times_panels<kPairs<T>>(count, query.along, query.step, block.keys, sizes.depth, keys, weights, kBlockKeys, p.scale);
-  Float log2e = broadcast(kLog2E);
   for (int i = 0; i < count; i++) {
     float* s = weights + i * kBlockKeys;
     mask.apply(s, row + i, begin, keys);
@@ -99,7 +98,7 @@ void probabilities(const AttentionParams& p, const Sizes<T>& sizes, const HeadMa
     double total = logsumexp[row + i] == minus_infinity() ? 0 : logsumexp[row + i];
     float high = static_cast<float>(total);
     Float a = broadcast(high), b = broadcast(static_cast<float>(total - static_cast<double>(high)));
-    for (int c = 0; c < keys; c += kWidth) store(s + c, exp2_negative(mul(sub(sub(load(s + c), a), b), log2e)));
+    for (int c = 0; c < keys; c += kWidth) store(s + c, exp_negative(sub(sub(load(s + c), a), b)));
   }
 }
 

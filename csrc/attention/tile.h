@@ -103,7 +103,7 @@ void tile_rows(int rows, int vectors, const float* a, int64_t a_row, int64_t a_k
 
 // c = factor * (a times panels): scores of `rows` queries with `count` keys packed by pack_panels. Summed in pieces
 // of kDepth, which keeps the rounding error of wide heads small.
-constexpr int64_t kDepth = 32;
+constexpr int64_t kDepth = 16;
 template <bool kPair>
 void times_panels(int rows, const float* a, int64_t a_row, const float* panels, int64_t depth, int count, float* c,
                   int64_t ldc, float factor) {

@@ -12,7 +12,7 @@ SHAPES = {
     "primes": (2, 3, 3, 67, 131, 17, 23),
     "around a block": (1, 2, 2, 65, 257, 64, 64),
     "grouped heads": (2, 6, 2, 33, 70, 40, 40),
-    "one query, many keys": (1, 4, 1, 1, 300, 64, 64),
+    "one query, many keys": (3, 4, 1, 1, 300, 64, 64),
     "head 256": (1, 1, 1, 19, 50, 256, 256),
     "odd head, wider value": (1, 2, 1, 20, 21, 63, 96),
     "no keys": (1, 2, 2, 3, 0, 16, 16),

@@ -1,0 +1,34 @@
+// e^x for x <= 0, for softmax: a power of two by integer addition, times a polynomial on [-1/2, 1/2] for 2^f
+// (Cody and Waite, Software Manual for the Elementary Functions, chapter 6).
+#pragma once
+#include "simd.h"
+
+namespace llmkern::LLMKERN_ISA {
+
+// 0 at and below -87.3 (e^x is then below every normal number), 1 at 0, NaN at NaN. Relative error below 2^-23, or
+// below 2^-13 where kQuick (enough for what is rounded to bf16 next).
+template <bool kQuick = false>
+LLMKERN_INLINE Float exp_negative(Float x) {
+  const Float least = broadcast(-87.3f);
+  const Float magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  const Float log2e = broadcast(1.44269502f);
+  x = max(least, x);  // the second operand where it is NaN
+  Float t = fma(x, log2e, magic);
+  Float f = fma(x, log2e, sub(magic, t));
+  Float y;
+  if constexpr (kQuick) {
+    y = fma(broadcast(5.500892383e-02f), f, broadcast(2.422109595e-01f));
+    y = fma(y, f, broadcast(6.932829283e-01f));
+  } else {
+    f = fma(x, broadcast(1.92596303e-8f), f);  // what log2(e) has beyond a float
+    y = fma(broadcast(1.534580806e-4f), f, broadcast(1.339993090e-3f));
+    y = fma(y, f, broadcast(9.618489072e-3f));
+    y = fma(y, f, broadcast(5.550328642e-2f));
+    y = fma(y, f, broadcast(2.402264625e-1f));
+    y = fma(y, f, broadcast(6.931471825e-1f));
+  }
+  y = fma(y, f, broadcast(1.0f));
+  return where_equal(x, least, zero(), as_float(add(as_int(y), shift_left<23>(as_int(t)))));
+}
+
+}  // namespace llmkern::LLMKERN_ISA
