@@ -46,8 +46,8 @@ inline void bind_attention(pybind11::module_& m) {
               LLMKERN_STRIDES(grad_output) LLMKERN_STRIDES(dquery) LLMKERN_STRIDES(dkey) LLMKERN_STRIDES(dvalue)
                   LLMKERN_STRIDES(weights);
 #undef LLMKERN_STRIDES
-  // A kernel takes a plan, the threads, and addresses (0: none): of the mask, the lengths, the log-sum-exp, the gradient
-  // of the scores, then of the tensors listed here.
+  // A kernel takes a plan, the threads, and addresses (0: none): of the mask, the lengths, the log-sum-exp, the
+  // gradient of the scores, then of the tensors listed here.
   using P = AttentionParams;
   using Tensors = std::vector<AttentionTensor P::*>;
   auto define = [&m](const char* name, void (*kernel)(const P&), const Tensors& tensors) {

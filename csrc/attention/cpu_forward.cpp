@@ -153,7 +153,7 @@ void attend(const AttentionParams& p, const Sizes<T>& sizes, const Head<T>& head
     int64_t d = 0;
     for (; d + kWidth <= p.value_width; d += kWidth) store(to + d, div(load(from + d), by));
     if (d < p.value_width) store_first(to + d, div(load(from + d), by), static_cast<int>(p.value_width - d));
-p.logsumexp[(b * p.heads + h) * p.queries + begin + i] =
+    p.logsumexp[(b * p.heads + h) * p.queries + begin + i] =
         work.sum[i] == 0 ? -__builtin_inf()
                          : static_cast<double>(work.largest[i]) + __builtin_log(static_cast<double>(work.sum[i]));
   }

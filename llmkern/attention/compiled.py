@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,9 +35,9 @@ def _plain(t: Tensor) -> Tensor:
 
 def _params(
     query: Tensor, key: Tensor, value_width: int, mask: Tensor | None, key_lengths: Tensor | None, causal: bool,
-    bottom_right: bool, scale: float, uniform_empty_rows: bool, **tensors: Tensor | Strides,
+    bottom_right: bool, scale: float, uniform_empty_rows: bool, *, more: Mapping[str, Tensor | Strides],
 ) -> Any:  # fmt: skip
-    """What stays the same from call to call; `tensors` are the further ones of the kernel, or their strides."""
+    """What stays the same from call to call; `more` are the kernel's further tensors, or their strides."""
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
     sizes = [batch, heads, key.shape[1], queries, keys, width, value_width]
@@ -48,7 +48,7 @@ def _params(
         params.mask(extension.DTYPE_CODES[mask.dtype], list(strides))
     if key_lengths is not None:
         params.lengths(key_lengths.dtype == torch.int64, key_lengths.stride(0))
-    for name, t in {"query": query, "key": key, **tensors}.items():
+    for name, t in {"query": query, "key": key, **more}.items():
         getattr(params, name)(*(t.stride() if isinstance(t, Tensor) else t)[:3])
     return params
 
@@ -61,7 +61,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable
     if any(_plain(t) is not t for t in (query, key, value)):
         return _through_copies(_forward, 3)
     shape, strides = (*query.shape[:3], value.shape[3]), output_strides(query, value.shape[3])
-    params = _params(query, key, value.shape[3], *rules, value=value, output=strides)
+    params = _params(query, key, value.shape[3], *rules, more={"value": value, "output": strides})
     kernel, threads, dtype, rows = extension._C.attention_forward, extension.threads, query.dtype, shape[:3]
 
     def launch(
@@ -86,10 +86,15 @@ def _backward(
         return _through_copies(_backward, 5)
     *rules, mask_grad = rest
     width = value.shape[3]
-    strides = {f"d{n}": output_strides(t, t.shape[3]) for n, t in (("query", query), ("key", key), ("value", value))}
-    params = _params(
-        query, key, width, *rules, value=value, output=output, grad_output=grad_output, **strides
-    )  # fmt: skip
+    more = {
+        "value": value,
+        "output": output,
+        "grad_output": grad_output,
+        "dquery": output_strides(query, query.shape[3]),
+        "dkey": output_strides(key, key.shape[3]),
+        "dvalue": output_strides(value, width),
+    }
+    params = _params(query, key, width, *rules, more=more)
     kernel, threads = extension._C.attention_backward, extension.threads
 
     def launch(
@@ -111,7 +116,7 @@ def _weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Call
         return _through_copies(_weights, 2)
     shape = (*query.shape[:3], key.shape[2])
     like = torch.empty(shape, dtype=query.dtype, device="meta")
-    params = _params(query, key, 0, *rules, weights=like)
+    params = _params(query, key, 0, *rules, more={"weights": like})
     kernel, threads = extension._C.attention_weights, extension.threads
 
     def launch(
@@ -132,8 +137,12 @@ def _weights_backward(
     if any(_plain(t) is not t for t in (grad_weights, query, key)):
         return _through_copies(_weights_backward, 3)
     *rules, mask_grad = rest
-    strides = {f"d{n}": output_strides(t, t.shape[3]) for n, t in (("query", query), ("key", key))}
-    params = _params(query, key, 0, *rules, weights=grad_weights, **strides)
+    more = {
+        "weights": grad_weights,
+        "dquery": output_strides(query, query.shape[3]),
+        "dkey": output_strides(key, key.shape[3]),
+    }
+    params = _params(query, key, 0, *rules, more=more)
     kernel, threads = extension._C.attention_weights_backward, extension.threads
 
     def launch(

@@ -82,8 +82,8 @@ LLMKERN_INLINE Int load_weights(const int8_t* p) {  // kWidth * kDotDepth weight
 LLMKERN_INLINE Int dot_quantized(Int acc, Int x, Int w) {
 #ifdef __SSE2__  // part of every x86-64 processor
   typedef int16_t Halves __attribute__((vector_size(16)));
-  return acc + reinterpret_cast<Int>(
-                   __builtin_ia32_pmaddwd128(reinterpret_cast<Halves>(x), reinterpret_cast<Halves>(w)));
+  return acc +
+         reinterpret_cast<Int>(__builtin_ia32_pmaddwd128(reinterpret_cast<Halves>(x), reinterpret_cast<Halves>(w)));
 #else
   return acc + (shift_left<16>(x) >> 16) * (shift_left<16>(w) >> 16) + (x >> 16) * (w >> 16);
 #endif
