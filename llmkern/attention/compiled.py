@@ -86,7 +86,7 @@ def _backward(
         return _through_copies(_backward, 5)
     *rules, mask_grad = rest
     width = value.shape[3]
-    more = {
+    more: dict[str, Tensor | Strides] = {
         "value": value,
         "output": output,
         "grad_output": grad_output,
@@ -137,7 +137,7 @@ def _weights_backward(
     if any(_plain(t) is not t for t in (grad_weights, query, key)):
         return _through_copies(_weights_backward, 3)
     *rules, mask_grad = rest
-    more = {
+    more: dict[str, Tensor | Strides] = {
         "weights": grad_weights,
         "dquery": output_strides(query, query.shape[3]),
         "dkey": output_strides(key, key.shape[3]),
