@@ -197,6 +197,15 @@ EMULATED __m512i dpbusd_epi32(__m512i acc, __m512i a, __m512i b) {
 }
 // BF16: acc + the odd product, then + the even one; subnormal inputs and results count as zero.
 EMULATED float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+EMULATED __m256i cvtneps_pbh(__m512 a) {  // to nearest, ties to even; NaN stays NaN
+  Lanes<float> x = lanes<float>(a);
+  uint16_t r[16];
+  for (int i = 0; i < 16; i++) {
+    uint32_t b = bits<uint32_t>(flushed(x.lane[i]));
+    r[i] = static_cast<uint16_t>((std::isnan(x.lane[i]) ? b | 0x400000u : b + 0x7fffu + (b >> 16 & 1u)) >> 16);
+  }
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(r));
+}
 EMULATED __m512 dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
   Lanes<float> r = lanes<float>(acc);
   Lanes<uint32_t> x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
@@ -264,6 +273,12 @@ EMULATED __m256i cvtps_ph(__m512 a, int) {  // to nearest, ties to even: the onl
   __m128i low = _mm256_cvtps_ph(_mm256_loadu_ps(x.lane), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m128i high = _mm256_cvtps_ph(_mm256_loadu_ps(x.lane + 8), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return _mm256_set_m128i(high, low);
+}
+
+EMULATED __m512 permute_ps(__m512 a, int order) {  // within each four lanes
+  Lanes<float> x = lanes<float>(a), r{};
+  for (int i = 0; i < 16; i++) r.lane[i] = x.lane[(i & ~3) + (order >> 2 * (i & 3) & 3)];
+  return pack<__m512>(r);
 }
 
 // --- masks
@@ -407,6 +422,7 @@ EMULATED __m512i shuffle_i32x4(__m512i a, __m512i b, int control) {  // quarters
 #define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
+#define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #define _mm512_cvtps_ph emulated::cvtps_ph
@@ -445,6 +461,7 @@ EMULATED __m512i shuffle_i32x4(__m512i a, __m512i b, int control) {  // quarters
 #define _mm512_reduce_min_ps emulated::reduce_min_ps
 #define _mm512_set1_epi16 emulated::set1_epi16
 #define _mm512_set1_epi32 emulated::set1_epi32
+#define _mm512_permute_ps emulated::permute_ps
 #define _mm512_set1_epi8 emulated::set1_epi8
 #define _mm512_set1_ps emulated::set1_ps
 #define _mm512_setzero_ps emulated::setzero_ps
