@@ -1,6 +1,7 @@
 """Int8 linear against torch's dynamically quantised linear and F.linear: `python -m benchmarks.int8`.
 
-The peak counts 2 M K N operations at the rate of 8-bit multiply-adds, or reading the weight once, whichever takes longer.
+The peak counts 2 M K N operations at the rate of 8-bit multiply-adds, or reading the weight once, whichever takes
+longer.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "common/bindings.h"
 #include "attention/bindings.h"
+#include "common/bindings.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "int8/bindings.h"

@@ -21,7 +21,7 @@ namespace {
 constexpr int kVectors = kRegisters >= 32 ? 4 : 2;
 constexpr int kRows = 6;  // 6 x kVectors sums, kVectors weights and an activation fill the registers
 constexpr int kPanel = kVectors * kWidth;
-constexpr int64_t kFewRows = 4;            // up to here the weights' way from memory is the cost
+constexpr int64_t kFewRows = 4;             // up to here the weights' way from memory is the cost
 constexpr int64_t kBlockBytes = 384 << 10;  // quantised rows that stay in the second-level cache
 constexpr int64_t kChunkBytes = 8 << 20;    // quantised rows held at a time
 
@@ -54,7 +54,8 @@ void pack_panel(const Int8PackParams& p, const Layout& layout, int64_t panel) {
     sums[column] = sum;
     int8_t* out = to + column * kDotDepth;
     for (int64_t step = 0; step < layout.steps; step++, out += kPanel * kDotDepth)
-      for (int i = 0; i < kDotDepth; i++) out[i] = step * kDotDepth + i < inside ? from[step * kDotDepth + i] : int8_t{0};
+      for (int i = 0; i < kDotDepth; i++)
+        out[i] = step * kDotDepth + i < inside ? from[step * kDotDepth + i] : int8_t{0};
   }
 }
 
@@ -210,10 +211,19 @@ void linear(const Int8LinearParams& p) {
                                             : load_one(static_cast<const Fp16*>(p.bias) + n);
     bias = wide;
   }
-  Work w{quantized, scales,   zeros,        reinterpret_cast<const int8_t*>(packed + layout.weights()),
+  Work w{quantized,
+         scales,
+         zeros,
+         reinterpret_cast<const int8_t*>(packed + layout.weights()),
          reinterpret_cast<const int32_t*>(packed + kHeaderBytes),
-         p.weight_scale,      bias,         nullptr,
-         stride,   p.out_stride, p.outputs, layout.steps, layout.panel_bytes};
+         p.weight_scale,
+         bias,
+         nullptr,
+         stride,
+         p.out_stride,
+         p.outputs,
+         layout.steps,
+         layout.panel_bytes};
   for (int64_t first = 0; first < p.rows; first += chunk) {
     int64_t rows = p.rows - first < chunk ? p.rows - first : chunk;
     const T* x = static_cast<const T*>(p.x) + first * p.x_stride;
@@ -279,7 +289,8 @@ void int8_linear(const Int8LinearParams& p) {
 }
 
 void quantize_rows(const QuantizeRowsParams& p) {
-  auto* row = static_cast<Quantized*>(scratch(Scratch::quantized, static_cast<size_t>(p.depth + 64) * sizeof(Quantized)));
+  auto* row =
+      static_cast<Quantized*>(scratch(Scratch::quantized, static_cast<size_t>(p.depth + 64) * sizeof(Quantized)));
   for (int64_t m = 0; m < p.rows; m++) {
     switch (p.dtype) {
       case DType::bf16:

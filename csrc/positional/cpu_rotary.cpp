@@ -99,8 +99,8 @@ void rotate_block(const RotaryParams& p, const void* in, void* result, const int
 template <class T>
 void rotate(const RotaryParams& p, int64_t begin, int64_t end) {
   int64_t blocks = (p.length + kBlock - 1) / kBlock, table_width = p.interleaved ? p.rotated : p.rotated / 2;
-  float* cos = static_cast<float*>(
-      scratch(Scratch::work, static_cast<size_t>(2 * kBlock * table_width + 1) * sizeof(float)));
+  float* cos =
+      static_cast<float*>(scratch(Scratch::work, static_cast<size_t>(2 * kBlock * table_width + 1) * sizeof(float)));
   float* sin = cos + kBlock * table_width;
   for (int64_t i = begin; i < end; i++) {
     int64_t b = i / blocks, first = i % blocks * kBlock;

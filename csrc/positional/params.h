@@ -30,8 +30,8 @@ struct SinusoidalAddParams {
 //   or (row[2 j], row[2 j + 1]) where interleaved; `inverse` takes -sin.
 // k may be null. The output may be the input itself (same address and strides). The last dimension is contiguous
 // everywhere; strides are of (batch, head, position). The tables are (table_length, rotated / 2), their last dimension
-// contiguous; their row for (b, s) is positions[b, s], or s where positions is null. A position outside [0, table_length) reads nothing:
-// the row's rotated elements become NaN.
+// contiguous; their row for (b, s) is positions[b, s], or s where positions is null. A position outside [0,
+// table_length) reads nothing: the row's rotated elements become NaN.
 struct RotaryParams {
   const void *q, *k;
   void *q_out, *k_out;

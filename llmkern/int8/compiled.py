@@ -74,9 +74,7 @@ def _plan(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) 
     stride = depth
 
     def launch_copies(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-        return launch(
-            x.contiguous(), weight, weight_scale.contiguous(), None if bias is None else bias.contiguous()
-        )
+        return launch(x.contiguous(), weight, weight_scale.contiguous(), None if bias is None else bias.contiguous())
 
     return launch_copies
 

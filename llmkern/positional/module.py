@@ -11,8 +11,8 @@ from llmkern.positional import op, reference
 class PositionalEncoding(reference.PositionalEncoding):
     """Adds the sinusoidal table to embeddings: x + pe[:S], sequence first, with scale and dropout in the same pass.
 
-    d_model: the width. max_len: the longest sequence. scale: a factor for x. dropout: the probability, in training, with
-    which an element becomes 0. The state_dict is that of llmkern.reference.PositionalEncoding: the buffer pe,
+    d_model: the width. max_len: the longest sequence. scale: a factor for x. dropout: the probability, in training,
+    with which an element becomes 0. The state_dict is that of llmkern.reference.PositionalEncoding: the buffer pe,
     (max_len, 1, d_model) float32. Source: Vaswani et al. 2017, section 3.5.
     """
 

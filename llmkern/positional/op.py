@@ -150,7 +150,8 @@ def _setup_dropout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_dropout(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _dropout(grad, *ctx.saved_tensors, ctx.scale, ctx.dropout_p), None, None, None
+    (seed,) = ctx.saved_tensors
+    return _dropout(grad, seed, ctx.scale, ctx.dropout_p), None, None, None
 
 
 define(
@@ -307,13 +308,17 @@ def _run_rotary_inplace(q: Tensor, k: Tensor | None, *args: Any) -> None:
     _ROTARY.run(q, k, *args, True)
 
 
-def _fake_rotary(q: Tensor, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    _check_rotary(q, k, *args, False)
+def _fake_rotary(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    _check_rotary(q, k, cos, sin, position_ids, interleaved, inverse, False)
     return rotary_output(q), q.new_empty(0) if k is None else rotary_output(k)
 
 
-def _fake_rotary_inplace(q: Tensor, k: Tensor | None, *args: Any) -> None:
-    _check_rotary(q, k, *args, True)
+def _fake_rotary_inplace(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool, inverse: bool
+) -> None:
+    _check_rotary(q, k, cos, sin, position_ids, interleaved, inverse, True)
 
 
 def _setup_rotary(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -347,7 +352,7 @@ def _table_gradients(
     half = cos.size(1)
     sums = []
     for x, grad in pairs:
-        parts = []
+        parts: list[Tensor] = []
         for t in (x, grad):
             rotated = t[..., : 2 * half].float()
             parts += rotated.unflatten(-1, (half, 2)).unbind(-1) if interleaved else rotated.chunk(2, -1)
