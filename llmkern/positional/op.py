@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmkern import check
 from llmkern.backend import Operator, reference_backend
-from llmkern.operator import define, is_plain, needs_grad, short_autograd
+from llmkern.operator import define, is_plain, needs_grad, refuse_forward_ad, short_autograd
 from llmkern.positional import reference
 from llmkern.positional.compiled import CPU_ROTARY, CPU_SINUSOIDAL_ADD, CPU_SINUSOIDAL_DROPOUT, rotary_output
 
@@ -33,6 +33,7 @@ def sinusoidal_add(
     """
     key = _seed(seed) if dropout_p > 0.0 else None
     if not is_plain(x, pe):
+        refuse_forward_ad("sinusoidal_add", x, pe)
         return torch.ops.llmkern.sinusoidal_add(x, pe, key, scale, dropout_p)
     if needs_grad(x, pe):
         return _SinusoidalAdd.apply(x, pe, key, scale, dropout_p)
@@ -191,6 +192,7 @@ def rotary(
     if inplace:
         return _rotary_inplace(*args)
     if not is_plain(q, k, cos, sin, position_ids):
+        refuse_forward_ad("rotary", q, k, cos, sin)
         q_out, k_out = torch.ops.llmkern.rotary(*args)
     elif needs_grad(q, k, cos, sin):
         q_out, k_out = _Rotary.apply(*args)
