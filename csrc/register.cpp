@@ -12,6 +12,9 @@
 #include "common/parallel.h"
 #include "int8/bindings.h"
 #include "positional/bindings.h"
+#ifdef LLMKERN_CUDA
+#include "positional/bindings_cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -24,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("parallel_source", &llmkern::parallel_source, "Where the kernels' threads come from.");
 #ifdef LLMKERN_CUDA
   m.attr("cuda_architectures") = LLMKERN_CUDA;
+  llmkern::bind_positional_cuda(m);
 #else
   m.attr("cuda_architectures") = "";
 #endif

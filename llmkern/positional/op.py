@@ -12,6 +12,7 @@ from llmkern.backend import Operator, reference_backend
 from llmkern.operator import define, is_plain, needs_grad, refuse_forward_ad, short_autograd
 from llmkern.positional import reference
 from llmkern.positional.compiled import CPU_ROTARY, CPU_SINUSOIDAL_ADD, CPU_SINUSOIDAL_DROPOUT, rotary_output
+from llmkern.positional.cuda import CUDA_ROTARY, CUDA_SINUSOIDAL_ADD, CUDA_SINUSOIDAL_DROPOUT
 
 
 def sinusoidal_add(
@@ -100,7 +101,7 @@ _SINUSOIDAL_ADD = Operator(
     _check_sinusoidal_add,
     _sinusoidal_example,
     cpu=[CPU_SINUSOIDAL_ADD, reference_backend(reference.sinusoidal_add)],
-    cuda=[reference_backend(reference.sinusoidal_add)],
+    cuda=[CUDA_SINUSOIDAL_ADD, reference_backend(reference.sinusoidal_add)],
     other=[reference_backend(reference.sinusoidal_add)],
 )
 _SINUSOIDAL_DROPOUT = Operator(
@@ -108,7 +109,7 @@ _SINUSOIDAL_DROPOUT = Operator(
     _check_sinusoidal_dropout,
     _dropout_example,
     cpu=[CPU_SINUSOIDAL_DROPOUT, reference_backend(_plain_dropout)],
-    cuda=[reference_backend(_plain_dropout)],
+    cuda=[CUDA_SINUSOIDAL_DROPOUT, reference_backend(_plain_dropout)],
     other=[reference_backend(_plain_dropout)],
 )
 
@@ -294,7 +295,7 @@ _ROTARY = Operator(
     _check_rotary,
     _rotary_example,
     cpu=[CPU_ROTARY, reference_backend(_plain_rotary)],
-    cuda=[reference_backend(_plain_rotary)],
+    cuda=[CUDA_ROTARY, reference_backend(_plain_rotary)],
     other=[reference_backend(_plain_rotary)],
 )
 
