@@ -7,7 +7,6 @@
 // A tile multiplies up to kRows rows with a panel in registers over the whole of k, and turns the integer sums into
 // results before they leave the registers. Every sum is exact (see llmkern/int8/compiled.py for the bound on k), so
 // that no split of the work changes a result.
-#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -73,7 +72,8 @@ void quantize_row(const T* x, int64_t depth, Quantized* out, float* row_scale, i
   int rest = static_cast<int>(depth - k);
   if (rest) look(load_first(x + k, rest));
   float least = -largest(sub(zero(), lo)), scale = (largest(hi) - least) / 255.0f;
-  if (scale == 0.0f) scale = 1.0f;
+  if (scale < 0x1p-126f) scale = 1.0f;  // it would have no inverse
+  if (scale > 0x1.fffffep127f) scale = __builtin_nanf("");
   float inverse = 1.0f / scale, shift = std::nearbyintf(-least * inverse);
   int32_t origin = shift >= 255.0f ? 255 : shift >= 0.0f ? static_cast<int32_t>(shift) : 0;
   *row_scale = scale + sum(broken);  // NaN here is all that makes such a row NaN
@@ -240,16 +240,14 @@ void linear(const Int8LinearParams& p) {
     int64_t blocks = (rows + block - 1) / block;
     block = ((rows + blocks - 1) / blocks + kRows - 1) / kRows * kRows;
     blocks = (rows + block - 1) / block;
-    std::atomic<int64_t> next{0};
+    Counter counter;
     auto multiply = [&](int thread, int threads) {
       if (rows <= kFewRows) {  // always the same panels on the same thread, in whose cache they may still be
         Range part = share(layout.panels, 1, thread, threads);
         for (int64_t panel = part.begin; panel < part.end; panel++) tiles<T>(w, 0, rows, panel);
         return;
       }
-      for (;;) {
-        int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-        if (task >= layout.panels * blocks) return;
+      for (int64_t task = counter.take(); task < layout.panels * blocks; task = counter.take()) {
         int64_t begin = task / layout.panels * block, end = begin + block;
         tiles<T>(w, begin, end < rows ? end : rows, task % layout.panels);
       }

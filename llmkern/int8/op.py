@@ -10,7 +10,7 @@ from torch import Tensor
 from llmkern.backend import Operator, reference_backend
 from llmkern.int8 import reference
 from llmkern.int8.compiled import CPU_INT8_LINEAR
-from llmkern.operator import define, is_plain, needs_grad, short_autograd
+from llmkern.operator import define, is_plain, needs_grad, refuse_forward_ad, short_autograd
 
 
 def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,6 +26,7 @@ def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
     Integer-Arithmetic-Only Inference", section 2.
     """
     if not is_plain(x, weight, weight_scale, bias):
+        refuse_forward_ad("int8_linear", x, weight_scale, bias)
         return torch.ops.llmkern.int8_linear(x, weight, weight_scale, bias)
     if needs_grad(x, weight_scale, bias):
         return _Int8Linear.apply(x, weight, weight_scale, bias)

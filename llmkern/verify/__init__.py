@@ -89,7 +89,7 @@ def verify(
         for name in dict.fromkeys([*r.outputs, *k.outputs])
     ]
     by_name = {name: gradient_row(name, k.inputs, r.inputs, t.inputs) for name in r.inputs}
-    if all(isinstance(f, nn.Module) for f in (candidate, reference, exact)):
+    if gradients and all(isinstance(f, nn.Module) for f in (candidate, reference, exact)):
         names = dict.fromkeys([*r.parameters, *k.parameters])
         by_name |= {name: gradient_row(name, k.parameters, r.parameters, t.parameters) for name in names}
     rows += [row for row in by_name.values() if row is not None]

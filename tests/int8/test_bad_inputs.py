@@ -1,0 +1,36 @@
+"""Bad input raises before any kernel runs, in eager mode and while tracing, and is named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import llmkern
+from llmkern import reference
+from llmkern.functional import int8_linear
+from tests.int8.bad_inputs import CASES, t
+
+
+@pytest.mark.parametrize("mode", ["eager", "fake"])
+@pytest.mark.parametrize(("changed", "error", "words"), CASES.values(), ids=CASES)
+def test_int8_linear(changed, error, words, mode):
+    arguments = {"x": t(2, 8), "weight": t(4, 8, dtype=torch.int8), "weight_scale": t(4), **changed}
+    if mode == "fake":
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        arguments = {k: fake.from_tensor(v) for k, v in arguments.items()}
+    with pytest.raises(error) as raised:
+        int8_linear(**arguments)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+@pytest.mark.parametrize("room", [llmkern, reference])
+def test_module(room):
+    layer = room.Int8Linear(8, 4)
+    for x, error, message in [
+        (t(2, 7), ValueError, r"x: expected \(\.\.\., K\) with K = 8"),
+        (t(2, 8).double(), TypeError, "x: expected dtype float32 or bfloat16 or float16, got float64"),
+        (t(2, 8, device="meta"), ValueError, "weight: expected the device of x, meta"),
+    ]:
+        with pytest.raises(error, match=message):
+            layer(x)

@@ -1,0 +1,198 @@
+"""quantize_model: what it replaces, what it leaves, tied weights, saving and loading, its report."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+import llmkern
+from llmkern import Int8Linear, quantize_model, reference
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16, bias=False)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Model(nn.Module):
+    """Two blocks and a head, whose weight may be the embedding's."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.lm_head = nn.Linear(16, 50, bias=False)
+        if tied:
+            self.lm_head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def kinds(model):
+    return {name: type(module).__name__ for name, module in model.named_modules() if hasattr(module, "in_features")}
+
+
+def test_every_linear_is_replaced_and_the_model_returned():
+    model = Model()
+    assert quantize_model(model) is model
+    assert kinds(model) == {
+        name: "Int8Linear" for name in ("layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "lm_head")
+    }
+    assert all(type(m) is Int8Linear for m in model.modules() if hasattr(m, "in_features"))
+
+
+def test_outputs_are_those_of_the_reference_and_near_the_original(isa):
+    model = Model().eval()
+    plain, original = reference.quantize_model(copy.deepcopy(model)), model(IDS)
+    assert torch.equal(quantize_model(model)(IDS), plain(IDS))
+    assert nn.functional.cosine_similarity(model(IDS), original, dim=-1).min() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        (["lm_head"], {"lm_head"}),
+        (["layers.0.up"], {"layers.0.up"}),
+        (["up"], {"layers.0.up", "layers.1.up"}),
+        (["layers.1.*"], {"layers.1.up", "layers.1.down"}),
+        (["*"], {"layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "lm_head"}),
+    ],
+)
+def test_skip(skip, left):
+    model = quantize_model(Model(), skip=skip)
+    assert {name for name, kind in kinds(model).items() if kind == "Linear"} == left
+    assert {layer.name for layer in model.quantization_report.layers if layer.left == "named in skip"} == left
+
+
+def test_a_weight_tied_to_an_embedding_is_left():
+    model = quantize_model(Model(tied=True))
+    assert model.lm_head.weight is model.embedding.weight
+    (left,) = [layer for layer in model.quantization_report.layers if layer.left]
+    assert left.name == "lm_head" and "embedding.weight" in left.left
+
+
+def test_linears_that_share_a_weight_or_are_one_layer_stay_so():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
+    model["b"].weight = model["a"].weight
+    model["d"] = model["c"]
+    quantize_model(model)
+    assert model["a"].weight is model["b"].weight and model["a"].weight_scale is model["b"].weight_scale
+    assert model["a"].bias is not model["b"].bias
+    assert model["d"] is model["c"] and type(model["c"]) is Int8Linear
+
+
+def test_tied_layers_are_left_together():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model["b"].weight = model["a"].weight
+    quantize_model(model, skip=["a"])
+    assert type(model["b"]) is nn.Linear and model["b"].weight is model["a"].weight
+
+
+def test_a_lone_linear_and_one_quantised_already():
+    layer = quantize_model(nn.Linear(8, 4))
+    assert type(layer) is Int8Linear
+    model = quantize_model(Model())
+    before = dict(model.named_modules())
+    assert all(before[name] is module for name, module in quantize_model(model).named_modules())
+
+
+def test_subclasses_and_layers_with_hooks_are_left():
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(Special(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].register_forward_hook(lambda *args: None)
+    quantize_model(model)
+    assert [type(m).__name__ for m in model] == ["Special", "Linear", "Int8Linear"]
+    assert [bool(layer.left) for layer in model.quantization_report.layers] == [True, True, False]
+
+
+@pytest.mark.parametrize("way", ["state_dict", "safetensors"])
+def test_saved_and_loaded(way, tmp_path):
+    model, other = quantize_model(Model().eval()), quantize_model(Model().eval())
+    expected = model(IDS)
+    assert not torch.equal(other(IDS), expected)
+    path = tmp_path / "model"
+    if way == "safetensors":
+        save_model(model, str(path))
+        load_model(other, str(path))
+    else:
+        torch.save(model.state_dict(), path)
+        other.load_state_dict(torch.load(path, weights_only=True))
+    assert torch.equal(other(IDS), expected)
+
+
+def test_a_tied_model_is_saved_and_loaded(tmp_path):
+    model, other = (quantize_model(Model(tied=True).eval()) for _ in range(2))
+    save_model(model, str(tmp_path / "model"))
+    load_model(other, str(tmp_path / "model"))
+    assert torch.equal(other(IDS), model(IDS)) and other.lm_head.weight is other.embedding.weight
+
+
+def test_the_checkpoint_before_loads_after():
+    model = Model().eval()
+    other = quantize_model(Model().eval())
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(IDS), quantize_model(model)(IDS))
+
+
+def test_the_report():
+    model = quantize_model(Model(), skip=["lm_head"])
+    report = model.quantization_report
+    assert report.replaced == ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
+    up = report.layers[0]
+    assert (up.shape, up.bytes_before, up.bytes_after) == ((64, 16), 64 * 16 * 4, 64 * 16 + 64 * 4)
+    assert 0 < up.error < 0.01
+    text = str(report)
+    assert "4 of 5 linear layers in int8" in text and "left: named in skip" in text
+
+
+def test_torchs_transformer_layer_does_not_read_past_the_layers():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    expected = layer(x)
+    with torch.inference_mode():
+        out = quantize_model(layer)(x)
+    assert type(layer.linear1) is Int8Linear
+    assert nn.functional.cosine_similarity(out, expected, dim=-1).min() > 0.99
+
+
+def test_our_modules(isa):
+    model = llmkern.Transformer(32, 4, 1).eval()
+    src, tgt = torch.randn(6, 2, 32), torch.randn(5, 2, 32)
+    expected = model(src, tgt)
+    out = quantize_model(model)(src, tgt)
+    assert nn.functional.cosine_similarity(out, expected, dim=-1).min() > 0.99
+    assert model.quantization_report.replaced
+
+
+@pytest.mark.parametrize("function", [quantize_model, reference.quantize_model])
+def test_bad_input_is_named(function):
+    with pytest.raises(ValueError, match="bits: expected 8, got 7"):
+        function(Model(), bits=7)
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got list"):
+        function([])
+
+
+def test_bad_names_in_skip():
+    with pytest.raises(
+        ValueError, match=r"skip: expected names of linear layers .*lm_head.* got 'head', which fits none"
+    ):
+        quantize_model(Model(), skip=["head"])
+    with pytest.raises(TypeError, match="skip: expected a sequence of names"):
+        quantize_model(Model(), skip="lm_head")
