@@ -84,6 +84,10 @@ def forget_plans() -> None:
         operator.plans.clear()
 
 
+def _metadata(*args: Any) -> tuple[Any, ...]:
+    return tuple([(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in args])
+
+
 class Operator:
     """An operator's backends, best first, for each device type."""
 
@@ -98,20 +102,24 @@ class Operator:
         name: str,
         check: Callable[..., None],
         example: Callable[[str, torch.dtype], tuple[Any, ...]] | None = None,
+        key: Callable[..., tuple[Any, ...]] = _metadata,
         **by_device: list[Backend],
     ) -> None:
         """check: raises on bad arguments, from metadata alone. example(device, dtype): arguments of a typical call,
-        for the status page. by_device: cpu=[...], cuda=[...], other=[...], the backends of each device, best first."""
+        for the status page. key(*args): all that checks and plans may look at; an operator's own is a little quicker
+        than finding out which arguments are tensors. by_device: cpu=[...], cuda=[...], other=[...], the backends of
+        each device, best first."""
         self.name = name
         self.check = check
         self.example = example
+        self.key = key
         self.by_device = by_device
         self.plans: dict[tuple[Any, ...], Callable[..., Any]] = {}
         Operator.all[name] = self
 
     def run(self, *args: Any) -> Any:
         """Runs the operator, on the backend that serves these arguments. The first one is a tensor, on the device."""
-        key = tuple([(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in args])
+        key = self.key(*args)
         launch = self.plans.get(key)
         if launch is None:
             self.check(*args)

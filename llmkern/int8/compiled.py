@@ -55,10 +55,12 @@ def _plan(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) 
         rows *= size
     dtype, code = x.dtype, extension.DTYPE_CODES[x.dtype]
     bias_code = 0 if bias is None else extension.DTYPE_CODES[bias.dtype]
-    empty, row_stride = torch.empty, _row_stride(x)
+    row_stride = _row_stride(x)
+    strides = torch.empty(shape, device="meta").stride()
+    empty = torch.empty_strided  # quicker than torch.empty
 
     def launch(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-        out = empty(shape, dtype=dtype)
+        out = empty(shape, strides, dtype=dtype)
         at_bias = 0 if bias is None else bias.data_ptr()
         kept = packed(weight, isa)  # held until the kernel is done
         kernel(

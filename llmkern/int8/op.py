@@ -42,10 +42,17 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     return torch.empty(8, 64, dtype=dtype, device=device), weight, torch.empty(64, device=device), None
 
 
+def _key(x: Tensor, w: Tensor, s: Tensor, b: Tensor | None) -> tuple[Any, ...]:
+    bias = None if b is None else (b.shape, b.stride(), b.dtype, b.device)
+    return (x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
+            s.shape, s.stride(), s.dtype, s.device, bias)  # fmt: skip
+
+
 _OPERATOR = Operator(
     "int8_linear",
     _check,
     _example,
+    _key,
     cpu=[CPU_INT8_LINEAR, reference_backend(reference.int8_linear)],
     other=[reference_backend(reference.int8_linear)],
 )
