@@ -68,6 +68,20 @@ struct Backward {
     return keys;
   }
 
+  // Whether delta need not be known beforehand: all that it sums is at hand, and without the rounding of the output.
+  bool sees_one_block(const HeadMask& mask, int64_t row) const { return mask.limit(row) <= kBlockKeys; }
+  bool sees_one_block(int64_t b, int64_t h) const { return sees_one_block(HeadMask(p, b, h), p.queries - 1); }
+
+  // The sum of weights times gradients over a row; a masked key has no part, whatever its value is.
+  static float dot(const float* weights, const float* grads, int keys) {
+    Float s = zero(), none = zero();
+    for (int c = 0; c < keys; c += kWidth) {
+      Float w = load(weights + c);
+      s = where_equal(w, none, s, fma(w, load(grads + c), s));
+    }
+    return sum(s);
+  }
+
   // Adds what a strip and a block give to the sums of the keys and values (null: not wanted) and of the queries.
   void step(const HeadMask& mask, const Block<T>& block, Work<T>& work, int64_t b, int64_t h, int64_t row,
             int64_t begin, float* key_sums, float* value_sums, float* query_sums) const {
@@ -75,9 +89,11 @@ struct Backward {
     int keys = gradient_of_weights(mask, block, work, b, h, row, count, begin);
     if (!keys) return;
     float *weights = work.weights, *grads = work.grad_scores;
+    bool whole_rows = sees_one_block(mask, row + count - 1);
     const float* of_rows = delta + (b * p.heads + h) * p.queries + row;
     for (int i = 0; i < count; i++) {
-      Float d = broadcast(of_rows[i]), none = zero();
+      Float d = broadcast(whole_rows ? dot(weights + i * kBlockKeys, grads + i * kBlockKeys, keys) : of_rows[i]);
+      Float none = zero();
       for (int c = i * kBlockKeys; c < i * kBlockKeys + keys; c += kWidth) {
         Float w = load(weights + c);
         // A masked key has no part, whatever its value is.
@@ -213,14 +229,8 @@ struct Backward {
       for (int64_t index = 0; index < sizes.blocks; index++) {
         Block<T> block(sizes, const_cast<float*>(blocks) + index * sizes.block_units());
         int keys = gradient_of_weights(mask, block, work, b, h, row, count, index * kBlockKeys);
-        for (int i = 0; i < count; i++) {
-          Float s = zero(), none = zero();
-          for (int c = i * kBlockKeys; c < i * kBlockKeys + keys; c += kWidth) {
-            Float w = load(work.weights + c);
-            s = where_equal(w, none, s, fma(w, load(work.grad_scores + c), s));
-          }
-          sums[row + i] += sum(s);
-        }
+        for (int i = 0; i < count; i++)
+          sums[row + i] += dot(work.weights + i * kBlockKeys, work.grad_scores + i * kBlockKeys, keys);
       }
     }
   }
@@ -254,7 +264,7 @@ void by_head(const Backward<T>& backward, int threads) {
       int64_t b = i / p.kv_heads, kv_head = i % p.kv_heads;
       std::memset(query_sums, 0, static_cast<size_t>(4 * units));
       for (int64_t h = kv_head * backward.group(); h < (kv_head + 1) * backward.group(); h++)
-        backward.delta_of_output(work, b, h, 0, p.queries);
+        if (!backward.sees_one_block(b, h)) backward.delta_of_output(work, b, h, 0, p.queries);
       for (int64_t index = 0; index < sizes.blocks; index++) {
         work.block.pack(p, sizes, b, kv_head, index);
         backward.keys_and_values(work.block, work, b, kv_head, index, query_sums);
@@ -298,6 +308,7 @@ void by_block(const Backward<T>& backward, float* blocks, int threads) {
     parallel(threads, body);
   };
   for_queries([&](const float* of_head, Work<T>& work, int64_t b, int64_t h, int64_t row, int64_t count, float*) {
+    if (backward.sees_one_block(b, h)) return;
     if (backward.of_weights || p.grad_scores)
       backward.delta_of_weights(of_head, work, b, h, row, count);
     else
@@ -325,7 +336,8 @@ void run(const AttentionParams& p, bool of_weights) {
   int64_t heads = p.batch * p.kv_heads, rows = p.batch * p.heads * p.queries;
   int threads = static_cast<double>(rows) * static_cast<double>(p.keys * p.width) < 32768 ? 1 : p.threads;
   // Where the gradient of the scores itself is asked for, delta has no other rounding than the terms of its sum.
-  bool whole_heads = !of_weights && !p.grad_scores && (heads % threads == 0 || heads >= 4 * threads) &&
+  bool delta_of_output = !of_weights && !p.grad_scores;
+  bool whole_heads = (delta_of_output || p.keys <= kBlockKeys) && (heads % threads == 0 || heads >= 4 * threads) &&
                      p.heads / p.kv_heads * p.queries * sizes.width <= kMostSums;
   int64_t packed = whole_heads ? 0 : heads * sizes.blocks * sizes.block_units();
   Memory memory{static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * (rows + packed + 32))))};

@@ -97,8 +97,11 @@ void probabilities(const AttentionParams& p, const Sizes<T>& sizes, const HeadMa
     // In two floats: with the rounding error of one, every weight of the row would be off alike.
     double total = logsumexp[row + i] == minus_infinity() ? 0 : logsumexp[row + i];
     float high = static_cast<float>(total);
-    Float a = broadcast(high), b = broadcast(static_cast<float>(total - static_cast<double>(high)));
-    for (int c = 0; c < keys; c += kWidth) store(s + c, exp_negative(sub(sub(load(s + c), a), b)));
+    Float a = broadcast(high), rest = broadcast(static_cast<float>(static_cast<double>(high) - total));
+    for (int c = 0; c < keys; c += kWidth) {
+      Float w = exp_negative(sub(load(s + c), a));
+      store(s + c, fma(w, rest, w));  // e^rest is 1 + rest, this small
+    }
   }
 }
 
