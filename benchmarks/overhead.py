@@ -51,7 +51,7 @@ def cases(options: Options) -> Iterator[Case]:
         {
             "torch eager": lambda: peers.sinusoidal_eager(x, pe),
             "llmkern": lambda: functional.sinusoidal_add(x, pe),
-            "llmkern, as torch.ops": lambda: torch.ops.llmkern.sinusoidal_add(x, pe, 1.0),
+            "llmkern, as torch.ops": lambda: torch.ops.llmkern.sinusoidal_add(x, pe, None, 1.0, 0.0),
         },
         "torch eager",
         lambda: verify(functional.sinusoidal_add, peers.sinusoidal_eager, (x, pe), gradients=False),
