@@ -4,6 +4,11 @@ from llmkern.models.transformers import register
 register()
 model = AutoModel.from_pretrained(path, attn_implementation="llmkern")
 model.set_attn_implementation("llmkern")  # or one that is loaded already
+
+An encoder may also leave the padding out of all its layers:
+
+packed = without_padding(input_ids, attention_mask)
+hidden = with_padding(model(**packed).last_hidden_state, attention_mask)
 """
 
 from __future__ import annotations
@@ -56,6 +61,9 @@ def attention_forward(
     sees all keys. position_bias (T5): added to the scaled scores. A sliding window comes inside the mask. Returns
     (B, Sq, H, Dv) and, in place of the weights, None.
 
+    Sentences laid end to end, B = 1 (transformers' FlashAttentionKwargs): cu_seq_lens_q (N + 1,) integers are their
+    bounds, max_length_q the longest; each attends to itself alone. With a mask, the mask alone rules, as in sdpa.
+
     Raises ValueError where a model asks for softcap, attention sinks (s_aux) or a paged cache, and as
     llmkern.functional.scaled_dot_product_attention does. Source: transformers' integrations/sdpa_attention.py, whose
     conventions these are.
@@ -65,6 +73,8 @@ def attention_forward(
             raise ValueError(
                 f"{name}: expected None, which is all that attn_implementation='llmkern' knows, got a value"
             )
+    if kwargs.get("cu_seq_lens_q") is not None and attention_mask is None and position_bias is None:
+        return _end_to_end(module, query, key, value, dropout, scaling, is_causal, kwargs), None
     queries, keys = query.shape[2], key.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -76,6 +86,67 @@ def attention_forward(
     )
     # The output has the memory order of the query, (B, Sq, H, D) in most models: then nothing is copied here.
     return output.transpose(1, 2).contiguous(), None
+
+
+def _end_to_end(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None,
+    is_causal: bool | None, kwargs: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Attention within each of the sentences laid end to end: a row of a batch for each, and back."""
+    bounds, others = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        expected = f"(1, Hkv, {query.shape[2]}, D), as many keys as queries, with cu_seq_lens_q"
+        raise ValueError(f"key: expected {expected}, got shape {tuple(key.shape)}")
+    if others is not None and others is not bounds and not torch.equal(others, bounds):
+        raise ValueError("cu_seq_lens_k: expected the bounds in cu_seq_lens_q, got others")
+    lengths = bounds.diff()
+    count, longest = lengths.numel(), int(kwargs.get("max_length_q") or lengths.max())
+    row = torch.arange(count, device=query.device).repeat_interleave(lengths, output_size=query.shape[2])
+    place = row * longest + torch.arange(query.shape[2], device=query.device) - bounds[row]
+
+    def in_rows(x: Tensor) -> Tensor:
+        """(N, H, S, D) from (1, H, T, D), zeros past the end of each sentence."""
+        rows = x.new_zeros(count * longest, x.shape[1], x.shape[3]).index_copy(0, place, x[0].transpose(0, 1))
+        return rows.view(count, longest, x.shape[1], x.shape[3]).transpose(1, 2)
+
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    output = scaled_dot_product_attention(
+        in_rows(query), in_rows(key), in_rows(value), None, dropout, causal, scaling, query.shape[1] != key.shape[1],
+        key_lengths=lengths,
+    )  # fmt: skip
+    return output.transpose(1, 2).reshape(count * longest, query.shape[1], -1).index_select(0, place)[None]
+
+
+def without_padding(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """The arguments of a transformers encoder with attn_implementation="llmkern", its sentences laid end to end.
+
+    input_ids and attention_mask (B, S), tokens where the mask is not 0, at least one in each row. Every layer then
+    works on the tokens alone. Positions count from the first token of each sentence. Raises ValueError for other shapes
+    or a row without tokens. `with_padding` brings the hidden states back into the form (B, S, W).
+    """
+    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+        expected = f"(B, S), the shape of input_ids, {tuple(input_ids.shape)}"
+        raise ValueError(f"attention_mask: expected {expected}, got shape {tuple(attention_mask.shape)}")
+    mask = attention_mask != 0
+    lengths = mask.sum(1)
+    if bool((lengths == 0).any()):
+        raise ValueError("attention_mask: expected at least one token in each row, got a row of padding alone")
+    bounds = nn.functional.pad(lengths.cumsum(0), (1, 0))
+    longest = int(lengths.max())
+    return {
+        "input_ids": input_ids[mask][None],
+        "position_ids": (mask.cumsum(1) - 1)[mask][None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def with_padding(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, S, W) from hidden (1, T, W), the T tokens where attention_mask (B, S) is not 0; zeros elsewhere."""
+    tokens, mask = hidden[0], attention_mask != 0
+    return tokens.new_zeros(*mask.shape, tokens.shape[-1]).masked_scatter(mask[..., None], tokens)
 
 
 def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, queries: int, keys: int) -> Tensor:

@@ -7,7 +7,13 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
-from llmkern.models.transformers import attention_forward, attention_mask_for, register  # noqa: E402
+from llmkern.models.transformers import (  # noqa: E402
+    attention_forward,
+    attention_mask_for,
+    register,
+    with_padding,
+    without_padding,
+)
 from llmkern.verify import verify  # noqa: E402
 
 VOCABULARY = 60
@@ -176,3 +182,53 @@ def test_register_without_transformers(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ImportError, match="expected transformers >= 5"):
         register()
+
+
+def test_the_padding_left_out_gives_the_same_outputs_and_gradients():
+    plain, model, (ids, mask) = bert(), bert(), batch()
+    model.load_state_dict(plain.state_dict())
+    model.set_attn_implementation("llmkern")
+    hidden = with_padding(model(**without_padding(ids, mask)).last_hidden_state, mask)
+    expected = plain(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert hidden.shape == expected.shape and not hidden[mask == 0].any()
+    torch.testing.assert_close(hidden[mask.bool()], expected[mask.bool()], rtol=2e-5, atol=2e-5)
+    (hidden[mask.bool()] ** 3).sum().backward()
+    (expected[mask.bool()] ** 3).sum().backward()
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None and "pooler" not in name:
+            other = model.get_parameter(name).grad
+            torch.testing.assert_close(
+                other, parameter.grad, rtol=1e-3, atol=1e-3 * (1 + float(parameter.grad.abs().max()))
+            )
+
+
+def test_sentences_end_to_end_in_a_decoder():
+    model, (ids, mask) = llama(), batch()
+    logits = model(**dict(without_padding(ids, mask), use_cache=False)).logits
+    model.set_attn_implementation("llmkern")
+    found = model(**dict(without_padding(ids, mask), use_cache=False)).logits
+    torch.testing.assert_close(found, logits, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(with_padding(found, mask)[0], model(input_ids=ids[:1]).logits[0], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_each_sentence_attends_to_itself_alone(causal):
+    q, k, v = (torch.randn(1, heads, 9, 8) for heads in (4, 2, 2))
+    module = torch.nn.Identity()
+    module.is_causal = causal
+    found, _ = attention_forward(module, q, k, v, None, cu_seq_lens_q=torch.tensor([0, 5, 6, 9]), max_length_q=5)
+    for start, end in ((0, 5), (5, 6), (6, 9)):
+        alone, _ = attention_forward(module, *(t[:, :, start:end] for t in (q, k, v)), None)
+        torch.testing.assert_close(found[:, start:end], alone, rtol=0, atol=0)
+
+
+def test_bad_bounds_raise():
+    x, bounds = torch.zeros(1, 1, 4, 8), torch.tensor([0, 4])
+    with pytest.raises(ValueError, match="cu_seq_lens_k: expected the bounds"):
+        attention_forward(torch.nn.Identity(), x, x, x, None, cu_seq_lens_q=bounds, cu_seq_lens_k=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="key: expected"):
+        attention_forward(torch.nn.Identity(), x, x[:, :, :3], x[:, :, :3], None, cu_seq_lens_q=bounds)
+    with pytest.raises(ValueError, match="a row of padding alone"):
+        without_padding(torch.ones(2, 3), torch.tensor([[1, 1, 0], [0, 0, 0]]))
+    with pytest.raises(ValueError, match="attention_mask: expected"):
+        without_padding(torch.ones(2, 3), torch.ones(3))
