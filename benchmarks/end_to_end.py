@@ -6,6 +6,8 @@ Writes end_to_end.md (the table), .png (a plot, where matplotlib is installed) a
 
 - Time per batch: all batches run one after the other, the contestants in turns within one process; median, 20th and
   80th percentile over the rounds. The speed-up is the median of the ratios of each round.
+- No padding: the same sentences laid end to end, so that no layer works on padding
+  (llmkern.models.transformers.without_padding). The rows before do all the work that the published model does.
 - Peak memory: each contestant in a process of its own, the peak while it runs all batches, less what the process used
   before the model was there (Python and the imported libraries).
 - Largest error: of the last hidden states at real tokens, against the published model computed in float64.
@@ -24,7 +26,7 @@ import multiprocessing
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +52,15 @@ class Contestant:
     fused: bool = False
     dtype: torch.dtype = torch.float32
     int8: bool = False
+    packed: bool = False
 
     @property
     def has_contract(self) -> bool:
-        """Int8 changes the model: each layer is held to the contract by its own tests, the whole by its embeddings."""
+        """Int8 changes the model: the layer is held to the contract by its own tests, the whole by its embeddings."""
         return self.fused and not self.int8
 
     def build(self, origin: Source, device: str) -> nn.Module:
-        model = origin.model(self.fused)
+        model = origin.model(self.fused, self.packed)
         if self.int8:
             model = llmkern.quantize_model(model)
         return model.to(device, self.dtype)
@@ -72,10 +75,12 @@ PUBLISHED = Contestant("torch fp32, as published")
 
 def contestants(device: str) -> list[Contestant]:
     """Those that make sense on this machine; bf16 only where the processor multiplies it in hardware."""
-    fp32 = Contestant("llmkern fp32", True)
-    bf16 = [Contestant("torch bf16", False, torch.bfloat16), Contestant("llmkern bf16", True, torch.bfloat16)]
-    int8 = Contestant("llmkern int8", True, int8=True)
-    return [PUBLISHED, fp32, *(bf16 if device == "cuda" or has_bf16() else []), int8]
+    entries = [PUBLISHED, Contestant("llmkern fp32", True)]
+    if device == "cuda" or has_bf16():
+        entries += [Contestant("torch bf16", False, torch.bfloat16), Contestant("llmkern bf16", True, torch.bfloat16)]
+    entries.append(Contestant("llmkern int8", True, int8=True))
+    packed = [replace(e, name=f"{e.name}, no padding", packed=True) for e in entries if e.fused]
+    return entries + packed
 
 
 def has_bf16() -> bool:

@@ -10,13 +10,13 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import llmkern.functional
+from llmkern.models.transformers import attention_forward, register, with_padding, without_padding
 
 SENTENCES = Path(__file__).parent / "data" / "sentences.txt"
 
@@ -30,11 +30,14 @@ class Batch(NamedTuple):
 
 
 class Source:
-    """Where models and batches come from. `name` says which model it is; a `fused` one runs llmkern's attention."""
+    """Where models and batches come from. `name` says which model it is.
+
+    A `fused` model runs llmkern's attention; a `packed` one, also fused, leaves the padding out of all its layers.
+    """
 
     name: str
 
-    def model(self, fused: bool) -> nn.Module:
+    def model(self, fused: bool, packed: bool = False) -> nn.Module:
         raise NotImplementedError
 
     def tokens(self, sentences: Sequence[str]) -> Batch:
@@ -58,19 +61,17 @@ class Published(Source):
         from transformers import AutoTokenizer, BertModel
         from transformers.utils import logging
 
-        from llmkern.models.transformers import register
-
         logging.disable_progress_bar()
         register()
         self.path = str(get_model_path())
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
         self.loader = BertModel
 
-    def model(self, fused: bool) -> nn.Module:
+    def model(self, fused: bool, packed: bool = False) -> nn.Module:
         model = self.loader.from_pretrained(self.path, attn_implementation="llmkern" if fused else "sdpa")
         for parameter in model.parameters():  # they may be views of the file in memory: then none is freed by itself
             parameter.data = parameter.data.clone()
-        return _Hidden(model).eval()
+        return _Hidden(model, packed).eval()
 
     def tokens(self, sentences: Sequence[str]) -> Batch:
         encoded = self.tokenizer(list(sentences), padding=True, truncation=True, max_length=256, return_tensors="pt")
@@ -80,11 +81,14 @@ class Published(Source):
 class _Hidden(nn.Module):
     """The last hidden states of a transformers model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, packed: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.packed = model, packed
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.packed:
+            tokens = self.model(**without_padding(input_ids, attention_mask)).last_hidden_state
+            return with_padding(tokens, attention_mask)
         hidden: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return hidden
 
@@ -98,8 +102,9 @@ class Seeded(Source):
         torch.manual_seed(0)
         self.original = SeededBert()
 
-    def model(self, fused: bool) -> nn.Module:
+    def model(self, fused: bool, packed: bool = False) -> nn.Module:
         model = copy.deepcopy(self.original).eval()
+        model.packed = packed
         for layer in model.layers:
             layer.fused = fused
         return model
@@ -124,11 +129,14 @@ class SeededLayer(nn.Module):
         self.widen, self.narrow = nn.Linear(width, inner), nn.Linear(inner, width)
         self.norm_attention, self.norm_output = (nn.LayerNorm(width, eps=1e-12) for _ in range(2))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, **bounds: Any) -> Tensor:
         shape = (*x.shape[:2], self.heads, -1)
         q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
-        attention = llmkern.functional.scaled_dot_product_attention if self.fused else F.scaled_dot_product_attention
-        x = self.norm_attention(x + self.output(attention(q, k, v, mask).transpose(1, 2).reshape(x.shape)))
+        if self.fused:
+            seen, _ = attention_forward(self, q, k, v, mask, is_causal=False, **bounds)
+        else:
+            seen = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+        x = self.norm_attention(x + self.output(seen.reshape(x.shape)))
         return self.norm_output(x + self.narrow(F.gelu(self.widen(x))))
 
 
@@ -139,6 +147,7 @@ class SeededBert(nn.Module):
         self, vocabulary: int = 30522, positions: int = 512, width: int = 384, layers: int = 6, heads: int = 12
     ) -> None:
         super().__init__()
+        self.packed = False
         self.words, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(positions, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.layers = nn.ModuleList(SeededLayer(width, heads, 4 * width) for _ in range(layers))
@@ -147,10 +156,18 @@ class SeededBert(nn.Module):
                 nn.init.normal_(parameter, std=0.04)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        position = torch.arange(input_ids.size(1), device=input_ids.device)
-        x: Tensor = self.norm(self.words(input_ids) + self.positions(position))
+        if self.packed:
+            bounds = without_padding(input_ids, attention_mask)
+            return with_padding(
+                self._layers(bounds.pop("input_ids"), bounds.pop("position_ids"), None, **bounds), attention_mask
+            )
+        positions = torch.arange(input_ids.size(1), device=input_ids.device)
+        return self._layers(input_ids, positions, attention_mask[:, None, None].bool())
+
+    def _layers(self, input_ids: Tensor, positions: Tensor, mask: Tensor | None, **bounds: Any) -> Tensor:
+        x: Tensor = self.norm(self.words(input_ids) + self.positions(positions))
         for layer in self.layers:
-            x = layer(x, attention_mask[:, None, None].bool())
+            x = layer(x, mask, **bounds)
         return x
 
 

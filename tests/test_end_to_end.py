@@ -44,6 +44,8 @@ def test_without_the_network(tmp_path):
     assert fused["contract"]["passed"] and fused["largest_error"] < 1e-4
     for name in names:
         assert report["accuracy"][name]["cosine_mean"] > 0.99
+    packed = report["accuracy"]["llmkern fp32, no padding"]
+    assert packed["contract"]["passed"] and packed["largest_error"] < 1e-4
     if sys.platform == "linux":
         assert all(report["peak_bytes"][name] > 2**20 for name in names)
     if "No plot" not in printed:
