@@ -63,10 +63,10 @@ def _dropout(launch: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def rotary_output(x: Tensor) -> Tensor:
     """Where a rotation of x is written: the memory order of x, but always with contiguous rows."""
     out = torch.empty_like(x)
-    return out if _side_by_side(out) else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return out if side_by_side(out) else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _side_by_side(x: Tensor) -> bool:
+def side_by_side(x: Tensor) -> bool:
     """Whether the elements of a row are neighbours in memory."""
     return x.stride(-1) == 1 or x.size(-1) == 1 or x.numel() == 0
 
@@ -81,7 +81,7 @@ def _rotary(
     inverse: bool,
     inplace: bool,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if not all(x is None or _side_by_side(x) for x in (q, k, cos, sin)):
+    if not all(x is None or side_by_side(x) for x in (q, k, cos, sin)):
         return _rotary_contiguous
     q_out, k_out = (q, k) if inplace else (rotary_output(q), None if k is None else rotary_output(k))
     position_strides = (0, 0)

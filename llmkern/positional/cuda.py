@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmkern import extension
 from llmkern.backend import Backend
-from llmkern.positional.compiled import rotary_output
+from llmkern.positional.compiled import rotary_output, side_by_side
 from llmkern.positional.reference import drop_below
 
 OLDEST = (8, 0)  # the compute capability that the machine code in the library begins with
@@ -51,7 +51,7 @@ def _sinusoidal_add(
     x: Tensor, pe: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float
 ) -> Callable[..., Tensor]:
     """pe None stands for zeros: the backward, which only scales and drops."""
-    if x.stride(2) != 1 or (pe is not None and pe.stride(2) != 1):
+    if not all(t is None or side_by_side(t) for t in (x, pe)):
 
         def contiguous(x: Tensor, pe: Tensor | None, *rest: Any) -> Tensor:
             x, pe = x.contiguous(), None if pe is None else pe.contiguous()
@@ -95,7 +95,7 @@ def _rotary(
     inverse: bool,
     inplace: bool,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if q.stride(3) != 1 or cos.stride(1) != 1 or sin.stride(1) != 1 or (k is not None and k.stride(3) != 1):
+    if not all(x is None or side_by_side(x) for x in (q, k, cos, sin)):
         return _rotary_contiguous
     q_out, k_out = (q, k) if inplace else (rotary_output(q), None if k is None else rotary_output(k))
     position_strides = (0, 0)

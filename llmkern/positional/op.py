@@ -13,6 +13,7 @@ from llmkern.operator import define, is_plain, needs_grad, refuse_forward_ad, sh
 from llmkern.positional import reference
 from llmkern.positional.compiled import CPU_ROTARY, CPU_SINUSOIDAL_ADD, CPU_SINUSOIDAL_DROPOUT, rotary_output
 from llmkern.positional.cuda import CUDA_ROTARY, CUDA_SINUSOIDAL_ADD, CUDA_SINUSOIDAL_DROPOUT
+from llmkern.positional.triton_launch import TRITON_ROTARY
 
 
 def sinusoidal_add(
@@ -295,7 +296,7 @@ _ROTARY = Operator(
     _check_rotary,
     _rotary_example,
     cpu=[CPU_ROTARY, reference_backend(_plain_rotary)],
-    cuda=[CUDA_ROTARY, reference_backend(_plain_rotary)],
+    cuda=[CUDA_ROTARY, TRITON_ROTARY, reference_backend(_plain_rotary)],
     other=[reference_backend(_plain_rotary)],
 )
 

@@ -1,0 +1,88 @@
+"""The Triton kernels of this family in Triton's interpreter; test_triton.py runs this file, in a process for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmkern.positional import reference, triton_launch
+from llmkern.positional.triton_kernels import rotary_kernel
+from llmkern.verify import verify
+from tests.emulation.triton_interpreter import round_as_hardware, to_bf16
+from tests.positional.cases import FLOATS, ROTARY, ROTARY_LAYOUTS, rotary_inputs
+
+round_as_hardware()
+LAYOUTS = pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+
+
+def rotate(interleaved=False, position_ids=None, inverse=False, inplace=False):
+    def rotated(q, k, cos, sin):
+        args = (q, k, cos, sin, position_ids, interleaved, inverse, inplace)
+        outputs = triton_launch.launch(rotary_kernel, *args)
+        return outputs if k is not None else outputs[:1]
+
+    return rotated
+
+
+def plain(interleaved=False, position_ids=None, inverse=False):
+    def rotated(q, k, cos, sin):
+        sin = -sin if inverse else sin
+        outputs = reference.rotary(q, k, cos, sin, interleaved=interleaved, position_ids=position_ids)
+        return outputs if k is not None else outputs[:1]
+
+    return rotated
+
+
+def test_bf16_is_rounded_to_nearest():
+    x = torch.cat([torch.randn(1000), torch.tensor([torch.inf, -torch.inf, torch.nan, 1.00390625, 1.01171875, 0.0])])
+    rounded = torch.from_numpy(to_bf16(x.numpy()).view("int16")).view(torch.bfloat16)
+    assert torch.equal(rounded.isnan(), x.isnan()) and torch.equal(rounded[~x.isnan()], x.bfloat16()[~x.isnan()])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", ROTARY.values(), ids=ROTARY)
+def test_contract(shape, dtype, interleaved):
+    inputs = rotary_inputs(shape, dtype)
+    for inverse in (False, True):
+        functions = rotate(interleaved, inverse=inverse), plain(interleaved, inverse=inverse)
+        verify(*functions, inputs, gradients=False).raise_if_failed()
+
+
+@LAYOUTS
+def test_positions(interleaved):
+    inputs = rotary_inputs((2, 3, 1, 6, 20, 12), torch.float32)
+    for ids in (torch.randint(0, 11, (6,)), torch.randint(0, 11, (2, 6), dtype=torch.int32)):
+        verify(rotate(interleaved, ids), plain(interleaved, ids), inputs, gradients=False).raise_if_failed()
+
+
+@LAYOUTS
+def test_a_position_outside_the_table_gives_nan_there_alone(interleaved):
+    q, k, cos, sin = rotary_inputs((1, 2, 1, 3, 20, 12), torch.float32)
+    out, _ = rotate(interleaved, torch.tensor([0, 8, -1]))(q, k, cos, sin)
+    assert out[:, :, 1:, :12].isnan().all() and not out[:, :, 0].isnan().any()
+    assert torch.equal(out[..., 12:], q[..., 12:])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("layout", ROTARY_LAYOUTS.values(), ids=ROTARY_LAYOUTS)
+def test_strides_and_in_place(layout, interleaved):
+    q, k, cos, sin = rotary_inputs((2, 4, 2, 5, 24, 20), torch.float16)
+    expected = rotate(interleaved)(q, k, cos, sin)
+    a, b = layout(q), layout(k)
+    for x, y in zip(rotate(interleaved)(a, b, cos, sin), expected, strict=True):
+        assert torch.equal(x, y)
+    returned = rotate(interleaved, inplace=True)(a, b, cos, sin)
+    assert returned[0] is a and torch.equal(a, expected[0]) and torch.equal(b, expected[1])
+
+
+def test_nothing_is_written_outside():
+    """The tensors lie in larger ones, whose other elements must stay."""
+    q, k, cos, sin = rotary_inputs((1, 3, 2, 2, 10, 6), torch.float32)
+    room = torch.full((1, 5, 4, 16), 7.0)
+    inside = room[:, 1:4, 1:3, 3:13]
+    inside.copy_(q)
+    rotate(inplace=True)(inside, k, cos, sin)
+    assert torch.equal(inside, plain()(q, k, cos, sin)[0])
+    inside.fill_(7.0)
+    assert (room == 7.0).all()
