@@ -87,7 +87,8 @@ def launch(
     kernel[grid](
         q, k_in, q_out, k_to, cos, sin, cos if position_ids is None else position_ids,
         heads, kv_heads, width, cos.size(0), *q.stride()[:3], *k_in.stride()[:3], *q_out.stride()[:3],
-        *k_to.stride()[:3], cos.stride(0), sin.stride(0), *ids_strides, **constant, num_warps=WARPS, enable_fp_fusion=True,
+        *k_to.stride()[:3], cos.stride(0), sin.stride(0), *ids_strides, **constant,
+        num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return q_out, k_out
 
