@@ -45,7 +45,7 @@ def dropout_factor(x: Tensor, dropout_p: float, seed: Tensor | int) -> Tensor:
     seed = torch.as_tensor(seed, device=x.device)
     counter = torch.broadcast_tensors(column, row & _LOW, row >> 32, torch.zeros_like(row))
     words = torch.stack(philox(counter, (seed & _LOW, (seed >> 32) & _LOW)), -1)
-    words = words.reshape(length * batch, -1)[:, :width].reshape(x.shape)
+    words = words.reshape(length * batch, 4 * column.numel())[:, :width].reshape(x.shape)
     return (words >= drop_below(dropout_p)).to(x.dtype) * (1.0 / (1.0 - dropout_p))
 
 

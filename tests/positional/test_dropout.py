@@ -29,7 +29,7 @@ def test_philox(counter, key, expected):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(7, 3, 37), (4, 2, 64), (1, 1, 1), (2, 1, 3)])
+@pytest.mark.parametrize("shape", [(7, 3, 37), (4, 2, 64), (1, 1, 1), (2, 1, 3), (0, 2, 8)])
 def test_contract(shape, dtype, isa):
     for p, seed in ((0.1, 3), (0.5, -1), (0.9, 2**62 + 5)):
         inputs = sinusoidal_inputs(shape, dtype)

@@ -1,0 +1,198 @@
+"""The CUDA kernels of this family: their sources run on the CPU, and compiled by nvcc for real targets."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkern import backend, extension
+from llmkern.positional import cuda, op, reference
+from llmkern.verify import verify
+from tests.emulation import cuda_on_cpu
+from tests.positional.cases import (
+    FLOATS,
+    ROTARY,
+    ROTARY_LAYOUTS,
+    SINUSOIDAL,
+    add,
+    rotary_inputs,
+    rotate,
+    sinusoidal_inputs,
+)
+
+LAYOUTS = pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    if cuda_on_cpu.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    return cuda_on_cpu.build(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def on_cpu(module, monkeypatch):
+    """Calls of this family are served by the CUDA backends, whose kernels run on the CPU."""
+    monkeypatch.setattr(cuda, "_kernel", lambda name: getattr(module, name))
+    monkeypatch.setattr(cuda, "_stream", lambda device: (0, 0))
+    for operator, kernel in (
+        (op._SINUSOIDAL_ADD, cuda.CUDA_SINUSOIDAL_ADD),
+        (op._SINUSOIDAL_DROPOUT, cuda.CUDA_SINUSOIDAL_DROPOUT),
+        (op._ROTARY, cuda.CUDA_ROTARY),
+    ):
+        served = backend.Backend("cuda", kernel.plan, lambda *args: None)
+        monkeypatch.setattr(operator, "by_device", {**operator.by_device, "cpu": [served]})
+    backend.forget_plans()
+    yield
+    backend.forget_plans()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", ROTARY.values(), ids=ROTARY)
+def test_rotary(shape, dtype, interleaved, on_cpu):
+    inputs = rotary_inputs(shape, dtype)
+    q, k = (t if t is None else t.requires_grad_() for t in inputs[:2])  # the backward is the inverse rotation
+    verify(rotate(interleaved), rotate(interleaved, plain=True), (q, k, *inputs[2:])).raise_if_failed()
+
+
+@LAYOUTS
+def test_rotary_with_many_items(interleaved, on_cpu):
+    """Past the size at which a thread takes four heads."""
+    inputs = rotary_inputs((1, 34, 7, 200, 128, 128), torch.bfloat16)
+    functions = rotate(interleaved), rotate(interleaved, plain=True)
+    verify(*functions, inputs, gradients=False).raise_if_failed()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_rotary_positions(interleaved, integers, on_cpu):
+    q, k, cos, sin = rotary_inputs((2, 3, 1, 6, 40, 32), torch.float32)
+    for ids in (torch.randint(0, 11, (6,)), torch.randint(0, 11, (2, 6))):
+        functions = (rotate(interleaved, ids.to(integers), plain=plain) for plain in (False, True))
+        verify(*functions, (q, k, cos, sin), gradients=False).raise_if_failed()
+    out = rotate(interleaved, torch.tensor([0, 1, 11, -1, 2, 3], dtype=integers))(q, k, cos, sin)[0]
+    assert out[:, :, 2:4, :32].isnan().all() and not out[:, :, [0, 1, 4, 5]].isnan().any()
+    assert torch.equal(out[..., 32:], q[..., 32:])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", ROTARY_LAYOUTS.values(), ids=ROTARY_LAYOUTS)
+def test_rotary_strides_and_in_place(layout, dtype, interleaved, on_cpu):
+    q, k, cos, sin = rotary_inputs((2, 4, 2, 9, 48, 32), dtype)
+    expected = rotate(interleaved)(q, k, cos, sin)
+    a, b = layout(q), layout(k)
+    for x, y in zip(rotate(interleaved)(a, b, cos, sin), expected, strict=True):
+        assert torch.equal(x, y)
+    op.rotary(a, b, cos, sin, interleaved=interleaved, inplace=True)
+    assert torch.equal(a, expected[0]) and torch.equal(b, expected[1])
+
+
+def test_rotary_tables_in_the_dtype_of_q(on_cpu):
+    for dtype in (torch.bfloat16, torch.float16):
+        q, k, cos, sin = rotary_inputs(ROTARY["usual"], dtype)
+        inputs = (q, k, cos.to(dtype), sin.to(dtype))
+        verify(rotate(), rotate(plain=True), inputs, gradients=False).raise_if_failed()
+
+
+def test_rotary_writes_nothing_outside(on_cpu):
+    q, k, cos, sin = rotary_inputs((1, 3, 2, 2, 10, 6), torch.float32)
+    room = torch.full((1, 5, 4, 16), 7.0)
+    inside = room[:, 1:4, 1:3, 3:13]
+    inside.copy_(q)
+    op.rotary(inside, k, cos, sin, inplace=True)
+    inside.fill_(7.0)
+    assert (room == 7.0).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [*SINUSOIDAL.values(), (40, 30, 128)], ids=[*SINUSOIDAL, "many items"])
+def test_sinusoidal_add(shape, dtype, on_cpu):
+    for arguments in ({}, {"scale": 11.3}, {"scale": 2.0, "dropout_p": 0.3, "seed": 2**40 + 9}):
+        verify(add, reference.sinusoidal_add, sinusoidal_inputs(shape, dtype), arguments).raise_if_failed()
+
+
+def test_the_dropout_mask_is_the_cpus(on_cpu):
+    x, pe = torch.ones(23, 5, 50), torch.zeros(23, 1, 50)
+    for seed in (0, -1, 2**62 + 11):
+        kept = op.sinusoidal_add(x, pe, dropout_p=0.4, seed=seed) != 0
+        assert torch.equal(kept, reference.dropout_factor(x, 0.4, seed) != 0)
+    assert op.sinusoidal_add(x, pe, dropout_p=1.0, seed=1).abs().max() == 0
+
+
+def test_sinusoidal_add_strides(on_cpu):
+    x, pe = sinusoidal_inputs((9, 4, 24), torch.float32)
+    expected = op.sinusoidal_add(x, pe)
+    for strided in (
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
+    ):
+        assert torch.equal(op.sinusoidal_add(strided, pe), expected)
+
+
+def test_another_device_is_an_error(module):
+    x, pe = sinusoidal_inputs((1, 1, 4), torch.float32)
+    args = (1, 1, 4, 4, 4, 4, 4, 4, 1.0, 0)
+    with pytest.raises(RuntimeError, match="sinusoidal_add: the launch on CUDA device 3 failed"):
+        module.sinusoidal_add_cuda(x.data_ptr(), pe.data_ptr(), x.data_ptr(), *args, 3, 0, 0, 1.0, 0)
+
+
+def test_why_it_cannot_serve_here():
+    reason = cuda.CUDA_ROTARY.unsupported(torch.zeros(1))
+    expected = "no CUDA part" if not extension._C.cuda_architectures else "CUDA|cpu"
+    assert re.search(expected, reason)
+
+
+NVCC = shutil.which("nvcc")
+
+
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc to compile with")
+@pytest.mark.parametrize("architecture", ["80", "90", "100", "120"])
+def test_compiled_by_nvcc(architecture, tmp_path):
+    """No spills and few registers; where all is aligned, accesses of 16 bytes, elsewhere none."""
+    ptx = tmp_path / "cuda.ptx"
+    source, flags = str(ROOT / "csrc/positional/cuda.cu"), [f"-arch=sm_{architecture}", "-std=c++17", "-O3"]
+    subprocess.run([NVCC, *flags, "-ptx", source, "-o", str(ptx)], check=True)
+    assembled = ["ptxas", "-v", f"-arch=sm_{architecture}", str(ptx), "-o", str(tmp_path / "cuda.cubin")]
+    told = subprocess.run(assembled, capture_output=True, text=True, check=True).stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", told)]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", told)]
+    assert len(registers) == 26 and spills and max(spills) == 0 and max(registers) <= 80, told
+    kernels = re.split(r"\.entry ", ptx.read_text())[1:]
+    assert len(kernels) == 26
+    for kernel in kernels:
+        name = kernel.split("(", 1)[0]
+        wide = len(re.findall(r"(?:ld|st)\.(?:global|param\.)?\S*v4\.[ubf]32", kernel))
+        assert (wide > 0) == name_says_aligned(name), name
+
+
+def name_says_aligned(name: str) -> bool:
+    """The last template argument of a mangled kernel name: Lb1E is true."""
+    return "Lb1EE" in name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_on_the_gpu(dtype):
+    for shape in SINUSOIDAL.values():
+        inputs = [t.cuda() for t in sinusoidal_inputs(shape, dtype)]
+        arguments = {"scale": 2.0, "dropout_p": 0.3, "seed": 5}
+        with backend.use("cuda"):
+            out = add(*inputs, **arguments)
+        expected = reference.sinusoidal_add(*inputs, **arguments)
+        torch.testing.assert_close(out, expected)
+    for shape in ROTARY.values():
+        inputs = [None if t is None else t.cuda() for t in rotary_inputs(shape, dtype)]
+        for interleaved in (False, True):
+            with backend.use("cuda"):
+                out = rotate(interleaved)(*inputs)
+            for x, y in zip(out, rotate(interleaved, plain=True)(*inputs), strict=True):
+                torch.testing.assert_close(x, y)
