@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
-LIBRARY_TESTS := tests/attention tests/int8 tests/positional
+# Those that run the compiled library; not the GPU kernels' tests, which bring their own.
+LIBRARY_TESTS := tests/attention tests/int8 tests/positional --ignore-glob='*test_triton.py' --ignore-glob='*test_cuda.py'
 .PHONY: help demo test lint emulate sanitize neon
 .DEFAULT_GOAL := help
 
@@ -31,7 +32,7 @@ test: install-demo,test  ## the whole test suite
 lint: install-lint,test  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 emulate: install-demo,test  ## the kernels' tests with the AVX-512 code emulated, on a processor that lacks it
