@@ -141,8 +141,7 @@ class Operator:
         for backend in self.by_device.get(args[0].device.type) or self.by_device["other"]:
             reason = backend.unsupported(*args)
             if reason is None:
-                if reasons:
-                    self._warn(backend, reasons)
+                self._warn(backend, reasons or [f"there is no kernel for {args[0].device.type} yet"])
                 return backend
             reasons.append(f"{backend.name}: {reason}")
         raise BackendError(f"{self.name}: no backend can serve this call ({'; '.join(reasons)})")
