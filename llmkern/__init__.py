@@ -5,6 +5,7 @@ The modules here have the constructor, forward and state_dict of their plain ver
 outputs and gradients are as accurate as the plain version's. `python -m llmkern` prints what serves each operator here.
 """
 
+from llmkern import functional, reference
 from llmkern.attention.module import MultiHeadAttention
 from llmkern.int8.module import Int8Linear
 from llmkern.models.quantize import quantize_model
@@ -20,6 +21,8 @@ __all__ = [
     "PositionalEncoding",
     "RotaryEmbedding",
     "Transformer",
+    "functional",
     "quantize_model",
+    "reference",
     "verify",
 ]
