@@ -60,6 +60,7 @@ def rate(kind: str, size: int = 0, seconds: float = 0.002) -> float:
         size = max(4096, min(size, MEMORY_BYTES) // 512 * 512)
         address = _block(size).data_ptr()
     repeats = 1
+    extension._C.roofline(code, address, size, repeats, torch.get_num_threads())  # threads may have to start first
     while True:
         start = time.perf_counter()
         work: float = extension._C.roofline(code, address, size, repeats, torch.get_num_threads())

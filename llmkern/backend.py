@@ -119,7 +119,11 @@ class Operator:
 
     def run(self, *args: Any) -> Any:
         """Runs the operator, on the backend that serves these arguments. The first one is a tensor, on the device."""
-        key = self.key(*args)
+        try:
+            key = self.key(*args)
+        except AttributeError:  # no tensor where one should be
+            self.check(*args)
+            raise
         launch = self.plans.get(key)
         if launch is None:
             self.check(*args)

@@ -20,13 +20,22 @@ def is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
+def positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a positive integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value}")
+
+
 def dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    is_tensor(name, value)
     if value.dtype not in allowed:
         expected = " or ".join(short(d) for d in allowed)
         raise TypeError(f"{name}: expected dtype {expected}, got {short(value.dtype)}")
 
 
 def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    is_tensor(name, value)
     if value.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {short(other.dtype)}, got {short(value.dtype)}")
 

@@ -331,6 +331,7 @@ void by_block(const Backward<T>& backward, float* blocks, int threads) {
 
 template <class T>
 void run(const AttentionParams& p, bool of_weights) {
+  if (p.batch * p.kv_heads == 0) return;
   Sizes<T> sizes(p);
   constexpr int64_t kMostSums = int64_t(1) << 24;  // units of memory that a thread keeps for the sums of its queries
   int64_t heads = p.batch * p.kv_heads, rows = p.batch * p.heads * p.queries;

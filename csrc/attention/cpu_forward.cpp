@@ -161,6 +161,7 @@ void attend(const AttentionParams& p, const Sizes<T>& sizes, const Head<T>& head
 
 template <class T>
 void forward(const AttentionParams& p) {
+  if (p.batch * p.heads * p.queries == 0) return;
   Sizes<T> sizes(p);
   int64_t kv_total = p.batch * p.kv_heads, group = p.heads / p.kv_heads;
   int64_t query_blocks = (p.queries + kBlockQueries - 1) / kBlockQueries;

@@ -111,7 +111,7 @@ void times_panels(int rows, const float* a, int64_t a_row, const float* panels, 
     int left = count - j, vectors = left >= kPanel ? kVectors : (left + kWidth - 1) / kWidth;
     for (int i = 0; i < rows; i += kTileRows) {
       int n = rows - i < kTileRows ? rows - i : kTileRows;
-      for (int64_t d = 0; d < depth; d += kDepth) {
+      for (int64_t d = 0; d == 0 || d < depth; d += kDepth) {  // no width: zeros
         const float *x = a + i * a_row + d, *y = panels + j * depth + d * kPanel;
         float* to = c + i * ldc + j;
         int64_t piece = depth - d < kDepth ? depth - d : kDepth;

@@ -138,7 +138,9 @@ class MultiHeadAttention(nn.Module):
     """
 
     def __init__(self, d_model: int, n_head: int) -> None:
-        if n_head < 1 or d_model < 1 or d_model % n_head:
+        check.positive("d_model", d_model)
+        check.positive("n_head", n_head)
+        if d_model % n_head:
             raise ValueError(f"n_head: expected a positive divisor of d_model = {d_model}, got {n_head}")
         super().__init__()
         self.d_model, self.n_head, self.d_k = d_model, n_head, d_model // n_head

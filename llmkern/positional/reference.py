@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from llmkern import check
+
 PHILOX_ROUNDS = 10
 
 
@@ -137,6 +139,8 @@ class PositionalEncoding(nn.Module):
     pe: Tensor
 
     def __init__(self, d_model: int, max_len: int = 5000) -> None:
+        check.positive("d_model", d_model)
+        check.positive("max_len", max_len)
         super().__init__()
         self.d_model, self.max_len = d_model, max_len
         self.register_buffer("pe", sinusoidal_table(max_len, d_model))
@@ -159,6 +163,7 @@ class RotaryEmbedding(nn.Module):
     sin: Tensor
 
     def __init__(self, dim: int, max_len: int = 5000, base: float = 10000.0, interleaved: bool = False) -> None:
+        check.positive("max_len", max_len)
         if dim < 2 or dim % 2:
             raise ValueError(f"dim: expected a positive even number, got {dim}")
         super().__init__()

@@ -55,11 +55,17 @@ def verify(
     reference cannot run in the half precision of the inputs (masked_fill with -1e9 in float16), it runs in float32
     and its results are rounded; the report's note says so.
 
-    Raises TypeError where something else than the above is returned, ValueError where reference=None and there is no
-    plain version to be made, and lets every exception of candidate and reference through.
+    Raises TypeError for what is no function or no sequence of inputs, and where something else than the above is
+    returned; ValueError where reference=None and there is no plain version to be made; and lets every exception of
+    candidate and reference through.
     """
+    for name, function in (("candidate", candidate), ("reference", reference), ("truth", truth)):
+        if not callable(function) and (function is not None or name == "candidate"):
+            raise TypeError(f"{name}: expected a module or function, got {type(function).__name__}")
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str):
+        raise TypeError(f"inputs: expected a tensor or a sequence of arguments, got {type(inputs).__name__}")
     if reference is None:
         reference = plain_version(candidate)
     arguments = Arguments(reference, tuple(inputs), dict(kwargs or {}), gradients)

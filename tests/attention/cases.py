@@ -17,6 +17,10 @@ SHAPES = {
     "odd head, wider value": (1, 2, 1, 20, 21, 63, 96),
     "no keys": (1, 2, 2, 3, 0, 16, 16),
     "no queries": (1, 2, 2, 0, 5, 16, 16),
+    "no heads": (2, 0, 0, 3, 5, 16, 16),
+    "no batch": (0, 2, 1, 3, 5, 16, 16),
+    "no width": (3, 4, 2, 33, 40, 0, 16),
+    "no value width": (3, 4, 2, 33, 40, 16, 0),
 }
 RULES = ["all", "causal", "bottom right", "lengths", "lengths, bottom right", "padding", "boolean", "additive", "rows"]
 
@@ -59,7 +63,7 @@ def attend(uniform: bool = False, plain: bool = False, weights: bool = False):
 
     def function(query, key, value, mask=None, key_lengths=None, causal=False, bottom_right=False):
         described = Mask(mask, key_lengths, causal, bottom_right)
-        scale = query.size(3) ** -0.5
+        scale = max(query.size(3), 1) ** -0.5
         if plain:
             args = (*described.arguments(), scale, uniform)
             output, logsumexp = _differentiable(query, key, value, described, scale, uniform)

@@ -31,6 +31,13 @@ MODULES = [llmkern.MultiHeadAttention, reference.MultiHeadAttention]
 def test_module(module):
     with pytest.raises(ValueError, match="n_head: expected a positive divisor of d_model = 10, got 3"):
         module(10, 3)
+    for arguments, error, message in [
+        ((8, 0), ValueError, "n_head: expected a positive integer, got 0"),
+        ((-8, 2), ValueError, "d_model: expected a positive integer, got -8"),
+        (("8", 2), TypeError, "d_model: expected a positive integer, got '8'"),
+    ]:
+        with pytest.raises(error, match=message):
+            module(*arguments)
     attention, x = module(8, 2), torch.zeros(2, 5, 8)
     for arguments, error, message in [
         ((x[0], x, x), ValueError, r"query: expected \(B, Sq, d_model\)"),

@@ -14,6 +14,8 @@ CASES = {
     "dtype": ({"x": t(2, 8, dtype=torch.float64)}, TypeError, ["x", "float32 or bfloat16 or float16", "float64"]),
     "weight dtype": ({"weight": t(4, 8)}, TypeError, ["weight", "int8", "float32"]),
     "weight rank": ({"weight": t(8, dtype=torch.int8)}, ValueError, ["weight", "(N, K)", "(8,)"]),
+    "no weight": ({"weight": None}, TypeError, ["weight", "torch.Tensor", "NoneType"]),
+    "no scale": ({"weight_scale": None}, TypeError, ["weight_scale", "torch.Tensor", "NoneType"]),
     "depth": ({"x": t(2, 7)}, ValueError, ["x", "K = 8", "(2, 7)"]),
     "no dimension": ({"x": t()}, ValueError, ["x", "(..., K)", "()"]),
     "scale dtype": ({"weight_scale": t(4, dtype=torch.bfloat16)}, TypeError, ["weight_scale", "float32", "bfloat16"]),

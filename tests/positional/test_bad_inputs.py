@@ -51,6 +51,10 @@ def test_a_position_outside_the_tables(position, inplace, isa):
 def test_modules(room):
     with pytest.raises(ValueError, match="dim: expected a positive even number, got 7"):
         room.RotaryEmbedding(7)
+    with pytest.raises(ValueError, match="d_model: expected a positive integer, got 0"):
+        room.PositionalEncoding(0)
+    with pytest.raises(TypeError, match=r"max_len: expected a positive integer, got 2\.5"):
+        room.PositionalEncoding(8, 2.5)
     encoding = room.PositionalEncoding(8, max_len=4)
     with pytest.raises(ValueError, match=r"x: expected .* max_len = 4"):
         encoding(t(5, 2, 8))
