@@ -71,18 +71,13 @@ def side_by_side(x: Tensor) -> bool:
     return x.stride(-1) == 1 or x.size(-1) == 1 or x.numel() == 0
 
 
-def _rotary(
-    q: Tensor,
-    k: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    interleaved: bool,
-    inverse: bool,
-    inplace: bool,
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def rotary_launcher(
+    kernel: Callable[..., None], last: Callable[[], tuple[int, ...]], q: Tensor, k: Tensor | None, cos: Tensor,
+    sin: Tensor, position_ids: Tensor | None, interleaved: bool, inverse: bool, inplace: bool,
+) -> Callable[..., tuple[Tensor, Tensor | None]]:  # fmt: skip
+    """The launcher of `kernel`, which takes a plan, the addresses and what `last()` gives."""
     if not all(x is None or side_by_side(x) for x in (q, k, cos, sin)):
-        return _rotary_contiguous
+        return _on_copies(kernel, last)
     q_out, k_out = (q, k) if inplace else (rotary_output(q), None if k is None else rotary_output(k))
     position_strides = (0, 0)
     if position_ids is not None:
@@ -95,7 +90,6 @@ def _rotary(
         [codes[q.dtype], codes[cos.dtype], 0 if position_ids is None else codes[position_ids.dtype]],
         interleaved, inverse,
     )  # fmt: skip
-    kernel, threads = extension._C.rotary, extension.threads
 
     def launch(
         q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, *rest: Any
@@ -104,24 +98,34 @@ def _rotary(
         kernel(
             plan, q.data_ptr(), 0 if k is None else k.data_ptr(), q_out.data_ptr(),
             0 if k_out is None else k_out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            0 if position_ids is None else position_ids.data_ptr(), threads(),
+            0 if position_ids is None else position_ids.data_ptr(), *last(),
         )  # fmt: skip
         return q_out, k_out
 
     return launch
 
 
-def _rotary_contiguous(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool,
-    inverse: bool, inplace: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """For rows whose elements do not lie side by side: on copies."""
-    args = (q.contiguous(), None if k is None else k.contiguous(), cos.contiguous(), sin.contiguous(), position_ids,
-            interleaved, inverse, False)  # fmt: skip
-    q_out, k_out = _rotary(*args)(*args)
-    if inplace:
-        return q.copy_(q_out), None if k is None or k_out is None else k.copy_(k_out)
-    return q_out, k_out
+def _on_copies(
+    kernel: Callable[..., None], last: Callable[[], tuple[int, ...]]
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """For rows whose elements do not lie side by side."""
+
+    def launch(
+        q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool,
+        inverse: bool, inplace: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        args = (q.contiguous(), None if k is None else k.contiguous(), cos.contiguous(), sin.contiguous(), position_ids,
+                interleaved, inverse, False)  # fmt: skip
+        q_out, k_out = rotary_launcher(kernel, last, *args)(*args)
+        if inplace:
+            return q.copy_(q_out), None if k is None or k_out is None else k.copy_(k_out)
+        return q_out, k_out
+
+    return launch
+
+
+def _rotary(*args: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return rotary_launcher(extension._C.rotary, lambda: (extension.threads(),), *args)
 
 
 CPU_ROTARY = Backend("cpu", _rotary, _missing)

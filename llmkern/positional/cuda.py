@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmkern import extension
 from llmkern.backend import Backend
-from llmkern.positional.compiled import rotary_output, side_by_side
+from llmkern.positional.compiled import rotary_launcher, side_by_side
 from llmkern.positional.reference import drop_below
 
 OLDEST = (8, 0)  # the compute capability that the machine code in the library begins with
@@ -85,57 +85,9 @@ CUDA_SINUSOIDAL_ADD = Backend("cuda", _sinusoidal_add, _unsupported)
 CUDA_SINUSOIDAL_DROPOUT = Backend("cuda", _dropout, _unsupported)
 
 
-def _rotary(
-    q: Tensor,
-    k: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    interleaved: bool,
-    inverse: bool,
-    inplace: bool,
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if not all(x is None or side_by_side(x) for x in (q, k, cos, sin)):
-        return _rotary_contiguous
-    q_out, k_out = (q, k) if inplace else (rotary_output(q), None if k is None else rotary_output(k))
-    position_strides = (0, 0)
-    if position_ids is not None:
-        position_strides = (position_ids.stride(0) if position_ids.dim() == 2 else 0, position_ids.stride(-1))
-    codes, zero = extension.DTYPE_CODES, (0, 0, 0)
-    plan = extension._C.RotaryPlan(
-        [q.size(0), q.size(1), 0 if k is None else k.size(1), q.size(2), q.size(3), 2 * cos.size(1), cos.size(0)],
-        [*q.stride()[:3], *(zero if k is None else k.stride()[:3]), *q_out.stride()[:3],
-         *(zero if k_out is None else k_out.stride()[:3]), cos.stride(0), sin.stride(0), *position_strides],
-        [codes[q.dtype], codes[cos.dtype], 0 if position_ids is None else codes[position_ids.dtype]],
-        interleaved, inverse,
-    )  # fmt: skip
-    kernel, device = _kernel("rotary_cuda"), q.device
-
-    def launch(
-        q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        q_out, k_out = (q, k) if inplace else (rotary_output(q), None if k is None else rotary_output(k))
-        kernel(
-            plan, q.data_ptr(), 0 if k is None else k.data_ptr(), q_out.data_ptr(),
-            0 if k_out is None else k_out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            0 if position_ids is None else position_ids.data_ptr(), *_stream(device),
-        )  # fmt: skip
-        return q_out, k_out
-
-    return launch
-
-
-def _rotary_contiguous(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool,
-    inverse: bool, inplace: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """For rows whose elements do not lie side by side: on copies."""
-    args = (q.contiguous(), None if k is None else k.contiguous(), cos.contiguous(), sin.contiguous(), position_ids,
-            interleaved, inverse, False)  # fmt: skip
-    q_out, k_out = _rotary(*args)(*args)
-    if inplace:
-        return q.copy_(q_out), None if k is None or k_out is None else k.copy_(k_out)
-    return q_out, k_out
+def _rotary(q: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    device = q.device
+    return rotary_launcher(_kernel("rotary_cuda"), lambda: _stream(device), q, *args)
 
 
 CUDA_ROTARY = Backend("cuda", _rotary, _unsupported)
