@@ -21,7 +21,7 @@ def _sinusoidal_add(
     x: Tensor, pe: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float
 ) -> Callable[..., Tensor]:
     """pe None stands for zeros: the backward, which only scales and drops."""
-    if x.stride(2) != 1 or (pe is not None and pe.stride(2) != 1):
+    if not all(t is None or side_by_side(t) for t in (x, pe)):
 
         def contiguous(x: Tensor, pe: Tensor | None, *rest: Any) -> Tensor:
             x, pe = x.contiguous(), None if pe is None else pe.contiguous()

@@ -208,6 +208,7 @@ def _rotary_inplace(
 ) -> tuple[Tensor, Tensor | None]:
     if not needs_grad(q, k, cos, sin):
         if is_plain(q, k, cos, sin, position_ids):
+            _count_write(q, k)
             return _ROTARY.run(q, k, cos, sin, position_ids, interleaved, inverse, True)
         torch.ops.llmkern.rotary_(q, k, cos, sin, position_ids, interleaved, inverse)
         return q, k
@@ -219,6 +220,13 @@ def _rotary_inplace(
     _check_inplace(q, k)
     q_out, k_out = rotary(q, k, cos, sin, interleaved=interleaved, position_ids=position_ids)
     return q.copy_(q_out), None if k is None or k_out is None else k.copy_(k_out)
+
+
+def _count_write(q: Tensor, k: Tensor | None) -> None:
+    """Tells autograd of a write that a kernel does past torch, so that it refuses what it had kept of q and k."""
+    torch.autograd.graph.increment_version(q)
+    if k is not None:
+        torch.autograd.graph.increment_version(k)
 
 
 def _check_inplace(q: Tensor, k: Tensor | None) -> None:
@@ -309,6 +317,7 @@ def _run_rotary(q: Tensor, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor
 def _run_rotary_inplace(q: Tensor, k: Tensor | None, *args: Any) -> None:
     if needs_grad(q, k):
         raise RuntimeError("llmkern::rotary_ has no gradient; call llmkern.functional.rotary(..., inplace=True)")
+    _count_write(q, k)
     _ROTARY.run(q, k, *args, True)
 
 
