@@ -8,6 +8,7 @@
 
 #include "attention/bindings.h"
 #include "common/bindings.h"
+#include "common/call.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "int8/bindings.h"
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_architectures") = "";
 #endif
+  llmkern::call::bind(m);
   llmkern::bind_common(m);
   llmkern::bind_attention(m);
   llmkern::bind_int8(m);

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llmkern import extension
+
 NAMES = ("cpu", "cuda", "triton", "reference")
 
 
@@ -80,11 +82,35 @@ def use(name: str | None) -> Iterator[None]:
 
 def forget_plans() -> None:
     """Makes every choice anew at the next call; to be called when something that choices depend on has changed."""
-    for operator in Operator.all.values():
-        operator.plans.clear()
+    for plans in Plans.all:
+        plans.clear()
 
 
-def _metadata(*args: Any) -> tuple[Any, ...]:
+class Plans(dict[Any, Callable[..., Any]]):
+    """Launchers by the key of the calls that they serve.
+
+    A program whose shapes never repeat must not let it grow without bound: past `most`, all are forgotten.
+    """
+
+    all: ClassVar[list[Plans]] = []
+    most = 4096
+
+    def __init__(self) -> None:
+        super().__init__()
+        Plans.all.append(self)
+
+    def keep(self, key: Any, launch: Callable[..., Any]) -> Callable[..., Any]:
+        if len(self) >= self.most:
+            self.clear()
+        self[key] = launch
+        return launch
+
+
+def _metadata(*args: Any) -> Any:
+    """A key that is equal for calls whose metadata are, of any tensors."""
+    key = extension._C.metadata_key(*args) if extension.SHORT_CALLS else None
+    if key is not None:
+        return key
     return tuple([(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in args])
 
 
@@ -94,44 +120,43 @@ class Operator:
     #: Every operator of the package by name; the status page lists them.
     all: ClassVar[dict[str, Operator]] = {}
 
-    #: A program whose shapes never repeat must not grow without bound: past this many, plans are forgotten.
-    most_plans = 4096
-
     def __init__(
         self,
         name: str,
         check: Callable[..., None],
         example: Callable[[str, torch.dtype], tuple[Any, ...]] | None = None,
-        key: Callable[..., tuple[Any, ...]] = _metadata,
         **by_device: list[Backend],
     ) -> None:
         """check: raises on bad arguments, from metadata alone. example(device, dtype): arguments of a typical call,
-        for the status page. key(*args): all that checks and plans may look at; an operator's own is a little quicker
-        than finding out which arguments are tensors. by_device: cpu=[...], cuda=[...], other=[...], the backends of
-        each device, best first."""
+        for the status page. by_device: cpu=[...], cuda=[...], other=[...], the backends of each device, best first."""
         self.name = name
         self.check = check
         self.example = example
-        self.key = key
         self.by_device = by_device
-        self.plans: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self.plans = Plans()
+        self.short = Plans()
         Operator.all[name] = self
 
     def run(self, *args: Any) -> Any:
         """Runs the operator, on the backend that serves these arguments. The first one is a tensor, on the device."""
-        try:
-            key = self.key(*args)
-        except AttributeError:  # no tensor where one should be
-            self.check(*args)
-            raise
+        key = _metadata(*args)
         launch = self.plans.get(key)
         if launch is None:
-            self.check(*args)
-            launch = self._choose(args).plan(*args)
-            if len(self.plans) >= self.most_plans:
-                self.plans.clear()
-            self.plans[key] = launch
+            launch = self.plans.keep(key, self.plan(*args))
         return launch(*args)
+
+    def plan(self, *args: Any) -> Callable[..., Any]:
+        """Checks the arguments, and gives the launcher for all calls with their metadata."""
+        self.check(*args)
+        launch: Callable[..., Any] = self._choose(args).plan(*args)
+        return launch
+
+    def short_call(self, key: bytes, recorded: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+        """The launcher of a public function's calls with this key (`operator.call_key`), kept in `short`.
+
+        recorded: the operator's autograd.Function.apply, which serves the calls that autograd records.
+        """
+        return self.short.keep(key, recorded if key[0] else self.plan(*args))
 
     def _choose(self, args: tuple[Any, ...]) -> Backend:
         if _forced is not None:

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 # The numbers of enum DType in csrc/common/types.h; a test compares the two.
 DTYPE_CODES: dict[torch.dtype, int] = {
@@ -21,6 +22,9 @@ DTYPE_CODES: dict[torch.dtype, int] = {
 }
 
 _C: Any = None
+#: Whether calls on plain tensors can take the short way of llmkern/operator.py. It needs DLPack's exchange API, of
+#: torch 2.10 and newer; without, every call goes through torch's dispatcher.
+SHORT_CALLS = False
 #: Why the compiled library is missing; None where it is there.
 MISSING: str | None = None
 
@@ -50,6 +54,12 @@ except ImportError as error:
 else:
     if os.environ.get("LLMKERN_ISA"):
         _C.force_isa(os.environ["LLMKERN_ISA"])
+    SHORT_CALLS = _C.connect(
+        torch.Tensor, torch.nn.Parameter, torch.is_grad_enabled, forward_ad,
+        (torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, torch._C._is_any_autocast_enabled,
+         torch._C._functorch.maybe_current_level, torch._C._get_tracing_state),
+        getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+    )  # fmt: skip
 
 #: How many threads a kernel may use now: torch's own setting.
 threads = torch.get_num_threads

@@ -2,7 +2,8 @@
 
 Two ways lead to the same kernels. `torch.ops.llmkern.<name>` is the operator that tracing sees. A call on plain
 tensors in eager mode takes a shorter way past torch's dispatcher, whose Python registration costs more than a small
-kernel does: a public function asks `is_plain(...)` and calls the implementation, or its autograd.Function, directly.
+kernel does: a public function asks `call_key(...)` (csrc/common/call.h) for the metadata of its arguments as one key,
+and where there is one finds its launcher in a table: a kernel, or the operator's autograd.Function.
 """
 
 from __future__ import annotations
@@ -12,19 +13,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch, _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import (
+    _functorch,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch.autograd import forward_ad
+
+from llmkern import extension
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
+def _no_key(*args: Any) -> bytes | None:
+    return None
+
+
+#: call_key(*args) -> the key of a call that may take the short way: its first byte says whether autograd must record
+#: it, the rest is the arguments' metadata. None where `is_plain` is False, or an argument is nothing that a plan can
+#: depend on. Not to be called under torch.compile: ask `is_compiling()` first.
+call_key: Callable[..., bytes | None] = extension._C.call_key if extension.SHORT_CALLS else _no_key
+is_compiling = torch.compiler.is_compiling
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors in ordinary eager mode, so that nothing would be lost past the dispatcher.
 
     False under torch.compile and export, in any torch dispatch or function mode, in torch.func transforms, in
-    forward-mode AD, under autocast, and for tensor subclasses (fake tensors, DTensor).
+    forward-mode AD, under autocast and torch.jit.trace, for tensor subclasses (fake tensors, DTensor) and for views
+    that are negated only when they are read.
     """
     if (
         torch.compiler.is_compiling()
@@ -33,10 +54,11 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or _is_any_autocast_enabled()
         or forward_ad._current_level >= 0
         or _functorch.maybe_current_level() is not None
+        or _get_tracing_state() is not None
     ):
         return False
-    for t in tensors:  # noqa: SIM110 (a generator costs more than the loop)
-        if t is not None and type(t) not in _PLAIN_TYPES:
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_neg()):
             return False
     return True
 

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "../common/call.h"
 #include "../common/dispatch.h"
 #include "params.h"
 
@@ -14,6 +15,21 @@ LLMKERN_KERNEL(attention_forward, AttentionParams)
 LLMKERN_KERNEL(attention_backward, AttentionParams)
 LLMKERN_KERNEL(attention_weights, AttentionParams)
 LLMKERN_KERNEL(attention_weights_backward, AttentionParams)
+
+template <AttentionTensor AttentionParams::*... kTensors>
+void fill_attention(AttentionParams& p, void* const* addresses) {
+  p.mask.data = static_cast<const char*>(addresses[0]);
+  p.mask.lengths = static_cast<const char*>(addresses[1]);
+  p.logsumexp = static_cast<double*>(addresses[2]);
+  p.grad_scores = static_cast<float*>(addresses[3]);
+  int i = 4;
+  (((p.*kTensors).data = static_cast<char*>(addresses[i++])), ...);
+}
+
+template <void (*kRun)(const AttentionParams&), AttentionTensor AttentionParams::*... kTensors>
+void define_attention(pybind11::module_& m, const char* name) {
+  call::define_kernel<AttentionParams, 4 + sizeof...(kTensors), fill_attention<kTensors...>, kRun>(m, name);
+}
 
 inline void bind_attention(pybind11::module_& m) {
   namespace py = pybind11;
@@ -46,32 +62,14 @@ inline void bind_attention(pybind11::module_& m) {
               LLMKERN_STRIDES(grad_output) LLMKERN_STRIDES(dquery) LLMKERN_STRIDES(dkey) LLMKERN_STRIDES(dvalue)
                   LLMKERN_STRIDES(weights);
 #undef LLMKERN_STRIDES
-  // A kernel takes a plan, the threads, and addresses (0: none): of the mask, the lengths, the log-sum-exp, the
-  // gradient of the scores, then of the tensors listed here.
+  // Tensors (None: none): the mask, the lengths, the log-sum-exp, the gradient of the scores, then those listed here.
   using P = AttentionParams;
-  using Tensors = std::vector<AttentionTensor P::*>;
-  auto define = [&m](const char* name, void (*kernel)(const P&), const Tensors& tensors) {
-    m.def(
-        name,
-        [kernel, tensors](const P& plan, int threads, const std::vector<uintptr_t>& addresses) {
-          P p = plan;
-          p.threads = threads;
-          p.mask.data = reinterpret_cast<const char*>(addresses.at(0));
-          p.mask.lengths = reinterpret_cast<const char*>(addresses.at(1));
-          p.logsumexp = reinterpret_cast<double*>(addresses.at(2));
-          p.grad_scores = reinterpret_cast<float*>(addresses.at(3));
-          for (size_t i = 0; i < tensors.size(); i++)
-            (p.*tensors[i]).data = reinterpret_cast<char*>(addresses.at(4 + i));
-          kernel(p);
-        },
-        py::call_guard<py::gil_scoped_release>());
-  };
-  define("attention_forward", attention_forward, {&P::query, &P::key, &P::value, &P::output});
-  define("attention_backward", attention_backward,
-         {&P::query, &P::key, &P::value, &P::output, &P::grad_output, &P::dquery, &P::dkey, &P::dvalue});
-  define("attention_weights", attention_weights, {&P::query, &P::key, &P::weights});
-  define("attention_weights_backward", attention_weights_backward,
-         {&P::query, &P::key, &P::weights, &P::dquery, &P::dkey});
+  define_attention<attention_forward, &P::query, &P::key, &P::value, &P::output>(m, "attention_forward");
+  define_attention<attention_backward, &P::query, &P::key, &P::value, &P::output, &P::grad_output, &P::dquery, &P::dkey,
+                   &P::dvalue>(m, "attention_backward");
+  define_attention<attention_weights, &P::query, &P::key, &P::weights>(m, "attention_weights");
+  define_attention<attention_weights_backward, &P::query, &P::key, &P::weights, &P::dquery, &P::dkey>(
+      m, "attention_weights_backward");
 }
 
 }  // namespace llmkern

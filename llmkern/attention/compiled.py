@@ -53,10 +53,6 @@ def _params(
     return params
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     if any(_plain(t) is not t for t in (query, key, value)):
         return _through_copies(_forward, 3)
@@ -69,11 +65,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable
     ) -> tuple[Tensor, Tensor]:
         output = torch.empty_strided(shape, strides, dtype=dtype)
         logsumexp = torch.empty(rows, dtype=torch.float64)
-        addresses = (
-            _address(mask), _address(key_lengths), logsumexp.data_ptr(), 0,
-            query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr(),
-        )  # fmt: skip
-        kernel(params, threads(), addresses)
+        kernel(params, threads(), mask, key_lengths, logsumexp, None, query, key, value, output)
         return output, logsumexp
 
     return launch
@@ -104,8 +96,8 @@ def _backward(
         grads = [empty_in_order(t, t.shape[3]) for t in (query, key, value)]
         logsumexp = logsumexp.contiguous()
         grad_scores = _grad_scores(query, key, mask_grad and mask is not None)
-        tensors = [query, key, value, output, grad_output, *grads]
-        kernel(params, threads(), [_address(t) for t in (mask, key_lengths, logsumexp, grad_scores, *tensors)])
+        tensors = (query, key, value, output, grad_output, *grads)
+        kernel(params, threads(), mask, key_lengths, logsumexp, grad_scores, *tensors)
         return *grads, _mask_grad(query, mask, grad_scores)
 
     return launch
@@ -124,8 +116,7 @@ def _weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Call
     ) -> Tensor:
         weights = query.new_empty(shape)
         logsumexp = logsumexp.contiguous()
-        tensors = (mask, key_lengths, logsumexp, None, query, key, weights)
-        kernel(params, threads(), [_address(t) for t in tensors])
+        kernel(params, threads(), mask, key_lengths, logsumexp, None, query, key, weights)
         return weights
 
     return launch
@@ -152,8 +143,7 @@ def _weights_backward(
         grads = [empty_in_order(t, t.shape[3]) for t in (query, key)]
         logsumexp = logsumexp.contiguous()
         grad_scores = _grad_scores(query, key, mask_grad and mask is not None)
-        tensors = [query, key, grad_weights, *grads]
-        kernel(params, threads(), [_address(t) for t in (mask, key_lengths, logsumexp, grad_scores, *tensors)])
+        kernel(params, threads(), mask, key_lengths, logsumexp, grad_scores, query, key, grad_weights, *grads)
         return *grads, _mask_grad(query, mask, grad_scores)
 
     return launch

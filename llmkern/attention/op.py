@@ -6,6 +6,7 @@ log-sum-exp that `attention` returns, with its backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from llmkern.attention import compiled, reference
 from llmkern.attention.layout import empty_in_order
 from llmkern.attention.mask import Mask
 from llmkern.backend import Operator, reference_backend
-from llmkern.operator import define, is_plain, needs_grad, refuse_forward_ad, short_autograd
+from llmkern.operator import call_key, define, is_compiling, is_plain, refuse_forward_ad, short_autograd
 
 
 def attention(
@@ -33,14 +34,18 @@ def attention(
     Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
     """
     args = (query, key, value, *mask.arguments(), scale, uniform_empty_rows)
-    tensors = (query, key, value, mask.dense)
-    if not is_plain(*tensors, mask.key_lengths):
-        # Here and not in the operator alone: torch.func unwraps its tangents on the way there.
-        refuse_forward_ad("attention", *tensors)
-        return torch.ops.llmkern.attention(*args)
-    if needs_grad(*tensors):
-        return _Attention.apply(*args)
-    return _ATTENTION.run(*args)
+    found = None if is_compiling() else call_key(*args)
+    if found is not None:
+        launch = _ATTENTION.short.get(found) or _ATTENTION.short_call(found, _Attention.apply, *args)
+        return launch(*args)
+    # Here and not in the operator alone: torch.func unwraps its tangents on the way there.
+    refuse_forward_ad("attention", query, key, value, mask.dense)
+    return torch.ops.llmkern.attention(*args)
+
+
+def short_attention(found: bytes, *args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What runs the operator for calls of this key (llmkern.operator.call_key), once its arguments are checked."""
+    return _Attention.apply if found[0] else _ATTENTION.plan(*args)
 
 
 def attention_weights(
@@ -51,12 +56,11 @@ def attention_weights(
     Raises as `attention` does.
     """
     args = (query, key, logsumexp, *mask.arguments(), scale, uniform_empty_rows)
-    tensors = (query, key, mask.dense)
-    if not is_plain(*tensors, logsumexp, mask.key_lengths):
-        return torch.ops.llmkern.attention_weights(*args)
-    if needs_grad(*tensors):
-        return _AttentionWeights.apply(*args)
-    return _WEIGHTS.run(*args)
+    found = None if is_compiling() else call_key(*args)
+    if found is not None:
+        launch = _WEIGHTS.short.get(found) or _WEIGHTS.short_call(found, _AttentionWeights.apply, *args)
+        return launch(*args)
+    return torch.ops.llmkern.attention_weights(*args)
 
 
 def _check_query_key(

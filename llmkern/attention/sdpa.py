@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from llmkern import check
 from llmkern.attention.mask import Mask
-from llmkern.attention.op import attention
+from llmkern.attention.op import attention, short_attention
+from llmkern.backend import Plans
+from llmkern.operator import call_key, is_compiling
 
 ALIGNMENTS = ("top_left", "bottom_right")
 
@@ -43,6 +45,14 @@ def scaled_dot_product_attention(
     Raises TypeError for a wrong dtype, ValueError for wrong shapes, devices or options. Source: Dao 2023,
     "FlashAttention-2", section 3.
     """
+    found = None
+    if not is_compiling():
+        args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths, causal_alignment)
+        found = call_key(*args)
+    if found is not None:
+        launch = _SHORT.get(found)
+        if launch is not None:
+            return launch(query, key, value, attn_mask, key_lengths)
     for name, t in (("query", query), ("key", key), ("value", value)):
         check.is_tensor(name, t)
         if t.dim() < 2 or t.dim() != query.dim():
@@ -60,6 +70,16 @@ def scaled_dot_product_attention(
         raise ValueError(f"key: expected {expected}, got shape {tuple(key.shape)}")
     if attn_mask is not None:
         check.is_tensor("attn_mask", attn_mask)
+    if scale is None:
+        scale = 1.0 / math.sqrt(max(query.size(-1), 1))
+    bottom_right = causal_alignment == "bottom_right"
+    same_batch = query.dim() == 4 and query.size(0) == key.size(0) == value.size(0)
+    if found is not None and same_batch and dropout_p == 0.0 and (attn_mask is None or attn_mask.dim() == 4):
+        # Nothing is to be arranged: calls like this one go straight to the operator from now on.
+        rules = (is_causal, bottom_right, scale, False)
+        run = short_attention(found, query, key, value, attn_mask, key_lengths, *rules)
+        launch = _SHORT.keep(found, lambda q, k, v, mask, lengths: run(q, k, v, mask, lengths, *rules)[0])
+        return launch(query, key, value, attn_mask, key_lengths)
     shape = query.shape
     if query.dim() != 4:
         query, key, value, attn_mask = _four_dimensions(query, key, value, attn_mask)
@@ -68,13 +88,15 @@ def scaled_dot_product_attention(
     if not query.size(0) == key.size(0) == value.size(0):
         batch = max(query.size(0), key.size(0), value.size(0))
         query, key, value = (t.expand(batch, -1, -1, -1) if t.size(0) == 1 else t for t in (query, key, value))
-    mask = Mask(attn_mask, key_lengths, is_causal, causal_alignment == "bottom_right")
-    if scale is None:
-        scale = 1.0 / math.sqrt(max(query.size(3), 1))
+    mask = Mask(attn_mask, key_lengths, is_causal, bottom_right)
     if dropout_p > 0.0:
         return _with_dropout(query, key, value, mask, dropout_p, scale).reshape(*shape[:-1], value.size(3))
     output = attention(query, key, value, mask, scale)[0]
     return output if len(shape) == 4 else output.reshape(*shape[:-1], value.size(3))
+
+
+#: Launchers of calls that need no arranging.
+_SHORT = Plans()
 
 
 def _four_dimensions(

@@ -48,37 +48,33 @@ def _row_stride(x: Tensor) -> int | None:
 
 def _plan(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
     kernel, threads, isa = extension._C.int8_linear, extension.threads, extension._C.active_isa()
+    row_stride = _row_stride(x) if x.numel() else x.size(-1)
+    rows_dense = x.stride(-1) == 1 or x.size(-1) == 1 or x.numel() == 0
+    vectors_dense = all(t is None or t.stride(0) == 1 or t.size(0) <= 1 for t in (weight_scale, bias))
+    if row_stride is None or not rows_dense or not vectors_dense:
+        return _on_copies
     outputs, depth = weight.shape
     shape = (*x.shape[:-1], outputs)
     rows = 1
     for size in x.shape[:-1]:
         rows *= size
-    dtype, code = x.dtype, extension.DTYPE_CODES[x.dtype]
-    bias_code = 0 if bias is None else extension.DTYPE_CODES[bias.dtype]
-    row_stride = _row_stride(x)
+    dtype, codes = x.dtype, extension.DTYPE_CODES
+    bias_code = 0 if bias is None else codes[bias.dtype]
+    plan = extension._C.Int8LinearPlan(rows, outputs, depth, row_stride, codes[dtype], bias_code)
     strides = torch.empty(shape, device="meta").stride()
     empty = torch.empty_strided  # quicker than torch.empty
 
     def launch(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
         out = empty(shape, strides, dtype=dtype)
-        at_bias = 0 if bias is None else bias.data_ptr()
-        kept = packed(weight, isa)  # held until the kernel is done
-        kernel(
-            x.data_ptr(), kept.data_ptr(), weight_scale.data_ptr(), at_bias, out.data_ptr(),
-            rows, outputs, depth, stride, code, bias_code, threads(),
-        )  # fmt: skip
+        kernel(plan, threads(), x, packed(weight, isa), weight_scale, bias, out)
         return out
 
-    vectors = weight_scale.stride(0) == 1 and (bias is None or bias.stride(0) == 1)
-    if row_stride is not None and (x.stride(-1) == 1 or depth <= 1) and vectors:
-        stride = row_stride
-        return launch
-    stride = depth
+    return launch
 
-    def launch_copies(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-        return launch(x.contiguous(), weight, weight_scale.contiguous(), None if bias is None else bias.contiguous())
 
-    return launch_copies
+def _on_copies(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    args = (x.contiguous(), weight, weight_scale.contiguous(), None if bias is None else bias.contiguous())
+    return _plan(*args)(*args)
 
 
 #: int8_linear(x, weight, weight_scale, bias) -> y

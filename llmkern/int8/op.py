@@ -10,7 +10,7 @@ from torch import Tensor
 from llmkern.backend import Operator, reference_backend
 from llmkern.int8 import reference
 from llmkern.int8.compiled import CPU_INT8_LINEAR
-from llmkern.operator import define, is_plain, needs_grad, refuse_forward_ad, short_autograd
+from llmkern.operator import call_key, define, is_compiling, refuse_forward_ad, short_autograd
 
 
 def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,12 +25,12 @@ def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
     gradient. Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", section 2.
     """
-    if not is_plain(x, weight, weight_scale, bias):
-        refuse_forward_ad("int8_linear", x, weight_scale, bias)
-        return torch.ops.llmkern.int8_linear(x, weight, weight_scale, bias)
-    if needs_grad(x, weight_scale, bias):
-        return _Int8Linear.apply(x, weight, weight_scale, bias)
-    return _OPERATOR.run(x, weight, weight_scale, bias)
+    key = None if is_compiling() else call_key(x, weight, weight_scale, bias)
+    if key is not None:
+        launch = _SHORT.get(key) or _OPERATOR.short_call(key, _Int8Linear.apply, x, weight, weight_scale, bias)
+        return launch(x, weight, weight_scale, bias)
+    refuse_forward_ad("int8_linear", x, weight_scale, bias)
+    return torch.ops.llmkern.int8_linear(x, weight, weight_scale, bias)
 
 
 def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
@@ -42,20 +42,14 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     return torch.empty(8, 64, dtype=dtype, device=device), weight, torch.empty(64, device=device), None
 
 
-def _key(x: Tensor, w: Tensor, s: Tensor, b: Tensor | None) -> tuple[Any, ...]:
-    bias = None if b is None else (b.shape, b.stride(), b.dtype, b.device)
-    return (x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
-            s.shape, s.stride(), s.dtype, s.device, bias)  # fmt: skip
-
-
 _OPERATOR = Operator(
     "int8_linear",
     _check,
     _example,
-    _key,
     cpu=[CPU_INT8_LINEAR, reference_backend(reference.int8_linear)],
     other=[reference_backend(reference.int8_linear)],
 )
+_SHORT = _OPERATOR.short
 
 
 def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from llmkern import check
 from llmkern.backend import Operator, reference_backend
-from llmkern.operator import define, is_plain, needs_grad, refuse_forward_ad, short_autograd
+from llmkern.operator import (
+    call_key,
+    define,
+    is_compiling,
+    is_plain,
+    needs_grad,
+    refuse_forward_ad,
+    short_autograd,
+)
 from llmkern.positional import reference
 from llmkern.positional.compiled import CPU_ROTARY, CPU_SINUSOIDAL_ADD, CPU_SINUSOIDAL_DROPOUT, rotary_output
 from llmkern.positional.cuda import CUDA_ROTARY, CUDA_SINUSOIDAL_ADD, CUDA_SINUSOIDAL_DROPOUT
@@ -34,12 +42,13 @@ def sinusoidal_add(
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or probability.
     """
     key = _seed(seed) if dropout_p > 0.0 else None
-    if not is_plain(x, pe):
-        refuse_forward_ad("sinusoidal_add", x, pe)
-        return torch.ops.llmkern.sinusoidal_add(x, pe, key, scale, dropout_p)
-    if needs_grad(x, pe):
-        return _SinusoidalAdd.apply(x, pe, key, scale, dropout_p)
-    return _SINUSOIDAL_ADD.run(x, pe, key, scale, dropout_p)
+    args = (x, pe, key, scale, dropout_p)
+    found = None if is_compiling() else call_key(*args)
+    if found is not None:
+        launch = _SINUSOIDAL_ADD.short.get(found) or _SINUSOIDAL_ADD.short_call(found, _SinusoidalAdd.apply, *args)
+        return launch(*args)
+    refuse_forward_ad("sinusoidal_add", x, pe)
+    return torch.ops.llmkern.sinusoidal_add(*args)
 
 
 def _seed(seed: int | Tensor | None) -> Tensor:
@@ -193,13 +202,15 @@ def rotary(
     args = (q, k, cos, sin, position_ids, interleaved, False)
     if inplace:
         return _rotary_inplace(*args)
-    if not is_plain(q, k, cos, sin, position_ids):
-        refuse_forward_ad("rotary", q, k, cos, sin)
-        q_out, k_out = torch.ops.llmkern.rotary(*args)
-    elif needs_grad(q, k, cos, sin):
+    found = None if is_compiling() else call_key(*args)
+    if found is not None and not found[0]:
+        launch = _ROTARY.short.get(found) or _ROTARY.short_call(found, _Rotary.apply, *args, False)
+        return launch(*args, False)
+    if found is not None:
         q_out, k_out = _Rotary.apply(*args)
     else:
-        return _ROTARY.run(*args, False)
+        refuse_forward_ad("rotary", q, k, cos, sin)
+        q_out, k_out = torch.ops.llmkern.rotary(*args)
     return q_out, None if k is None else k_out
 
 
