@@ -205,6 +205,8 @@ inline PyObject* raise() {
     PyErr_SetString(PyExc_ValueError, e.what());
   } catch (const pybind11::cast_error&) {
     PyErr_SetString(PyExc_TypeError, "expected a plan of this kernel");
+  } catch (const pybind11::reference_cast_error&) {  // for None
+    PyErr_SetString(PyExc_TypeError, "expected a plan of this kernel");
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what());
   }

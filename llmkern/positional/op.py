@@ -221,8 +221,9 @@ def _rotary_inplace(
         if is_plain(q, k, cos, sin, position_ids):
             _count_write(q, k)
             return _ROTARY.run(q, k, cos, sin, position_ids, interleaved, inverse, True)
-        torch.ops.llmkern.rotary_(q, k, cos, sin, position_ids, interleaved, inverse)
-        return q, k
+        if not (q.is_neg() or (k is not None and k.is_neg())):  # torch cannot resolve these for an optional argument
+            torch.ops.llmkern.rotary_(q, k, cos, sin, position_ids, interleaved, inverse)
+            return q, k
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("inplace: expected False where cos or sin requires a gradient, which needs q and k; got True")
     for name, x in (("q", q), ("k", k)):
