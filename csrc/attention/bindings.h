@@ -41,7 +41,7 @@ inline void bind_attention(pybind11::module_& m) {
              p.batch = sizes.at(0), p.heads = sizes.at(1), p.kv_heads = sizes.at(2), p.queries = sizes.at(3);
              p.keys = sizes.at(4), p.width = sizes.at(5), p.value_width = sizes.at(6);
              p.scale = scale, p.uniform_empty_rows = uniform_empty_rows, p.dtype = static_cast<DType>(dtype);
-             p.mask.causal = causal, p.mask.bottom_right = bottom_right;
+             p.mask.left = kUnbounded, p.mask.right = causal ? 0 : kUnbounded, p.mask.bottom_right = bottom_right;
              return p;
            }),
            py::arg("sizes"), py::arg("scale"), py::arg("uniform_empty_rows"), py::arg("causal"),
@@ -50,6 +50,10 @@ inline void bind_attention(pybind11::module_& m) {
            [](AttentionParams& p, int dtype, const std::vector<int64_t>& strides) {
              p.mask.dtype = static_cast<DType>(dtype);
              p.mask.b = strides.at(0), p.mask.h = strides.at(1), p.mask.row = strides.at(2), p.mask.key = strides.at(3);
+           })
+      .def("window",
+           [](AttentionParams& p, int64_t left, int64_t right) {  // negative: that side is open
+             p.mask.left = left < 0 ? kUnbounded : left, p.mask.right = right < 0 ? kUnbounded : right;
            })
       .def("lengths",
            [](AttentionParams& p, bool is_64, int64_t step) {

@@ -68,6 +68,11 @@ struct Backward {
     return keys;
   }
 
+  // Whether delta comes from the output and its gradient, which is quick. From the weights themselves it has the
+  // rounding of the gradients that it is subtracted from: so where the gradient of the scores is asked for, and where
+  // few queries leave an error nothing to hide in, for little more work.
+  bool delta_from_output() const { return !of_weights && !p.grad_scores && p.queries > kStrip; }
+
   // Whether delta need not be known beforehand: all that it sums is at hand, and without the rounding of the output.
   bool sees_one_block(const HeadMask& mask, int64_t row) const { return mask.limit(row) <= kBlockKeys; }
   bool sees_one_block(int64_t b, int64_t h) const { return sees_one_block(HeadMask(p, b, h), p.queries - 1); }
@@ -125,15 +130,16 @@ struct Backward {
         }
     }
     constexpr bool kPair = kPairs<T>;
+    Span all_rows{0, rows}, all_columns{0, columns};
     if (value_sums)
-      times_rows<kPair, Into::add>(keys, weights_by_row, 1, kBlockKeys, work.grad_output.rows, sizes.value_width, rows,
-                                   value_sums, nullptr, work.grad_output.special);
+      times_rows<kPair, Into::add>(keys, weights_by_row, 1, kBlockKeys, work.grad_output.rows, sizes.value_width,
+                                   sizes.value_width, &all_rows, 1, value_sums, nullptr, work.grad_output.special);
     if (key_sums)
-      times_rows<kPair, Into::add>(keys, grads_by_row, 1, kBlockKeys, work.query.rows, sizes.width, rows, key_sums,
-                                   nullptr, work.query.special);
+      times_rows<kPair, Into::add>(keys, grads_by_row, 1, kBlockKeys, work.query.rows, sizes.width, sizes.width,
+                                   &all_rows, 1, key_sums, nullptr, work.query.special);
     if (query_sums)
-      times_rows<kPair, Into::add>(count, grads_along, along_step, 1, block.key_rows, sizes.width, columns, query_sums,
-                                   nullptr, *block.special != 0);
+      times_rows<kPair, Into::add>(count, grads_along, along_step, 1, block.key_rows, sizes.width, sizes.width,
+                                   &all_columns, 1, query_sums, nullptr, *block.special != 0);
   }
 
   // The gradients of one block of keys and values; with query_sums, zeroed and (group, Sq, width), those of the
@@ -196,26 +202,9 @@ struct Backward {
       int count = static_cast<int>(at_most(kStrip, end - row));
       x.pack(rows_of<T>(p.grad_output, b, h) + row * p.grad_output.row, p.grad_output.row, count, p.value_width);
       y.pack(rows_of<T>(p.output, b, h) + row * p.output.row, p.output.row, count, p.value_width);
-      constexpr int kChains = 8;  // kStrip is a multiple of it; rows past `count` give what nobody reads
-      for (int i = 0; i < count; i += kChains) {
-        float sums[kChains] = {};
-        for (int64_t begin = 0; begin < sizes.value_depth; begin += kDepth) {
-          Float chains[kChains];
-          for (int j = 0; j < kChains; j++) chains[j] = zero();
-          for (int64_t d = begin; d < at_most(begin + kDepth, sizes.value_depth); d++)
-#pragma GCC unroll 8
-            for (int j = 0; j < kChains; j++) {
-              int64_t at = (i + j) * x.step + d;
-              chains[j] = multiply_add<kPairs<T>>(x.along + at, broadcast(y.along[at]), chains[j]);
-            }
-          for (int j = 0; j < kChains; j++) {
-            alignas(64) float lanes[kWidth];
-            store(lanes, chains[j]);
-            sums[j] += lanes[0];
-          }
-        }
-        for (int j = 0; j < kChains && i + j < count; j++) delta[(b * p.heads + h) * p.queries + row + i + j] = sums[j];
-      }
+      for (int i = 0; i < count; i++)
+        delta[(b * p.heads + h) * p.queries + row + i] =
+            times_row<kPairs<T>>(x.along + i * x.step, y.along + i * y.step, sizes.value_depth);
     }
   }
 
@@ -309,7 +298,7 @@ void by_block(const Backward<T>& backward, float* blocks, int threads) {
   };
   for_queries([&](const float* of_head, Work<T>& work, int64_t b, int64_t h, int64_t row, int64_t count, float*) {
     if (backward.sees_one_block(b, h)) return;
-    if (backward.of_weights || p.grad_scores)
+    if (!backward.delta_from_output())
       backward.delta_of_weights(of_head, work, b, h, row, count);
     else
       backward.delta_of_output(work, b, h, row, count);
@@ -336,9 +325,8 @@ void run(const AttentionParams& p, bool of_weights) {
   constexpr int64_t kMostSums = int64_t(1) << 24;  // units of memory that a thread keeps for the sums of its queries
   int64_t heads = p.batch * p.kv_heads, rows = p.batch * p.heads * p.queries;
   int threads = static_cast<double>(rows) * static_cast<double>(p.keys * p.width) < 32768 ? 1 : p.threads;
-  // Where the gradient of the scores itself is asked for, delta has no other rounding than the terms of its sum.
-  bool delta_of_output = !of_weights && !p.grad_scores;
-  bool whole_heads = (delta_of_output || p.keys <= kBlockKeys) && (heads % threads == 0 || heads >= 4 * threads) &&
+  bool whole_heads = (Backward<T>{p, sizes, of_weights, nullptr}.delta_from_output() || p.keys <= kBlockKeys) &&
+                     (heads % threads == 0 || heads >= 4 * threads) &&
                      p.heads / p.kv_heads * p.queries * sizes.width <= kMostSums;
   int64_t packed = whole_heads ? 0 : heads * sizes.blocks * sizes.block_units();
   Memory memory{static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * (rows + packed + 32))))};

@@ -1,207 +1,251 @@
-// Attention for the CPU, forward: blocks of keys with an online softmax; compiled once per instruction set.
-// docs/attention.md describes the algorithm.
+// Attention for the CPU, forward; compiled once per instruction set. docs/attention.md describes the algorithm,
+// online.h its step.
+//
+// Two ways through the same steps. Many queries: the keys of a head are packed once, and blocks of queries go through
+// them. Few queries (decoding): each split of the keys is packed block by block, met by all queries of the heads that
+// share it, and the splits are merged at the end.
 #include "../common/parallel.h"
-#include "mask.h"
-#include "tile.h"
+#include "online.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-constexpr int kBlockKeys = 256;  // a row's sums are cut here and nowhere else, so that no result depends on other rows
-constexpr int kBlockQueries = 96;
+constexpr int64_t kFewRows = 64;  // queries that share a key head, up to which its keys are read once
 
-// Sizes of the packed forms, in units of 32 bits.
 template <class T>
-struct Sizes {
-  explicit Sizes(const AttentionParams& p)
-      : depth(kPairs<T> ? (p.width + 1) / 2 : p.width),
-        value_width(round_up(p.value_width, kWidth)),
-        key_units(round_up(p.keys, kPanel) * depth),
-        value_units((kPairs<T> ? (p.keys + 1) / 2 : p.keys) * value_width),
-        blocks((p.keys + kBlockKeys - 1) / kBlockKeys),
-        head_units(round_up(key_units + value_units, 16) + round_up(blocks, 64) / 4) {}
-  int64_t depth, value_width, key_units, value_units, blocks, head_units;
-};
+struct Forward {
+  const AttentionParams& p;
+  Sizes<T> sizes;
 
-// The packed keys and values of one (b, kv head), and for each block whether its values are all finite.
-template <class T>
-struct Head {
-  Head(const Sizes<T>& sizes, float* memory)
-      : keys(memory),
-        values(memory + sizes.key_units),
-        special(reinterpret_cast<uint8_t*>(memory + round_up(sizes.key_units + sizes.value_units, 16))) {}
-  float *keys, *values;
-  uint8_t* special;
+  int64_t group() const { return p.heads / p.kv_heads; }
 
-  void pack_block(const AttentionParams& p, const Sizes<T>& sizes, int64_t b, int64_t h, int64_t block) {
+  void pack_keys(float* keys, int64_t b, int64_t kv_head, int64_t begin, int64_t end) const {
+    pack_panels<kPairs<T>>(keys, rows_of<T>(p.key, b, kv_head) + begin * p.key.row, p.key.row, 0, end - begin, p.width,
+                           sizes.depth);
+  }
+  void pack_values(float* values, int64_t b, int64_t kv_head, int64_t begin, int64_t end) const {
+    pack_rows<kPairs<T>>(values, rows_of<T>(p.value, b, kv_head) + begin * p.value.row, p.value.row, 0, end - begin,
+                         p.value_width, sizes.value_width);
+  }
+  // Queries [begin, begin + count) of the heads [h, h + heads) into rows.
+  void pack_queries(float* to, int64_t b, int64_t h, int64_t heads, int64_t begin, int64_t count) const {
+    for (int64_t head = h; head < h + heads; head++) {
+      const T* from = rows_of<T>(p.query, b, head) + begin * p.query.row;
+      for (int64_t i = 0; i < count; i++, to += sizes.depth)
+        pack_row<kPairs<T>>(to, from + i * p.query.row, p.width, sizes.depth);
+    }
+  }
+  // The average of all values, made when it is asked for first.
+  auto average(float* to, int64_t b, int64_t kv_head) const {
+    return [this, to, b, kv_head, made = false]() mutable -> const float* {
+      if (made) return to;
+      made = true;
+      std::memset(to, 0, static_cast<size_t>(4 * sizes.value_width));
+      const T* values = rows_of<T>(p.value, b, kv_head);
+      for (int64_t k = 0; k < p.keys; k++)
+        for (int64_t d = 0; d < p.value_width; d++) to[d] += load_one(values + k * p.value.row + d);
+      for (int64_t d = 0; d < p.value_width; d++) to[d] /= static_cast<float>(p.keys);
+      return to;
+    };
+  }
+
+  // --- many queries
+  int64_t block_units() const { return round_up(sizes.key_units() + sizes.value_units(), 16); }
+
+  void pack_block(float* to, int64_t b, int64_t kv_head, int64_t block) const {
     int64_t begin = block * kBlockKeys, end = at_most(begin + kBlockKeys, p.keys);
-    pack_panels<kPairs<T>>(keys, rows_of<T>(p.key, b, h), p.key.row, begin, end, p.width, sizes.depth);
-    special[block] = pack_rows<kPairs<T>>(values, rows_of<T>(p.value, b, h), p.value.row, begin, end, p.value_width,
-                                          sizes.value_width);
+    pack_keys(to, b, kv_head, begin, end);
+    pack_values(to + sizes.key_units(), b, kv_head, begin, end);
   }
-};
 
-// What one thread works in.
-struct Work {
-  Work(int64_t depth, int64_t value_width) {
-    int64_t units = kBlockQueries * (depth + value_width + 3) + 2 * kTileRows * kBlockKeys + value_width + 128;
-    query = static_cast<float*>(scratch(Scratch::work, static_cast<size_t>(4 * units)));
-    output = query + round_up(kBlockQueries * depth, 16);
-    scores = output + kBlockQueries * value_width;
-    weights = scores + kTileRows * kBlockKeys;
-    largest = weights + kTileRows * kBlockKeys;
-    sum = largest + kBlockQueries;
-    average = sum + kBlockQueries;
-  }
-  float *query, *output, *scores, *weights, *largest, *sum, *average;
-};
-
-// The scores of one query in a block become weights relative to the largest so far; returns the factor that what was
-// summed before must be multiplied by.
-template <class T>
-LLMKERN_INLINE float soften(float* s, float* weights, int count, float* largest_so_far, float* sum_so_far) {
-  Float m0 = broadcast(minus_infinity()), m1 = m0;
-  int c = 0;
-  for (; c + 2 * kWidth <= count; c += 2 * kWidth) m0 = max(m0, load(s + c)), m1 = max(m1, load(s + c + kWidth));
-  if (c < count) m0 = max(m0, load(s + c));
-  float before = *largest_so_far, now = largest(max(m0, m1));
-  now = before > now ? before : now;
-  *largest_so_far = now;
-  // Nothing seen yet: any finite value, so that e^(-infinity - it) is 0.
-  float shift = now == minus_infinity() ? 0 : now;
-  Float by = broadcast(shift), sum0 = zero(), sum1 = zero();
-  auto weight = [&](int at) {
-    Float w = exp_negative<kPairs<T>>(sub(load(s + at), by));
-    if constexpr (kPairs<T>)
-      store_flushed(reinterpret_cast<Bf16*>(weights) + at, w);
-    else
-      store(weights + at, w);
-    return w;
+  struct Work {
+    explicit Work(const Sizes<T>& sizes)
+        : memory{static_cast<float*>(scratch(
+              Scratch::work, static_cast<size_t>(4 * (kBlockQueries * sizes.depth + Tile::kUnits + sizes.value_width +
+                                                      64 + 2 * State::units(kBlockQueries, sizes.value_width)))))},
+          queries(memory.take(kBlockQueries * sizes.depth)),
+          tile(memory),
+          state(memory, kBlockQueries, sizes.value_width),
+          total(memory, kBlockQueries, sizes.value_width),
+          average(memory.take(sizes.value_width)) {}
+    Memory memory;
+    float* queries;
+    Tile tile;
+    State state, total;
+    float* average;
   };
-  c = 0;
-  for (; c + 2 * kWidth <= count; c += 2 * kWidth) {
-    sum0 = add(sum0, weight(c));
-    sum1 = add(sum1, weight(c + kWidth));
-  }
-  if (c < count) sum0 = add(sum0, weight(c));
-  alignas(64) float factor[kWidth];
-  store(factor, exp_negative(sub(broadcast(before), by)));
-  float correction = before == now ? 1.0f : factor[0];
-  *sum_so_far = *sum_so_far * correction + sum(add(sum0, sum1));
-  return correction;
-}
 
-template <class T>
-void average_values(const AttentionParams& p, int64_t b, int64_t kv_head, float* average, int64_t units) {
-  std::memset(average, 0, static_cast<size_t>(4 * units));
-  const T* values = rows_of<T>(p.value, b, kv_head);
-  for (int64_t k = 0; k < p.keys; k++)
-    for (int64_t d = 0; d < p.value_width; d++) average[d] += load_one(values + k * p.value.row + d);
-  for (int64_t d = 0; d < p.value_width; d++) average[d] /= static_cast<float>(p.keys);
-}
+  // A block of queries of (b, h) from `begin` on, with the packed blocks of its keys.
+  void attend(const float* blocks, int64_t b, int64_t h, int64_t begin, const Work& work) const {
+    HeadMask mask(p, b, h);
+    int64_t rows = at_most(kBlockQueries, p.queries - begin), width = sizes.value_width;
+    Queries queries{work.queries, &mask, begin, rows, rows};
+    pack_queries(work.queries, b, h, 1, begin, rows);
+    int64_t first = mask.start(begin), limit = mask.limit(begin + rows - 1);
+    auto through_the_keys = [&](bool careful) -> const State& {
+      work.state.clear(rows, width);
+      if (sizes.splits > 1) work.total.clear(rows, width);
+      for (int64_t split = first / kSplitKeys * kSplitKeys; split < limit; split += kSplitKeys) {
+        int64_t end = at_most(split + kSplitKeys, limit);
+        for (int64_t key = at_least(split, first / kBlockKeys * kBlockKeys); key < end; key += kBlockKeys) {
+          const float* block = blocks + key / kBlockKeys * block_units();
+          for (int64_t row = 0; row < rows; row += kTileRows)
+            meet<T>(p, sizes, queries, Strip(queries, row), row, key, at_most(kBlockKeys, p.keys - key), block,
+                    block + sizes.key_units(), width, work.tile, work.state, careful);
+        }
+        if (sizes.splits == 1) break;
+        for (int64_t i = 0; i < rows; i++) work.total.merge(i, work.state, i, width);
+        if (end < limit) work.state.clear(rows, width);
+      }
+      return sizes.splits > 1 ? work.total : work.state;
+    };
+    const State* state = &through_the_keys(false);
+    if (!finite(*state, rows, width)) state = &through_the_keys(true);
+    auto of_values = average(work.average, b, h / group());
+    for (int64_t i = 0; i < rows; i++) finish(p, sizes, *state, i, b, h, begin + i, of_values);
+  }
 
-template <class T>
-void attend(const AttentionParams& p, const Sizes<T>& sizes, const Head<T>& head, int64_t b, int64_t h, int64_t begin,
-            const Work& work) {
-  HeadMask mask(p, b, h);
-  int rows = static_cast<int>(at_most(kBlockQueries, p.queries - begin));
-  const T* query = rows_of<T>(p.query, b, h);
-  for (int i = 0; i < rows; i++) {
-    pack_row<kPairs<T>>(work.query + i * sizes.depth, query + (begin + i) * p.query.row, p.width, sizes.depth);
-    work.largest[i] = minus_infinity();
-    work.sum[i] = 0;
-  }
-  std::memset(work.output, 0, static_cast<size_t>(4 * rows * sizes.value_width));
-  int64_t end = mask.limit(begin + rows - 1);
-  for (int64_t key = 0; key < end; key += kBlockKeys) {
-    for (int first_row = 0; first_row < rows; first_row += kTileRows) {
-      int n = rows - first_row < kTileRows ? rows - first_row : kTileRows;
-      int count = static_cast<int>(at_most(kBlockKeys, mask.limit(begin + first_row + n - 1) - key));
-      if (count <= 0) continue;
-      times_panels<kPairs<T>>(n, work.query + first_row * sizes.depth, sizes.depth, head.keys + key * sizes.depth,
-                              sizes.depth, count, work.scores, kBlockKeys, p.scale);
-      int padded = static_cast<int>(round_up(count, kWidth));
-      float corrections[kTileRows];
-      constexpr int64_t kRow = kPairs<T> ? kBlockKeys / 2 : kBlockKeys;
-      for (int i = 0; i < n; i++) {
-        int r = first_row + i;
-        mask.apply(work.scores + i * kBlockKeys, begin + r, key, count);
-        corrections[i] =
-            soften<T>(work.scores + i * kBlockKeys, work.weights + i * kRow, padded, work.largest + r, work.sum + r);
-      }
-      times_rows<kPairs<T>, Into::correct>(
-          n, work.weights, kRow, 1, head.values + (kPairs<T> ? key / 2 : key) * sizes.value_width, sizes.value_width,
-          kPairs<T> ? (count + 1) / 2 : count, work.output + first_row * sizes.value_width, corrections,
-          head.special[key / kBlockKeys]);
+  void many_queries(int threads) const {
+    int64_t kv_total = p.batch * p.kv_heads, query_blocks = (p.queries + kBlockQueries - 1) / kBlockQueries;
+    int64_t head_units = sizes.blocks * block_units();
+    Counter counter;
+    if (kv_total % threads == 0 || kv_total >= 8 * threads) {
+      // Enough heads for all threads: each packs a head when it comes to it, while it is warm in its cache.
+      auto body = [&](int, int) {
+        auto* blocks = static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * head_units)));
+        Work work(sizes);
+        for (int64_t i = counter.take(); i < kv_total; i = counter.take()) {
+          int64_t b = i / p.kv_heads, kv_head = i % p.kv_heads;
+          for (int64_t block = 0; block < sizes.blocks; block++)
+            pack_block(blocks + block * block_units(), b, kv_head, block);
+          for (int64_t h = kv_head * group(); h < (kv_head + 1) * group(); h++)
+            for (int64_t q = 0; q < query_blocks; q++) attend(blocks, b, h, q * kBlockQueries, work);
+        }
+      };
+      return parallel(threads, body);
     }
-  }
-  bool averaged = false;
-  T* output = const_cast<T*>(rows_of<T>(p.output, b, h));
-  for (int i = 0; i < rows; i++) {
-    float* from = work.output + i * sizes.value_width;
-    float total = work.sum[i];
-    if (work.largest[i] == minus_infinity() && total == 0) {  // every key is masked
-      if (p.uniform_empty_rows && p.keys) {
-        if (!averaged) average_values<T>(p, b, h / (p.heads / p.kv_heads), work.average, sizes.value_width);
-        averaged = true;
-        from = work.average;
+    auto* packed = static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * kv_total * head_units)));
+    auto pack = [&](int, int) {
+      for (int64_t i = counter.take(); i < kv_total * sizes.blocks; i = counter.take()) {
+        int64_t head = i / sizes.blocks;
+        pack_block(packed + i * block_units(), head / p.kv_heads, head % p.kv_heads, i % sizes.blocks);
       }
-      total = 1;
-    }
-    T* to = output + (begin + i) * p.output.row;
-    Float by = broadcast(total);
-    int64_t d = 0;
-    for (; d + kWidth <= p.value_width; d += kWidth) store(to + d, div(load(from + d), by));
-    if (d < p.value_width) store_first(to + d, div(load(from + d), by), static_cast<int>(p.value_width - d));
-    p.logsumexp[(b * p.heads + h) * p.queries + begin + i] =
-        work.sum[i] == 0 ? -__builtin_inf()
-                         : static_cast<double>(work.largest[i]) + __builtin_log(static_cast<double>(work.sum[i]));
+    };
+    parallel(threads, pack);
+    counter.next = 0;
+    auto body = [&](int, int) {
+      Work work(sizes);
+      for (int64_t i = counter.take(); i < p.batch * p.heads * query_blocks; i = counter.take()) {
+        // The last blocks first: with a causal mask they are the longest.
+        int64_t q = query_blocks - 1 - i / (p.batch * p.heads), head = i % (p.batch * p.heads);
+        int64_t b = head / p.heads, h = head % p.heads;
+        attend(packed + (b * p.kv_heads + h / group()) * head_units, b, h, q * kBlockQueries, work);
+      }
+    };
+    parallel(threads, body);
   }
-}
+
+  // --- few queries
+  // Whether values need no packing: whole vectors of floats as they lie.
+  bool plain_values() const { return std::is_same<T, float>::value && p.value_width % kWidth == 0; }
+
+  struct Split {
+    Split(const Sizes<T>& sizes, int64_t rows)
+        : memory{static_cast<float*>(scratch(
+              Scratch::work, static_cast<size_t>(4 * (rows * sizes.depth + sizes.key_units() + sizes.value_units() +
+                                                      Tile::kUnits + sizes.value_width + 96))))},
+          queries(memory.take(rows * sizes.depth)),
+          keys(memory.take(sizes.key_units())),
+          values(memory.take(sizes.value_units())),
+          tile(memory),
+          average(memory.take(sizes.value_width)) {}
+    Memory memory;
+    float *queries, *keys, *values;
+    Tile tile;
+    float* average;
+  };
+
+  // All queries of the heads that share kv_head meet the keys of one split.
+  void attend_split(int64_t b, int64_t kv_head, int64_t split, const Split& work, const State& state) const {
+    int64_t rows = group() * p.queries, width = sizes.value_width;
+    HeadMask masks[kFewRows];
+    int64_t first = INT64_MAX, limit = 0;
+    for (int64_t g = 0; g < group(); g++) {
+      masks[g] = HeadMask(p, b, kv_head * group() + g);
+      first = at_most(first, masks[g].start(0)), limit = at_least(limit, masks[g].limit(p.queries - 1));
+    }
+    Queries queries{work.queries, masks, 0, p.queries, rows};
+    pack_queries(work.queries, b, kv_head * group(), group(), 0, p.queries);
+    int64_t end = at_most((split + 1) * kSplitKeys, limit);
+    auto through_the_keys = [&](bool careful) {
+      state.clear(rows, width);
+      for (int64_t key = at_least(split * kSplitKeys, first / kBlockKeys * kBlockKeys); key < end; key += kBlockKeys) {
+        int64_t last = at_most(key + kBlockKeys, end), ldv = width;
+        const float* values = work.values;
+        pack_keys(work.keys, b, kv_head, key, last);
+        if (plain_values())
+          values = reinterpret_cast<const float*>(rows_of<T>(p.value, b, kv_head) + key * p.value.row),
+          ldv = p.value.row;
+        else
+          pack_values(work.values, b, kv_head, key, last);
+        for (int64_t row = 0; row < rows; row += kTileRows)
+          meet<T>(p, sizes, queries, Strip(queries, row), row, key, last - key, work.keys, values, ldv, work.tile,
+                  state, careful);
+      }
+    };
+    through_the_keys(false);
+    if (!finite(state, rows, width)) through_the_keys(true);
+  }
+
+  void few_queries(int threads) const {
+    int64_t rows = group() * p.queries, width = sizes.value_width, kv_total = p.batch * p.kv_heads;
+    int64_t state_units = round_up(State::units(rows, width), 16);
+    auto* memory =
+        static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * kv_total * sizes.splits * state_units)));
+    auto state_of = [&](int64_t task) {
+      Memory m{memory + task * state_units};
+      return State(m, rows, width);
+    };
+    auto finish_head = [&](int64_t head, float* of_average) {
+      int64_t b = head / p.kv_heads, kv_head = head % p.kv_heads;
+      State total = state_of(head * sizes.splits);
+      auto of_values = average(of_average, b, kv_head);
+      for (int64_t i = 0; i < rows; i++) {
+        for (int64_t split = 1; split < sizes.splits; split++)
+          total.merge(i, state_of(head * sizes.splits + split), i, width);
+        finish(p, sizes, total, i, b, kv_head * group() + i / p.queries, i % p.queries, of_values);
+      }
+    };
+    Counter counter;
+    auto body = [&](int, int) {
+      Split work(sizes, rows);
+      for (int64_t i = counter.take(); i < kv_total * sizes.splits; i = counter.take()) {
+        int64_t head = i / sizes.splits;
+        attend_split(head / p.kv_heads, head % p.kv_heads, i % sizes.splits, work, state_of(i));
+        if (sizes.splits == 1) finish_head(head, work.average);
+      }
+    };
+    parallel(threads, body);
+    if (sizes.splits == 1) return;
+    auto merge = [&](int thread, int count) {
+      Split work(sizes, rows);
+      Range heads = share(kv_total, 1, thread, count);
+      for (int64_t head = heads.begin; head < heads.end; head++) finish_head(head, work.average);
+    };
+    parallel(kv_total * sizes.splits * rows * width < 65536 ? 1 : threads, merge);
+  }
+};
 
 template <class T>
 void forward(const AttentionParams& p) {
   if (p.batch * p.heads * p.queries == 0) return;
-  Sizes<T> sizes(p);
-  int64_t kv_total = p.batch * p.kv_heads, group = p.heads / p.kv_heads;
-  int64_t query_blocks = (p.queries + kBlockQueries - 1) / kBlockQueries;
-  double work_size = static_cast<double>(p.batch * p.heads * p.queries) * static_cast<double>(p.keys * p.width);
-  int threads = work_size < 65536 ? 1 : p.threads;
-  Counter counter;
-  if (kv_total % threads == 0 || kv_total >= 8 * threads) {
-    // Enough heads for all threads: each packs a head when it comes to it, while it is warm in its cache.
-    auto body = [&](int, int) {
-      Head<T> head(sizes, static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * sizes.head_units))));
-      Work work(sizes.depth, sizes.value_width);
-      for (int64_t i = counter.take(); i < kv_total; i = counter.take()) {
-        int64_t b = i / p.kv_heads, kv_head = i % p.kv_heads;
-        for (int64_t block = 0; block < sizes.blocks; block++) head.pack_block(p, sizes, b, kv_head, block);
-        for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h++)
-          for (int64_t q = 0; q < query_blocks; q++) attend<T>(p, sizes, head, b, h, q * kBlockQueries, work);
-      }
-    };
-    return parallel(threads, body);
-  }
-  float* packed = static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * kv_total * sizes.head_units)));
-  auto pack = [&](int, int) {
-    for (int64_t i = counter.take(); i < kv_total * sizes.blocks; i = counter.take()) {
-      int64_t at = i / sizes.blocks;
-      Head<T> head(sizes, packed + at * sizes.head_units);
-      head.pack_block(p, sizes, at / p.kv_heads, at % p.kv_heads, i % sizes.blocks);
-    }
-  };
-  parallel(threads, pack);
-  counter.next = 0;
-  auto body = [&](int, int) {
-    Work work(sizes.depth, sizes.value_width);
-    for (int64_t i = counter.take(); i < p.batch * p.heads * query_blocks; i = counter.take()) {
-      int64_t at = i / query_blocks, b = at / p.heads, h = at % p.heads;
-      Head<T> head(sizes, packed + (b * p.kv_heads + h / group) * sizes.head_units);
-      // The last blocks first: with a causal mask they are the longest.
-      attend<T>(p, sizes, head, b, h, (query_blocks - 1 - i % query_blocks) * kBlockQueries, work);
-    }
-  };
-  parallel(threads, body);
+  Forward<T> run{p, Sizes<T>(p)};
+  double size = static_cast<double>(p.batch * p.heads * p.queries) * static_cast<double>(p.keys * p.width);
+  int threads = size < 65536 ? 1 : p.threads;
+  if (run.group() * p.queries <= kFewRows)
+    run.few_queries(threads);
+  else
+    run.many_queries(threads);
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 // Which keys a query sees: the limits that skip whole blocks, and the rest written into the scores as -infinity.
 #pragma once
+#include <cstring>
+
 #include "../common/exp.h"
 #include "../common/simd.h"
 #include "params.h"
@@ -24,9 +26,13 @@ LLMKERN_INLINE float mask_value(const AttentionMask& m, int64_t offset) {
   }
 }
 
+// How many of some keys a query sees.
+enum class Seen { none, some, all };
+
 // The rules for the queries of one (b, h).
 class HeadMask {
  public:
+  HeadMask() = default;
   HeadMask(const AttentionParams& p, int64_t b, int64_t h) : mask_(p.mask), keys_(p.keys) {
     const AttentionMask& m = mask_;
     if (m.lengths) {
@@ -42,11 +48,34 @@ class HeadMask {
       while (keys_ > 0 && mask_value(m, base_ + (keys_ - 1) * m.key) == minus_infinity()) keys_--;
   }
 
-  // No query in [0, row] sees a key at or past this one, but for the dense mask.
-  int64_t limit(int64_t row) const { return mask_.causal ? at_least(0, at_most(keys_, row + diagonal_ + 1)) : keys_; }
+  // No query up to `row` sees a key at or past this one, but for the dense mask.
+  int64_t limit(int64_t row) const {
+    return mask_.right == kUnbounded ? keys_ : at_least(0, at_most(keys_, row + diagonal_ + mask_.right + 1));
+  }
+  // No query from `row` on sees a key before this one.
+  int64_t start(int64_t row) const {
+    return mask_.left == kUnbounded ? 0 : at_least(0, at_most(keys_, row + diagonal_ - mask_.left));
+  }
+  // No query before this one sees the key; none from row_limit on does.
+  int64_t first_row(int64_t key) const {
+    return mask_.right == kUnbounded ? 0 : at_least(0, key - diagonal_ - mask_.right);
+  }
+  int64_t row_limit(int64_t key) const {
+    return mask_.left == kUnbounded ? INT64_MAX : at_least(0, key - diagonal_ + mask_.left + 1);
+  }
 
-  // No query before this one sees the key.
-  int64_t first_row(int64_t key) const { return mask_.causal ? at_least(0, key - diagonal_) : 0; }
+  bool dense() const { return mask_.data != nullptr; }
+  bool additive() const { return dense() && mask_.dtype != DType::boolean; }
+
+  // What the rules say of a query and the keys [begin, end): `some` also where finding out would take long.
+  Seen look(int64_t row, int64_t begin, int64_t end) const {
+    int64_t from = start(row), to = limit(row);
+    if (end <= from || to <= begin) return Seen::none;
+    bool inside = from <= begin && end <= to;
+    if (!mask_.data) return inside ? Seen::all : Seen::some;
+    Seen dense = look_dense(row, at_least(from, begin), at_most(to, end));
+    return dense == Seen::all && !inside ? Seen::some : dense;
+  }
 
   // Applies the rules to the scores of a query and the keys [begin, begin + count), and sets those up
   // to the next multiple of kWidth to -infinity.
@@ -56,6 +85,9 @@ class HeadMask {
     Float none = broadcast(minus_infinity());
     for (int c = seen & -kWidth; c < count; c += kWidth)
       store(s + c, first(seen > c ? (seen - c < kWidth ? seen - c : kWidth) : 0, load(s + c), none));
+    int64_t unseen = at_most(count, start(row) - begin);
+    for (int c = 0; c < unseen; c += kWidth)
+      store(s + c, first(static_cast<int>(at_most(kWidth, unseen - c)), none, load(s + c)));
   }
 
  private:
@@ -75,6 +107,44 @@ class HeadMask {
     if (m.dtype == DType::bf16) return add_dense(s, reinterpret_cast<const Bf16*>(m.data) + offset, count);
     if (m.dtype == DType::f16) return add_dense(s, reinterpret_cast<const Fp16*>(m.data) + offset, count);
     add_dense(s, reinterpret_cast<const float*>(m.data) + offset, count);
+  }
+
+  Seen look_dense(int64_t row, int64_t begin, int64_t end) const {
+    const AttentionMask& m = mask_;
+    int64_t offset = base_ + row * m.row + begin * m.key;
+    if (m.key == 0) {
+      float x = mask_value(m, offset);
+      return x == minus_infinity() ? Seen::none : x == 0 ? Seen::all : Seen::some;
+    }
+    if (m.key != 1) return Seen::some;
+    if (m.dtype == DType::boolean) {
+      const uint8_t* data = reinterpret_cast<const uint8_t*>(m.data) + offset;
+      uint64_t any = 0, all = kOnes;
+      int64_t c = 0, count = end - begin;
+      for (; c + 8 <= count; c += 8) {
+        uint64_t eight;
+        std::memcpy(&eight, data + c, 8);
+        any |= eight, all &= eight;
+      }
+      for (; c < count; c++) any |= data[c], all &= data[c] | ~uint64_t{0xff};
+      return !any ? Seen::none : all == kOnes ? Seen::all : Seen::some;
+    }
+    if (m.dtype == DType::bf16) return look_added(reinterpret_cast<const Bf16*>(m.data) + offset, end - begin);
+    if (m.dtype == DType::f16) return look_added(reinterpret_cast<const Fp16*>(m.data) + offset, end - begin);
+    return look_added(reinterpret_cast<const float*>(m.data) + offset, end - begin);
+  }
+  static constexpr uint64_t kOnes = 0x0101010101010101u;  // eight bytes of a boolean mask, all seen
+
+  template <class M>
+  static Seen look_added(const M* data, int64_t count) {
+    Float none = broadcast(minus_infinity()), seen = zero(), one = broadcast(1);
+    int64_t c = 0;
+    for (; c + kWidth <= count; c += kWidth) seen = where_equal(load(data + c), none, seen, one);
+    if (c < count) {
+      int n = static_cast<int>(count - c);
+      seen = where_equal(first(n, load_first(data + c, n), none), none, seen, one);
+    }
+    return largest(seen) == 0 ? Seen::none : Seen::some;
   }
 
   template <class M>

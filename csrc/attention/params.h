@@ -21,8 +21,13 @@ struct AttentionMask {
   const char* lengths;  // null: none
   bool lengths_64;
   int64_t lengths_step;
-  bool causal, bottom_right;
+  // Key j is seen by query i from i + diagonal - left to i + diagonal + right, where the diagonal is 0 or, with
+  // bottom_right, the number of keys less that of queries. Causal is right = 0.
+  int64_t left, right;
+  bool bottom_right;
 };
+// What left and right are where that side is open.
+constexpr int64_t kUnbounded = int64_t{1} << 48;
 
 struct AttentionParams {
   AttentionTensor query, key, value, output;  // (B, H, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv), (B, H, Sq, Dv)

@@ -26,43 +26,56 @@ const T* rows_of(const AttentionTensor& t, int64_t b, int64_t h) {
 
 LLMKERN_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
+// The 32 bits of a unit.
+LLMKERN_INLINE int32_t unit(const float* p) {
+  int32_t x;
+  std::memcpy(&x, p, 4);
+  return x;
+}
+
 template <bool kPair>
 LLMKERN_INLINE Float multiply_add(const float* a, Float b, Float c) {
   if constexpr (kPair) {
-    int32_t x;
-    std::memcpy(&x, a, 4);
-    return dot_bf16(c, broadcast_int(x), as_int(b));
+    return dot_bf16(c, broadcast_int(unit(a)), as_int(b));
   } else {
     return fma(broadcast(*a), b, c);
   }
 }
 
+// A part [begin, end) of the summed dimension.
+struct Span {
+  int64_t begin, end;
+};
+
 // What becomes of the sums of a tile.
 enum class Into {
   set,      // c = factor * sum
-  add,      // c = c + factor * sum
+  add,      // c = factor * (c + sum)
   correct,  // c = corrections[i] * c + sum
 };
 
-// The sum over k of a[i * a_row + k * a_k] * b[k * ldb + j], for R rows i and V vectors of j.
+// The sum over the k in the spans of a[i * a_row + k * a_k] * b[k * ldb + j], for R rows i and V vectors of j.
 template <bool kPair, Into kInto, int R, int V>
-inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, int64_t count, float* c,
-                 int64_t ldc, float factor, const float* corrections) {
+inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, const Span* spans,
+                 int span_count, float* c, int64_t ldc, float factor, const float* corrections) {
   Float sum[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
     for (int j = 0; j < V; j++) sum[i][j] = zero();
-  for (int64_t k = 0; k < count; k++) {
-    Float row[V];
+  for (int s = 0; s < span_count; s++) {
+    const float *x = a + spans[s].begin * a_k, *y = b + spans[s].begin * ldb;
+    for (int64_t k = spans[s].begin; k < spans[s].end; k++) {
+      Float row[V];
 #pragma GCC unroll 8
-    for (int j = 0; j < V; j++) row[j] = load(b + j * kWidth);
+      for (int j = 0; j < V; j++) row[j] = load(y + j * kWidth);
 #pragma GCC unroll 8
-    for (int i = 0; i < R; i++)
+      for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
-      for (int j = 0; j < V; j++) sum[i][j] = multiply_add<kPair>(a + i * a_row, row[j], sum[i][j]);
-    a += a_k;
-    b += ldb;
+        for (int j = 0; j < V; j++) sum[i][j] = multiply_add<kPair>(x + i * a_row, row[j], sum[i][j]);
+      x += a_k;
+      y += ldb;
+    }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++) {
@@ -71,9 +84,9 @@ inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int
     for (int j = 0; j < V; j++) {
       float* to = c + i * ldc + j * kWidth;
       if constexpr (kInto == Into::set)
-        store(to, mul(sum[i][j], f));
+        store(to, factor == 1 ? sum[i][j] : mul(sum[i][j], f));
       else if constexpr (kInto == Into::add)
-        store(to, fma(sum[i][j], f, load(to)));
+        store(to, factor == 1 ? add(load(to), sum[i][j]) : mul(add(load(to), sum[i][j]), f));
       else
         store(to, fma(load(to), f, sum[i][j]));
     }
@@ -83,27 +96,70 @@ inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int
 // The same for any number of rows up to kTileRows and of vectors up to kVectors.
 template <bool kPair, Into kInto, int V = kVectors>
 void tile_rows(int rows, int vectors, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb,
-               int64_t count, float* c, int64_t ldc, float factor, const float* corrections) {
+               const Span* spans, int span_count, float* c, int64_t ldc, float factor, const float* corrections) {
   if constexpr (V > 1) {
     if (vectors < V)
-      return tile_rows<kPair, kInto, V - 1>(rows, vectors, a, a_row, a_k, b, ldb, count, c, ldc, factor, corrections);
+      return tile_rows<kPair, kInto, V - 1>(rows, vectors, a, a_row, a_k, b, ldb, spans, span_count, c, ldc, factor,
+                                            corrections);
   }
   if (rows == kTileRows)
-    return tile<kPair, kInto, kTileRows, V>(a, a_row, a_k, b, ldb, count, c, ldc, factor, corrections);
+    return tile<kPair, kInto, kTileRows, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, factor, corrections);
   if (rows >= 4) {
-    tile<kPair, kInto, 4, V>(a, a_row, a_k, b, ldb, count, c, ldc, factor, corrections);
+    tile<kPair, kInto, 4, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, factor, corrections);
     a += 4 * a_row, c += 4 * ldc, corrections += corrections ? 4 : 0, rows -= 4;
   }
   if (rows >= 2) {
-    tile<kPair, kInto, 2, V>(a, a_row, a_k, b, ldb, count, c, ldc, factor, corrections);
+    tile<kPair, kInto, 2, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, factor, corrections);
     a += 2 * a_row, c += 2 * ldc, corrections += corrections ? 2 : 0, rows -= 2;
   }
-  if (rows) tile<kPair, kInto, 1, V>(a, a_row, a_k, b, ldb, count, c, ldc, factor, corrections);
+  if (rows) tile<kPair, kInto, 1, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, factor, corrections);
 }
 
-// c = factor * (a times panels): scores of `rows` queries with `count` keys packed by pack_panels. Summed in pieces
-// of kDepth, which keeps the rounding error of wide heads small.
-constexpr int64_t kDepth = 16;
+// How a product along a row is summed. Floats in several chains, of a quarter or half of a piece each: about as exact
+// as a dot product by vectors, which is what one query alone gets from torch, and no row's result may depend on how
+// many there are. Pairs in one chain: they round more at the end than any order of the sum does.
+constexpr int kChains = kRegisters >= 32 ? 4 : 2;
+template <bool kPair>
+constexpr int64_t kDepth = kPair ? 64 : 16 * kChains;
+
+LLMKERN_INLINE Float sum_chains(const Float* chains) {
+  if constexpr (kChains == 2) return add(chains[0], chains[1]);
+  return add(add(chains[0], chains[1]), add(chains[2], chains[kChains - 1]));
+}
+
+// One vector of keys and R rows: c = factor * (c +) sum over d < depth of a[i * a_row + d] * panel[d * kPanel].
+template <int R>
+inline void chained_tile(const float* a, int64_t a_row, const float* panel, int64_t depth, float* c, int64_t ldc,
+                         bool first, float factor) {
+  Float sum[R][kChains];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < kChains; j++) sum[i][j] = zero();
+  int64_t d = 0;
+  for (; d + kChains <= depth; d += kChains)
+#pragma GCC unroll 8
+    for (int j = 0; j < kChains; j++) {
+      Float keys = load(panel + (d + j) * kPanel);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; i++) sum[i][j] = fma(broadcast(a[i * a_row + d + j]), keys, sum[i][j]);
+    }
+#pragma GCC unroll 8
+  for (int j = 0; j < kChains - 1; j++)
+    if (d + j < depth) {
+      Float keys = load(panel + (d + j) * kPanel);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; i++) sum[i][j] = fma(broadcast(a[i * a_row + d + j]), keys, sum[i][j]);
+    }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++) {
+    Float total = sum_chains(sum[i]);
+    if (!first) total = add(load(c + i * ldc), total);
+    store(c + i * ldc, factor == 1 ? total : mul(total, broadcast(factor)));
+  }
+}
+
+// c = factor * (a times panels): scores of `rows` queries with `count` keys packed by pack_panels.
 template <bool kPair>
 void times_panels(int rows, const float* a, int64_t a_row, const float* panels, int64_t depth, int count, float* c,
                   int64_t ldc, float factor) {
@@ -111,51 +167,88 @@ void times_panels(int rows, const float* a, int64_t a_row, const float* panels, 
     int left = count - j, vectors = left >= kPanel ? kVectors : (left + kWidth - 1) / kWidth;
     for (int i = 0; i < rows; i += kTileRows) {
       int n = rows - i < kTileRows ? rows - i : kTileRows;
-      for (int64_t d = 0; d == 0 || d < depth; d += kDepth) {  // no width: zeros
+      for (int64_t d = 0; d == 0 || d < depth; d += kDepth<kPair>) {  // no width: zeros
         const float *x = a + i * a_row + d, *y = panels + j * depth + d * kPanel;
         float* to = c + i * ldc + j;
-        int64_t piece = depth - d < kDepth ? depth - d : kDepth;
-        if (d == 0)
-          tile_rows<kPair, Into::set>(n, vectors, x, a_row, 1, y, kPanel, piece, to, ldc, factor, nullptr);
-        else
-          tile_rows<kPair, Into::add>(n, vectors, x, a_row, 1, y, kPanel, piece, to, ldc, factor, nullptr);
+        bool last = depth - d <= kDepth<kPair>;
+        int64_t piece = last ? depth - d : kDepth<kPair>;
+        float f = last ? factor : 1;
+        if constexpr (kPair) {
+          Span all{0, piece};
+          if (d == 0)
+            tile_rows<true, Into::set>(n, vectors, x, a_row, 1, y, kPanel, &all, 1, to, ldc, f, nullptr);
+          else
+            tile_rows<true, Into::add>(n, vectors, x, a_row, 1, y, kPanel, &all, 1, to, ldc, f, nullptr);
+          continue;
+        }
+        for (int v = 0; v < vectors; v++, y += kWidth, to += kWidth) {
+          if (n == kTileRows) {
+            chained_tile<kTileRows>(x, a_row, y, piece, to, ldc, d == 0, f);
+            continue;
+          }
+          int r = 0;
+          for (; r + 2 <= n; r += 2) chained_tile<2>(x + r * a_row, a_row, y, piece, to + r * ldc, ldc, d == 0, f);
+          if (r < n) chained_tile<1>(x + r * a_row, a_row, y, piece, to + r * ldc, ldc, d == 0, f);
+        }
       }
     }
   }
 }
 
-// a times the `count` packed rows of b, whose width is a multiple of kWidth, into c of the same width. Where
-// `skip_zeros` (b holds infinities or NaN), an element of a that is exactly 0 takes no part in the sum.
+// The product of two rows, summed in the order in which times_panels sums.
+template <bool kPair>
+LLMKERN_INLINE float times_row(const float* a, const float* b, int64_t depth) {
+  Float total = zero();
+  for (int64_t begin = 0; begin < depth; begin += kDepth<kPair>) {
+    constexpr int kOwn = kPair ? 1 : kChains;
+    Float chains[kChains];
+    for (int j = 0; j < kChains; j++) chains[j] = zero();
+    int64_t end = begin + kDepth<kPair> < depth ? begin + kDepth<kPair> : depth;
+    for (int64_t d = begin; d < end; d++) {
+      Float& chain = chains[(d - begin) % kOwn];
+      chain = multiply_add<kPair>(a + d, as_float(broadcast_int(unit(b + d))), chain);
+    }
+    total = add(total, kPair ? chains[0] : sum_chains(chains));
+  }
+  alignas(64) float lanes[kWidth];
+  store(lanes, total);
+  return lanes[0];
+}
+
+// a times the packed rows of b in the spans, ldb apart and `width` (a multiple of kWidth) wide, into c of that width.
+// Where `skip_zeros` (b holds infinities or NaN), an element of a that is exactly 0 takes no part in the sum.
 template <bool kPair, Into kInto>
-void times_rows(int rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t width, int64_t count,
-                float* c, const float* corrections, bool skip_zeros) {
+void times_rows(int rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, int64_t width,
+                const Span* spans, int span_count, float* c, const float* corrections, bool skip_zeros) {
   if (!skip_zeros) {
     for (int64_t j = 0; j < width; j += kPanel) {
       int64_t left = width - j;
       int vectors = left >= kPanel ? kVectors : static_cast<int>(left / kWidth);
       for (int i = 0; i < rows; i += kTileRows)
         tile_rows<kPair, kInto>(rows - i < kTileRows ? rows - i : kTileRows, vectors, a + i * a_row, a_row, a_k, b + j,
-                                width, count, c + i * width + j, width, 1, corrections ? corrections + i : nullptr);
+                                ldb, spans, span_count, c + i * width + j, width, 1,
+                                corrections ? corrections + i : nullptr);
     }
     return;
   }
   for (int i = 0; i < rows; i++) {
     for (int64_t j = 0; j < width; j += kWidth) {
       Float sum = zero();
-      for (int64_t k = 0; k < count; k++) {
-        const float* x = a + i * a_row + k * a_k;
-        if constexpr (kPair) {
-          uint16_t weight[2], part[2 * kWidth];
-          std::memcpy(weight, x, 4);
-          std::memcpy(part, b + k * width + j, sizeof part);
-          for (int l = 0; l < 2 * kWidth; l++) part[l] = weight[l & 1] ? part[l] : 0;
-          float packed[kWidth];
-          std::memcpy(packed, part, sizeof part);
-          sum = multiply_add<true>(x, load(packed), sum);
-        } else if (*x != 0) {
-          sum = fma(broadcast(*x), load(b + k * width + j), sum);
+      for (int s = 0; s < span_count; s++)
+        for (int64_t k = spans[s].begin; k < spans[s].end; k++) {
+          const float* x = a + i * a_row + k * a_k;
+          if constexpr (kPair) {
+            uint16_t weight[2], part[2 * kWidth];
+            std::memcpy(weight, x, 4);
+            std::memcpy(part, b + k * ldb + j, sizeof part);
+            for (int l = 0; l < 2 * kWidth; l++) part[l] = weight[l & 1] ? part[l] : 0;
+            float packed[kWidth];
+            std::memcpy(packed, part, sizeof part);
+            sum = multiply_add<true>(x, load(packed), sum);
+          } else if (*x != 0) {
+            sum = fma(broadcast(*x), load(b + k * ldb + j), sum);
+          }
         }
-      }
       float* to = c + i * width + j;
       store(to, kInto == Into::correct ? fma(load(to), broadcast(corrections[i]), sum)
                 : kInto == Into::add   ? add(load(to), sum)
@@ -178,22 +271,54 @@ LLMKERN_INLINE void pack_row(float* to, const T* from, int64_t n, int64_t units)
   }
 }
 
+// kWidth rows of one vector of units each, of which `rows` are there, the others zero, and `count` units of each.
+template <bool kPair, class T>
+LLMKERN_INLINE void load_square(Float* to, const T* from, int64_t step, int rows, int count, int64_t elements) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; i++) {
+    if (i >= rows) {
+      to[i] = zero();
+    } else if constexpr (kPair) {
+      const float* p = reinterpret_cast<const float*>(from + i * step);
+      if (count == kWidth) {
+        to[i] = load(p);
+      } else {  // an odd row ends in half a unit
+        alignas(64) float units[kWidth] = {};
+        std::memcpy(units, p, 2 * static_cast<size_t>(elements));
+        to[i] = load(units);
+      }
+    } else {
+      to[i] = count == kWidth ? load(from + i * step) : load_first(from + i * step, count);
+    }
+  }
+}
+
 // Rows [begin, end) of a matrix into panels of kPanel rows, transposed: panel[unit][row], zeros past `end`.
 // `begin` is a multiple of kPanel, and `panels` the place of row 0.
 template <bool kPair, class T>
 void pack_panels(float* panels, const T* from, int64_t step, int64_t begin, int64_t end, int64_t n, int64_t units) {
-  constexpr int kMost = 512;  // units of a row: the widths that the operator takes end at 256
-  alignas(64) float rows[kWidth][kMost];
+  constexpr int kElements = kPair ? 2 : 1;  // of a unit
   for (int64_t r = begin; r < round_up(end, kPanel); r += kWidth) {
     float* to = panels + r / kPanel * kPanel * units + r % kPanel;
-    for (int i = 0; i < kWidth; i++) {
-      if (r + i < end)
-        pack_row<kPair>(rows[i], from + (r + i) * step, n, units);
+    int rows = end - r >= kWidth ? kWidth : end > r ? static_cast<int>(end - r) : 0;
+    const T* source = from + r * step;
+    int64_t u = 0;
+    for (; (u + kWidth) * kElements <= n; u += kWidth) {
+      Float square[kWidth];
+      if (rows == kWidth)
+        load_square<kPair>(square, source + u * kElements, step, kWidth, kWidth, 0);
       else
-        std::memset(rows[i], 0, static_cast<size_t>(4 * units));
+        load_square<kPair>(square, source + u * kElements, step, rows, kWidth, 0);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; i++) store(to + (u + i) * kPanel, square[i]);
     }
-    for (int64_t u = 0; u < units; u++)
-      for (int i = 0; i < kWidth; i++) to[u * kPanel + i] = rows[i][u];
+    if (u < units) {
+      Float square[kWidth];
+      load_square<kPair>(square, source + u * kElements, step, rows, static_cast<int>(units - u), n - u * kElements);
+      transpose(square);
+      for (int i = 0; i < units - u; i++) store(to + (u + i) * kPanel, square[i]);
+    }
   }
 }
 

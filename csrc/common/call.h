@@ -1,6 +1,6 @@
-// From a call in Python to a kernel, quickly: tensors are read through DLPack's C exchange API, a table of functions that
-// torch.Tensor carries for this (https://dmlc.github.io/dlpack/latest/python_spec.html), so that no header of torch is
-// needed and no Python object is made for a shape, a stride or an address. Included by register.cpp alone.
+// From a call in Python to a kernel, quickly: tensors are read through DLPack's C exchange API, a table of functions
+// that torch.Tensor carries for this (https://dmlc.github.io/dlpack/latest/python_spec.html), so that no header of
+// torch is needed and no Python object is made for a shape, a stride or an address. Included by register.cpp alone.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -11,7 +11,8 @@
 
 namespace llmkern::call {
 
-// DLTensor and DLPackExchangeAPI of DLPack 1.3, with their fields; a test compares them with torch's copy of the header.
+// DLTensor and DLPackExchangeAPI of DLPack 1.3, with their fields; a test compares them with torch's copy of the
+// header.
 struct Description {
   void* data;
   int32_t device_type, device_index;
@@ -45,7 +46,8 @@ inline Torch& torch() {
 
 inline PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 6 || !PyType_Check(args[0]) || !PyType_Check(args[1]) || !PyTuple_Check(args[4])) {
-    PyErr_SetString(PyExc_TypeError, "connect: expected Tensor, Parameter, is_grad_enabled, forward_ad, modes, capsule");
+    PyErr_SetString(PyExc_TypeError,
+                    "connect: expected Tensor, Parameter, is_grad_enabled, forward_ad, modes, capsule");
     return nullptr;
   }
   for (Py_ssize_t i = 0; i < count; i++) Py_INCREF(args[i]);
@@ -223,8 +225,8 @@ inline void define(pybind11::module_& m, PyMethodDef& definition, const char* na
   m.attr(name) = pybind11::reinterpret_steal<pybind11::object>(made);
 }
 
-// A kernel as a Python function: kernel(plan, threads, tensor or None, ...). kFill(params, addresses) puts the addresses
-// of the kTensors tensors where they belong; it must not keep state.
+// A kernel as a Python function: kernel(plan, threads, tensor or None, ...). kFill(params, addresses) puts the
+// addresses of the kTensors tensors where they belong; it must not keep state.
 template <class Params, int kTensors, void (*kFill)(Params&, void* const*), void (*kRun)(const Params&)>
 PyObject* kernel(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != kTensors + 2) {

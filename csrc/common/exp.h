@@ -5,14 +5,15 @@
 
 namespace llmkern::LLMKERN_ISA {
 
-// 0 at and below -87.3 (e^x is then below every normal number), 1 at 0, NaN at NaN. Relative error below 2^-23, or
-// below 2^-13 where kQuick (enough for what is rounded to bf16 next).
-template <bool kQuick = false>
-LLMKERN_INLINE Float exp_negative(Float x) {
+// 1 at 0, NaN at NaN, 0 at -infinity unless kInfinite is false, which is a little quicker; below -87.3 as there (e^x is
+// then below every normal number). Relative error below 2^-23, or below 2^-13 where kQuick (enough for what is rounded
+// to bf16 next).
+template <bool kQuick = false, bool kInfinite = true>
+LLMKERN_INLINE Float exp_negative(Float given) {
   const Float least = broadcast(-87.3f);
   const Float magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
   const Float log2e = broadcast(1.44269502f);
-  x = max(least, x);  // the second operand where it is NaN
+  Float x = max(least, given);  // the second operand where it is NaN
   Float t = fma(x, log2e, magic);
   Float f = fma(x, log2e, sub(magic, t));
   Float y;
@@ -28,7 +29,9 @@ LLMKERN_INLINE Float exp_negative(Float x) {
     y = fma(y, f, broadcast(6.931471825e-1f));
   }
   y = fma(y, f, broadcast(1.0f));
-  return where_equal(x, least, zero(), as_float(add(as_int(y), shift_left<23>(as_int(t)))));
+  y = as_float(add(as_int(y), shift_left<23>(as_int(t))));
+  if constexpr (!kInfinite) return y;
+  return where_equal(given, broadcast(-__builtin_inff()), zero(), y);
 }
 
 }  // namespace llmkern::LLMKERN_ISA

@@ -422,6 +422,9 @@ EMULATED __m512i shuffle_i32x4(__m512i a, __m512i b, int control) {  // quarters
 #define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
+#define _mm512_cvtne2ps_pbh(high, low)                                                                    \
+  emulated::inserti64x4(emulated::castsi256_si512(reinterpret_cast<__m256i>(emulated::cvtneps_pbh(low))), \
+                        reinterpret_cast<__m256i>(emulated::cvtneps_pbh(high)), 1)
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32

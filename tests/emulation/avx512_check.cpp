@@ -78,13 +78,18 @@ int main() {
       print("sum", &total, 4), print("largest", &most, 4);
       show("round", round_to_int(mul(a, broadcast(1e-3f))));
     }
-    Bf16 flushed[kWidth];
+    Bf16 flushed[3 * kWidth];
     store_flushed(flushed, a);
+    store_flushed(flushed + kWidth, a, b);
     print("flushed", flushed, sizeof flushed);
     float pairs[kWidth];
     store_pairs(pairs, a, b);
     print("pairs", pairs, sizeof pairs);
     show("dot bf16", dot_bf16(c, i, j));
+    Float square[kWidth];
+    for (int row = 0; row < kWidth; row++) square[row] = add(a, broadcast(static_cast<float>(row)));
+    transpose(square);
+    for (Float row : square) show("transposed", row);
     Quantized quantized[kWidth];
     store_quantized(quantized, broadcast_int(3 * round - 100));
     print("quantized", quantized, sizeof quantized);

@@ -61,6 +61,27 @@ LLMKERN_INLINE Int load_weights(const int8_t* p) {
 }
 LLMKERN_INLINE Int dot_quantized(Int acc, Int x, Int w) { return _mm256_add_epi32(acc, _mm256_madd_epi16(x, w)); }
 
+LLMKERN_INLINE void transpose(Float* rows) {
+  Float t[8], r[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+      r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+    }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; i++) {
+    rows[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+}
+
 LLMKERN_INLINE float sum(Float a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -132,6 +153,7 @@ LLMKERN_INLINE void store_first(T* p, Float a, int n) {
 }
 
 LLMKERN_INLINE void store_flushed(Bf16* p, Float a) { store(p, a); }
+LLMKERN_INLINE void store_flushed(Bf16* p, Float a, Float b) { store(p, a), store(p + kWidth, b); }
 
 LLMKERN_INLINE void store_pairs(float* p, Float low, Float high) {
   Bf16 a[kWidth], b[kWidth];

@@ -61,6 +61,32 @@ LLMKERN_INLINE Int broadcast_quantized(const Quantized* p) {
 LLMKERN_INLINE Int load_weights(const int8_t* p) { return _mm512_loadu_si512(p); }
 LLMKERN_INLINE Int dot_quantized(Int acc, Int x, Int w) { return _mm512_dpbusd_epi32(acc, x, w); }
 
+LLMKERN_INLINE void transpose(Float* rows) {
+  Int r[16], t[16];
+  // Pairs of rows, then pairs of pairs within each quarter of 128 bits; then the quarters change places.
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_epi32(as_int(rows[2 * i]), as_int(rows[2 * i + 1]));
+    t[2 * i + 1] = _mm512_unpackhi_epi32(as_int(rows[2 * i]), as_int(rows[2 * i + 1]));
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      r[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + j + 2]);
+      r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + j + 2]);
+    }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; i++) {
+    Int low = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), high = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    Int low2 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), high2 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    rows[i] = as_float(_mm512_shuffle_i32x4(low, low2, 0x88));
+    rows[i + 4] = as_float(_mm512_shuffle_i32x4(high, high2, 0x88));
+    rows[i + 8] = as_float(_mm512_shuffle_i32x4(low, low2, 0xdd));
+    rows[i + 12] = as_float(_mm512_shuffle_i32x4(high, high2, 0xdd));
+  }
+}
+
 LLMKERN_INLINE float sum(Float a) { return _mm512_reduce_add_ps(a); }
 LLMKERN_INLINE float largest(Float a) { return _mm512_reduce_max_ps(a); }
 
@@ -115,6 +141,9 @@ LLMKERN_INLINE void store_first(T* p, Float a, int n) {
 
 LLMKERN_INLINE void store_flushed(Bf16* p, Float a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
+}
+LLMKERN_INLINE void store_flushed(Bf16* p, Float a, Float b) {
+  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
 }
 
 LLMKERN_INLINE void store_pairs(float* p, Float low, Float high) {

@@ -64,6 +64,15 @@ LLMKERN_INLINE Int dot_quantized(Int acc, Int x, Int w) {
   return vmlal_high_s16(vmlal_s16(acc, vget_low_s16(a), vget_low_s16(b)), a, b);
 }
 
+LLMKERN_INLINE void transpose(Float* rows) {
+  float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(rows[0], rows[1]));
+  float64x2_t b = vreinterpretq_f64_f32(vtrn2q_f32(rows[0], rows[1]));
+  float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(rows[2], rows[3]));
+  float64x2_t d = vreinterpretq_f64_f32(vtrn2q_f32(rows[2], rows[3]));
+  rows[0] = vreinterpretq_f32_f64(vtrn1q_f64(a, c)), rows[1] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
+  rows[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c)), rows[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
+}
+
 LLMKERN_INLINE float sum(Float a) { return vaddvq_f32(a); }
 LLMKERN_INLINE float largest(Float a) { return vmaxvq_f32(a); }
 
@@ -123,6 +132,7 @@ LLMKERN_INLINE void store_first(T* p, Float a, int n) {
 }
 
 LLMKERN_INLINE void store_flushed(Bf16* p, Float a) { store(p, a); }
+LLMKERN_INLINE void store_flushed(Bf16* p, Float a, Float b) { store(p, a), store(p + kWidth, b); }
 
 LLMKERN_INLINE void store_pairs(float* p, Float low, Float high) {
   Bf16 a[kWidth], b[kWidth];

@@ -89,6 +89,11 @@ LLMKERN_INLINE Int dot_quantized(Int acc, Int x, Int w) {
 #endif
 }
 
+LLMKERN_INLINE void transpose(Float* rows) {  // rows[kWidth]: lane j of row i becomes lane i of row j
+  Float a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+  for (int i = 0; i < kWidth; i++) rows[i] = Float{a[i], b[i], c[i], d[i]};
+}
+
 LLMKERN_INLINE float sum(Float a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 LLMKERN_INLINE float largest(Float a) {
   float x = a[0] > a[2] ? a[0] : a[2], y = a[1] > a[3] ? a[1] : a[3];
@@ -173,6 +178,7 @@ LLMKERN_INLINE void store_first(T* p, Float a, int n) {
 
 // May write subnormal numbers as 0, where that is quicker.
 LLMKERN_INLINE void store_flushed(Bf16* p, Float a) { store(p, a); }
+LLMKERN_INLINE void store_flushed(Bf16* p, Float a, Float b) { store(p, a), store(p + kWidth, b); }
 
 // Lane i of both as bf16 in the two halves of p[i], low first; subnormal numbers as in store_flushed.
 LLMKERN_INLINE void store_pairs(float* p, Float low, Float high) {
