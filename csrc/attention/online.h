@@ -198,11 +198,11 @@ void soften(const Tile& tile, int n, const Span* spans, int span_count, const bo
   }
 }
 
-// The strip at `row` meets the keys [key, key + count) of a block: its packed keys, and its values, whose rows are ldv
-// apart. Careful: a value of weight 0 has no part, be it infinite or NaN.
-template <class T>
+// The strip at `row` meets the keys [key, key + count) of a block: panel(c) gives the packed panel of the keys from
+// key + c on, and the rows of `values` are ldv apart. Careful: a value of weight 0 has no part, be it infinite or NaN.
+template <class T, class Panel>
 void meet(const AttentionParams& p, const Sizes<T>& sizes, const Queries& q, const Strip& strip, int64_t row,
-          int64_t key, int64_t count, const float* keys, const float* values, int64_t ldv, const Tile& tile,
+          int64_t key, int64_t count, Panel panel, const float* values, int64_t ldv, const Tile& tile,
           const State& state, bool careful) {
   constexpr int64_t kRow = kPairs<T> ? kBlockKeys / 2 : kBlockKeys;
   Span spans[kBlockKeys / kPanel];
@@ -215,13 +215,13 @@ void meet(const AttentionParams& p, const Sizes<T>& sizes, const Queries& q, con
   float late_scale = late ? p.scale : 1;
   for (int k = 0; k < span_count; k++) {
     int begin = static_cast<int>(spans[k].begin), end = static_cast<int>(spans[k].end);
-    times_panels<kPairs<T>>(strip.n, q.packed + row * sizes.depth, sizes.depth, keys + begin * sizes.depth, sizes.depth,
-                            end - begin, tile.scores + begin, kBlockKeys, late ? 1 : p.scale);
     for (int c = begin; c < end; c += kPanel) {
+      int panel_count = end - c < kPanel ? end - c : kPanel;
+      times_panels<kPairs<T>>(strip.n, q.packed + row * sizes.depth, sizes.depth, panel(c), sizes.depth, panel_count,
+                              tile.scores + c, kBlockKeys, late ? 1 : p.scale);
       if (whole[c / kPanel]) continue;
       for (int i = 0; i < strip.n; i++)
-        strip.masks[i]->apply(tile.scores + i * kBlockKeys + c, strip.queries[i], key + c,
-                              end - c < kPanel ? end - c : kPanel);
+        strip.masks[i]->apply(tile.scores + i * kBlockKeys + c, strip.queries[i], key + c, panel_count);
     }
   }
   alignas(64) float corrections[kSlots];
