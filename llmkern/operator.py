@@ -57,7 +57,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or _get_tracing_state() is not None
     ):
         return False
-    for t in tensors:
+    for t in tensors:  # noqa: SIM110 (a loop costs less than a generator)
         if t is not None and (type(t) not in _PLAIN_TYPES or t.is_neg()):
             return False
     return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,18 @@ from torch import Tensor
 
 from llmkern import extension
 from llmkern.attention.layout import empty_in_order, output_strides
+from llmkern.attention.mask import Mask
 from llmkern.backend import Backend
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_WIDTH = 256
+#: Queries whose weights are in memory at a time where only their sums are asked for.
+_ROWS = 256
 Strides = tuple[int, int, int, int]
 
 
-def _unsupported(*tensors: Tensor) -> str | None:
+def _unsupported(*tensors: Tensor, rules: Sequence[Any]) -> str | None:
+    """rules: what Mask.arguments gives, and what follows."""
     if extension.MISSING is not None:
         return extension.MISSING
     if tensors[0].dtype not in _FLOATS:
@@ -25,7 +29,16 @@ def _unsupported(*tensors: Tensor) -> str | None:
     width = max(t.shape[3] for t in tensors)
     if width > _MOST_WIDTH:
         return f"its kernels take heads of width 1 to {_MOST_WIDTH}, not {width}"
-    return None
+    mask = Mask(*rules[:10])
+    missing = {
+        "sliding window": mask.window_left >= 0 or mask.window_right > 0,
+        "soft cap": mask.softcap > 0.0,
+        "ALiBi slopes": mask.alibi_slopes is not None,
+        "attention sink": mask.learnable_sink is not None,
+        "dropout": mask.dropout_p > 0.0,
+    }
+    named = [name for name, asked in missing.items() if asked]
+    return f"its kernels have no {' and no '.join(named)} yet" if named else None
 
 
 def _plain(t: Tensor) -> Tensor:
@@ -34,10 +47,12 @@ def _plain(t: Tensor) -> Tensor:
 
 
 def _params(
-    query: Tensor, key: Tensor, value_width: int, mask: Tensor | None, key_lengths: Tensor | None, causal: bool,
-    bottom_right: bool, scale: float, uniform_empty_rows: bool, *, more: Mapping[str, Tensor | Strides],
-) -> Any:  # fmt: skip
+    query: Tensor, key: Tensor, value_width: int, rules: Sequence[Any], *, more: Mapping[str, Tensor | Strides]
+) -> Any:
     """What stays the same from call to call; `more` are the kernel's further tensors, or their strides."""
+    described, (scale, uniform_empty_rows) = Mask(*rules[:10]), rules[10:]
+    mask, key_lengths = described.dense, described.key_lengths
+    causal, bottom_right = described.window_right == 0, described.bottom_right
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
     sizes = [batch, heads, key.shape[1], queries, keys, width, value_width]
@@ -57,7 +72,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable
     if any(_plain(t) is not t for t in (query, key, value)):
         return _through_copies(_forward, 3)
     shape, strides = (*query.shape[:3], value.shape[3]), output_strides(query, value.shape[3])
-    params = _params(query, key, value.shape[3], *rules, more={"value": value, "output": strides})
+    params = _params(query, key, value.shape[3], rules, more={"value": value, "output": strides})
     kernel, threads, dtype, rows = extension._C.attention_forward, extension.threads, query.dtype, shape[:3]
 
     def launch(
@@ -72,10 +87,11 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable
 
 
 def _backward(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, *rest: Any
-) -> Callable[..., tuple[Tensor, ...]]:
+    grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+    logsumexp: Tensor, *rest: Any,
+) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
     if any(_plain(t) is not t for t in (grad_output, query, key, value, output)):
-        return _through_copies(_backward, 5)
+        return _through_copies(_backward, 6)
     *rules, mask_grad = rest
     width = value.shape[3]
     more: dict[str, Tensor | Strides] = {
@@ -86,19 +102,19 @@ def _backward(
         "dkey": output_strides(key, key.shape[3]),
         "dvalue": output_strides(value, width),
     }
-    params = _params(query, key, width, *rules, more=more)
+    params = _params(query, key, width, rules, more=more)
     kernel, threads = extension._C.attention_backward, extension.threads
 
     def launch(
-        grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor,
-        mask: Tensor | None, key_lengths: Tensor | None, *rest: Any,
+        grad_output: Tensor, grad_logsumexp: None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+        logsumexp: Tensor, mask: Tensor | None, key_lengths: Tensor | None, *rest: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         grads = [empty_in_order(t, t.shape[3]) for t in (query, key, value)]
         logsumexp = logsumexp.contiguous()
         grad_scores = _grad_scores(query, key, mask_grad and mask is not None)
         tensors = (query, key, value, output, grad_output, *grads)
         kernel(params, threads(), mask, key_lengths, logsumexp, grad_scores, *tensors)
-        return *grads, _mask_grad(query, mask, grad_scores)
+        return *grads, _mask_grad(query, mask, grad_scores), query.new_empty(0, dtype=torch.float32)
 
     return launch
 
@@ -108,7 +124,7 @@ def _weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Call
         return _through_copies(_weights, 2)
     shape = (*query.shape[:3], key.shape[2])
     like = torch.empty(shape, dtype=query.dtype, device="meta")
-    params = _params(query, key, 0, *rules, more={"weights": like})
+    params = _params(query, key, 0, rules, more={"weights": like})
     kernel, threads = extension._C.attention_weights, extension.threads
 
     def launch(
@@ -133,7 +149,7 @@ def _weights_backward(
         "dquery": output_strides(query, query.shape[3]),
         "dkey": output_strides(key, key.shape[3]),
     }
-    params = _params(query, key, 0, *rules, more=more)
+    params = _params(query, key, 0, rules, more=more)
     kernel, threads = extension._C.attention_weights_backward, extension.threads
 
     def launch(
@@ -144,16 +160,45 @@ def _weights_backward(
         logsumexp = logsumexp.contiguous()
         grad_scores = _grad_scores(query, key, mask_grad and mask is not None)
         kernel(params, threads(), mask, key_lengths, logsumexp, grad_scores, query, key, grad_weights, *grads)
-        return *grads, _mask_grad(query, mask, grad_scores)
+        return *grads, _mask_grad(query, mask, grad_scores), query.new_empty(0, dtype=torch.float32)
 
     return launch
+
+
+def _column_sums(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Callable[..., Tensor]:
+    """The kernel of the weights on some queries at a time, which a dense mask tells where they stand."""
+    queries, keys = query.shape[2], key.shape[2]
+    alike = rules[0] is None and tuple(rules[5:7]) == (-1, -1)  # every query sees the same keys
+
+    def launch(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Tensor:
+        mask, lengths = Mask(*rules[:10]), rules[1] if alike else None
+        sums = query.new_zeros((*query.shape[:2], keys), dtype=torch.float32)
+        for start in range(0, queries, _ROWS):
+            rows = slice(start, start + _ROWS)
+            dense = None if alike else _dense(mask, queries, keys, rows)
+            args = (query[:, :, rows], key, logsumexp[:, :, rows], *Mask(dense, lengths).arguments(), *rules[10:])
+            sums += _weights(*args)(*args).sum(2, dtype=torch.float32)
+        return sums
+
+    return launch
+
+
+def _dense(mask: Mask, queries: int, keys: int, rows: slice) -> Tensor | None:
+    """All of the mask for some rows, as one dense mask."""
+    device = torch.device("cpu")
+    seen, added = mask.seen(queries, keys, device, rows), mask.additive
+    if added is not None and added.size(2) > 1:
+        added = added[:, :, rows]
+    if seen is not None and added is not None:
+        seen = torch.where(seen, added, -torch.inf)
+    return None if seen is None else seen[(None,) * (4 - seen.dim())]
 
 
 def _through_copies(plan: Callable[..., Any], count: int) -> Callable[..., Any]:
     """A launcher for tensors whose last dimension is not contiguous: the first `count` arguments are made so."""
 
     def launch(*args: Any) -> Any:
-        args = (*(_plain(t) for t in args[:count]), *args[count:])
+        args = (*(t if t is None else _plain(t) for t in args[:count]), *args[count:])
         return plan(*args)(*args)
 
     return launch
@@ -170,11 +215,25 @@ def _mask_grad(query: Tensor, mask: Tensor | None, grad_scores: Tensor | None) -
     return grad_scores.sum_to_size(mask.shape).contiguous()
 
 
-CPU_ATTENTION = Backend("cpu", _forward, lambda query, key, value, *rest: _unsupported(query, key, value))
-CPU_ATTENTION_BACKWARD = Backend(
-    "cpu", _backward, lambda grad_output, query, key, value, *rest: _unsupported(query, key, value)
+def _unsupported_backward(
+    grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+    logsumexp: Tensor, *rest: Any,
+) -> str | None:  # fmt: skip
+    if grad_logsumexp is not None and extension.MISSING is None:
+        return "its kernels take no gradient of the log-sum-exp yet"
+    return _unsupported(query, key, value, rules=rest)
+
+
+CPU_ATTENTION = Backend("cpu", _forward, lambda query, key, value, *rest: _unsupported(query, key, value, rules=rest))
+CPU_ATTENTION_BACKWARD = Backend("cpu", _backward, _unsupported_backward)
+CPU_ATTENTION_WEIGHTS = Backend(
+    "cpu", _weights, lambda query, key, logsumexp, *rest: _unsupported(query, key, rules=rest)
 )
-CPU_ATTENTION_WEIGHTS = Backend("cpu", _weights, lambda query, key, *rest: _unsupported(query, key))
 CPU_ATTENTION_WEIGHTS_BACKWARD = Backend(
-    "cpu", _weights_backward, lambda grad_weights, query, key, *rest: _unsupported(query, key)
+    "cpu",
+    _weights_backward,
+    lambda grad_weights, query, key, logsumexp, *rest: _unsupported(query, key, rules=rest),
+)
+CPU_COLUMN_SUMS = Backend(
+    "cpu", _column_sums, lambda query, key, logsumexp, *rest: _unsupported(query, key, rules=rest)
 )

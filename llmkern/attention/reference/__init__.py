@@ -1,0 +1,22 @@
+"""Attention in plain PyTorch: what every kernel of this family is held to."""
+
+from llmkern.attention.reference.dense import (
+    attention,
+    attention_backward,
+    attention_column_sums,
+    attention_weights,
+    attention_weights_backward,
+    dropout_factor,
+)
+from llmkern.attention.reference.module import MultiHeadAttention, check_inputs
+
+__all__ = [
+    "MultiHeadAttention",
+    "attention",
+    "attention_backward",
+    "attention_column_sums",
+    "attention_weights",
+    "attention_weights_backward",
+    "check_inputs",
+    "dropout_factor",
+]
