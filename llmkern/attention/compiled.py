@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from llmkern import extension
 from llmkern.attention.layout import empty_in_order, output_strides
 from llmkern.attention.mask import Mask
+from llmkern.attention.rows import Rows, bounds, groups
 from llmkern.backend import Backend
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +27,7 @@ def _unsupported(*tensors: Tensor, rules: Sequence[Any]) -> str | None:
         return extension.MISSING
     if tensors[0].dtype not in _FLOATS:
         return f"its kernels compute float32, bfloat16 and float16, not {str(tensors[0].dtype).removeprefix('torch.')}"
-    width = max(t.shape[3] for t in tensors)
+    width = max(t.shape[-1] for t in tensors)
     if width > _MOST_WIDTH:
         return f"its kernels take heads of width 1 to {_MOST_WIDTH}, not {width}"
     mask = Mask(*rules[:10])
@@ -194,6 +195,51 @@ def _dense(mask: Mask, queries: int, keys: int, rows: slice) -> Tensor | None:
     return None if seen is None else seen[(None,) * (4 - seen.dim())]
 
 
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, longest_q: int | None,
+    longest_k: int | None, *rules: Any,
+) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
+    """The kernel on padded batches of the sequences. Queries are aligned to the corner that their places count from."""
+
+    def launch(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        output = query.new_empty((*query.shape[:2], value.shape[2]))
+        logsumexp = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float64)
+        for q, k, alone in _batches(query, key, rest):
+            args = (q.batch(query), k.batch(key), k.batch(value), *alone)
+            found, sums = _forward(*args)(*args)
+            output[q.tokens], logsumexp[:, q.tokens] = q.packed(found), q.packed_rows(sums)
+        return output, logsumexp
+
+    return launch
+
+
+def _varlen_backward(*args: Any) -> Callable[..., tuple[Tensor, ...]]:
+    def launch(
+        grad_output: Tensor, grad_logsumexp: None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+        logsumexp: Tensor, *rest: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        grads = [t.new_empty(t.shape) for t in (query, key, value)]
+        for q, k, alone in _batches(query, key, rest):
+            tensors = (q.batch(query), k.batch(key), k.batch(value), q.batch(output), q.batch_of_rows(logsumexp))
+            args = (q.batch(grad_output), None, *tensors, *alone, False)
+            found = _backward(*args)(*args)
+            for grad, rows, part in zip(grads, (q, k, k), found, strict=False):
+                grad[rows.tokens] = rows.packed(part)
+        return *grads, query.new_empty(0, dtype=torch.float32)
+
+    return launch
+
+
+def _batches(query: Tensor, key: Tensor, rest: Sequence[Any]) -> Iterator[tuple[Rows, Rows, tuple[Any, ...]]]:
+    """Rows of queries, rows of keys, and the dense operators' rules, for each batch that the sequences make."""
+    cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, *rules = rest
+    queries = bounds("q", cu_seqlens_q, query.shape[0], longest_q)
+    keys = bounds("k", cu_seqlens_k, key.shape[0], longest_k)
+    for first, past in groups(queries, keys):
+        q, k = Rows(queries[first : past + 1], at_end=rules[5]), Rows(keys[first : past + 1])
+        yield q, k, (None, k.lengths, *rules, False)
+
+
 def _through_copies(plan: Callable[..., Any], count: int) -> Callable[..., Any]:
     """A launcher for tensors whose last dimension is not contiguous: the first `count` arguments are made so."""
 
@@ -233,6 +279,20 @@ CPU_ATTENTION_WEIGHTS_BACKWARD = Backend(
     "cpu",
     _weights_backward,
     lambda grad_weights, query, key, logsumexp, *rest: _unsupported(query, key, rules=rest),
+)
+CPU_VARLEN = Backend(
+    "cpu",
+    _varlen,
+    lambda query, key, value, cu_q, cu_k, longest_q, longest_k, *rest: _unsupported(
+        query, key, value, rules=(None, None, *rest, False)
+    ),
+)
+CPU_VARLEN_BACKWARD = Backend(
+    "cpu",
+    _varlen_backward,
+    lambda grad, grad_sums, query, key, value, output, sums, cu_q, cu_k, longest_q, longest_k, *rest: (
+        _unsupported_backward(grad, grad_sums, query, key, value, output, sums, None, None, *rest, False)
+    ),
 )
 CPU_COLUMN_SUMS = Backend(
     "cpu", _column_sums, lambda query, key, logsumexp, *rest: _unsupported(query, key, rules=rest)

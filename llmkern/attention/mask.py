@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: The arguments of the operators that `Mask.arguments` gives, in their order, then those that the operators take
-#: besides: this part of the schema is the same for every operator of the family.
-RULES = (
-    "Tensor? mask, Tensor? key_lengths, Tensor? alibi_slopes, Tensor? learnable_sink, Tensor? dropout_seed, "
-    "int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, "
-    "bool uniform_empty_rows"
+#: What happens to scores, and where queries stand among the keys, in the order in which every operator takes it.
+SCORE_RULES = (
+    "Tensor? alibi_slopes, Tensor? learnable_sink, Tensor? dropout_seed, int window_left, int window_right, "
+    "bool bottom_right, float softcap, float dropout_p, float scale"
 )
+#: All rules of the operators on (B, H, S, D): what `Mask.arguments` gives, the scale and uniform_empty_rows.
+RULES = f"Tensor? mask, Tensor? key_lengths, {SCORE_RULES}, bool uniform_empty_rows"
 RULE_COUNT = RULES.count(",") + 1
 
 

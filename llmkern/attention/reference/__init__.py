@@ -9,12 +9,15 @@ from llmkern.attention.reference.dense import (
     dropout_factor,
 )
 from llmkern.attention.reference.module import MultiHeadAttention, check_inputs
+from llmkern.attention.reference.varlen import attention_varlen, attention_varlen_backward
 
 __all__ = [
     "MultiHeadAttention",
     "attention",
     "attention_backward",
     "attention_column_sums",
+    "attention_varlen",
+    "attention_varlen_backward",
     "attention_weights",
     "attention_weights_backward",
     "check_inputs",
