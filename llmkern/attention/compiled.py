@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmkern import extension
+from llmkern.attention import cache
 from llmkern.attention.layout import empty_in_order, output_strides
 from llmkern.attention.mask import Mask
 from llmkern.attention.rows import Rows, bounds, groups
@@ -195,6 +196,24 @@ def _dense(mask: Mask, queries: int, keys: int, rows: slice) -> Tensor | None:
     return None if seen is None else seen[(None,) * (4 - seen.dim())]
 
 
+def _kvcache(*args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernel on the cache as it lies, or on a dense copy of what is paged or int8."""
+
+    def launch(*args: Any) -> tuple[Tensor, Tensor]:
+        output, logsumexp = cache.attend(lambda *dense: _forward(*dense)(*dense), *args)
+        return output.contiguous(), logsumexp
+
+    return launch
+
+
+def _unsupported_kvcache(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, key: Tensor | None, value: Tensor | None, *rest: Any
+) -> str | None:
+    *_, slopes, sink, left, right, softcap, _, _ = rest
+    mask = Mask(None, None, slopes, sink, None, left, right, True, softcap)
+    return _unsupported(query, v_cache, rules=mask.arguments())
+
+
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, longest_q: int | None,
     longest_k: int | None, *rules: Any,
@@ -294,6 +313,7 @@ CPU_VARLEN_BACKWARD = Backend(
         _unsupported_backward(grad, grad_sums, query, key, value, output, sums, None, None, *rest, False)
     ),
 )
+CPU_KVCACHE = Backend("cpu", _kvcache, _unsupported_kvcache)
 CPU_COLUMN_SUMS = Backend(
     "cpu", _column_sums, lambda query, key, logsumexp, *rest: _unsupported(query, key, rules=rest)
 )
