@@ -1,5 +1,6 @@
 """The kernels as functions."""
 
+from llmkern.attention.install import install
 from llmkern.attention.op import attention_varlen, attention_with_kvcache
 from llmkern.attention.parts import attention_column_sums, merge_attention
 from llmkern.attention.sdpa import scaled_dot_product_attention
@@ -10,6 +11,7 @@ __all__ = [
     "attention_column_sums",
     "attention_varlen",
     "attention_with_kvcache",
+    "install",
     "int8_linear",
     "merge_attention",
     "rotary",
