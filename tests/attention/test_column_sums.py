@@ -7,6 +7,7 @@ import torch
 
 from llmkern.attention import op, reference
 from llmkern.attention.mask import Mask
+from llmkern.functional import attention_column_sums, scaled_dot_product_attention
 from llmkern.verify import verify
 from tests.attention.cases import FEATURES, RULES, attend, differentiable, rule, tensors
 
@@ -49,3 +50,39 @@ def test_they_are_the_sums_of_the_weights():
     torch.testing.assert_close(
         reference.attention_column_sums(q, k, q.new_zeros(2, 4, 20), *args), weights.sum(2)
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"attn_mask": torch.rand(9, 13) > 0.3}, {"window_size": (3, 2), "softcap": 2.0},
+     {"alibi_slopes": torch.rand(4), "learnable_sink": torch.randn(4), "causal_alignment": "bottom_right"},
+     {"key_lengths": torch.tensor([13, 4]), "scale": 0.7}],
+)  # fmt: skip
+def test_the_function(options):
+    q, k, v = tensors((2, 4, 2, 9, 13, 8, 13))
+    logsumexp = scaled_dot_product_attention(q, k, v, enable_gqa=True, return_logsumexp=True, **options)[1]
+    weights = scaled_dot_product_attention(q, k, torch.eye(13).expand(2, 2, 13, 13), enable_gqa=True, **options)
+    torch.testing.assert_close(attention_column_sums(q, k, logsumexp, **options), weights.sum(2))
+
+
+def test_second_derivatives_and_bad_inputs():
+    q, k, _ = (t.requires_grad_() for t in tensors((1, 2, 2, 5, 6, 8, 1)))
+    logsumexp = torch.logsumexp((q @ k.transpose(2, 3)).double() / 8**0.5, -1).detach()
+
+    def twice(sums):
+        (first,) = torch.autograd.grad(sums.square().sum(), q, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (q, k))
+
+    plain = (q @ k.transpose(2, 3) / 8**0.5).softmax(-1).sum(2)
+    for a, b in zip(twice(attention_column_sums(q, k, logsumexp)), twice(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for changed, error, message in [
+        ({"logsumexp": logsumexp.float()}, TypeError, "logsumexp: expected dtype float64, got float32"),
+        ({"logsumexp": logsumexp[:, :1]}, ValueError, r"logsumexp: expected \(B, H, Sq\) = \(1, 2, 5\)"),
+        ({"key": None}, TypeError, "key: expected a torch.Tensor, got NoneType"),
+        ({"attn_mask": torch.zeros(5, 6), "is_causal": True}, ValueError, "attn_mask: expected None"),
+        ({"causal_alignment": "x"}, ValueError, "causal_alignment: expected one of"),
+        ({"softcap": -1.0}, ValueError, "softcap: expected"),
+    ]:
+        with pytest.raises(error, match=message):
+            attention_column_sums(**{"query": q, "key": k, "logsumexp": logsumexp, **changed})
