@@ -10,7 +10,7 @@ import llmkern  # which must bring its rooms along
 
 MODULES = ["MultiHeadAttention", "PositionalEncoding", "RotaryEmbedding", "Int8Linear", "Transformer"]
 FUNCTIONS = ["quantize_model", "verify"]
-FUNCTIONAL = ["scaled_dot_product_attention", "rotary", "int8_linear"]
+FUNCTIONAL = llmkern.functional.__all__
 PUBLIC = [
     *((llmkern, name) for name in MODULES + FUNCTIONS),
     *((llmkern.reference, name) for name in [*MODULES, "quantize_model"]),

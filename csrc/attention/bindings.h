@@ -38,17 +38,16 @@ inline void bind_attention(pybind11::module_& m) {
   namespace py = pybind11;
   // All that stays the same from call to call; llmkern/attention/compiled.py makes one for each plan.
   py::class_<AttentionParams>(m, "AttentionParams")
-      .def(py::init([](const std::vector<int64_t>& sizes, float scale, bool uniform_empty_rows, bool causal,
-                       bool bottom_right, int dtype) {
+      .def(py::init([](const std::vector<int64_t>& sizes, float scale, bool uniform_empty_rows, bool bottom_right,
+                       int dtype) {
              AttentionParams p{};
              p.batch = sizes.at(0), p.heads = sizes.at(1), p.kv_heads = sizes.at(2), p.queries = sizes.at(3);
              p.keys = sizes.at(4), p.width = sizes.at(5), p.value_width = sizes.at(6);
              p.scale = scale, p.uniform_empty_rows = uniform_empty_rows, p.dtype = static_cast<DType>(dtype);
-             p.mask.left = kUnbounded, p.mask.right = causal ? 0 : kUnbounded, p.mask.bottom_right = bottom_right;
+             p.mask.left = p.mask.right = kUnbounded, p.mask.bottom_right = bottom_right;
              return p;
            }),
-           py::arg("sizes"), py::arg("scale"), py::arg("uniform_empty_rows"), py::arg("causal"),
-           py::arg("bottom_right"), py::arg("dtype"))
+           py::arg("sizes"), py::arg("scale"), py::arg("uniform_empty_rows"), py::arg("bottom_right"), py::arg("dtype"))
       .def("mask",
            [](AttentionParams& p, int dtype, const std::vector<int64_t>& strides) {
              p.mask.dtype = static_cast<DType>(dtype);

@@ -193,7 +193,7 @@ struct Backward {
     }
     write(p.dkey, b, kv_head, begin, keys, work.key_sums, sizes.width, p.width, p.scale, nullptr);
     if (of_weights) return;
-    bool uniform = p.uniform_empty_rows && empty_rows(b, kv_head, work.average);
+    bool uniform = p.uniform_empty_rows && !p.sink && empty_rows(b, kv_head, work.average);
     write(p.dvalue, b, kv_head, begin, keys, value_sums, sizes.value_width, p.value_width, 1,
           uniform ? work.average : nullptr);
   }

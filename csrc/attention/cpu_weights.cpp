@@ -23,7 +23,8 @@ void weights_of_block(const AttentionParams& p, const Sizes<T>& sizes, int64_t b
   float* empty = memory.take(kBlockKeys);
   block.pack(p, sizes, b, kv_head, index);
   int64_t begin = index * kBlockKeys, keys = at_most(kBlockKeys, p.keys - begin), group = p.heads / p.kv_heads;
-  for (int c = 0; c < kBlockKeys; c++) empty[c] = p.uniform_empty_rows ? 1.0f / static_cast<float>(p.keys) : 0;
+  for (int c = 0; c < kBlockKeys; c++)
+    empty[c] = p.uniform_empty_rows && !p.sink ? 1.0f / static_cast<float>(p.keys) : 0;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h++) {
     HeadMask mask(p, b, h);
     const double* logsumexp = p.logsumexp + (b * p.heads + h) * p.queries;

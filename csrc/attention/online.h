@@ -283,7 +283,7 @@ void finish(const AttentionParams& p, const Sizes<T>& sizes, const State& state,
   p.logsumexp[(b * p.heads + h) * p.queries + row] =
       total == 0 ? -__builtin_inf() : static_cast<double>(largest) + __builtin_log(static_cast<double>(total));
   if (largest == minus_infinity() && total == 0) {  // every key is masked
-    if (p.uniform_empty_rows && p.keys) from = average();
+    if (p.uniform_empty_rows && !p.sink && p.keys) from = average();
     total = 1;
   }
   T* to = const_cast<T*>(rows_of<T>(p.output, b, h)) + row * p.output.row;

@@ -47,7 +47,7 @@ struct AttentionParams {
   uint32_t drop_below;
   float keep_scale;
   const int64_t* seed;
-  bool uniform_empty_rows;
+  bool uniform_empty_rows;  // without a sink: a row with every key masked attends to all alike; else it is zeros
   DType dtype;
   int threads;
 };

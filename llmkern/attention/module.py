@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmkern.attention import reference
-from llmkern.attention.mask import Mask
+from llmkern.attention.mask import Mask, window
 from llmkern.attention.op import attention, attention_weights
 
 
@@ -34,13 +34,22 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         need_weights: bool = True,
         is_causal: bool = False,
         key_lengths: Tensor | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        learnable_sink: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The output (B, Sq, d_model) and the attention weights (B, n_head, Sq, Sk), or None without need_weights.
 
         query (B, Sq, d_model), key and value (B, Sk, d_model). mask broadcasts against (B, n_head, Sq, Sk): 0 or
         False is masked. is_causal: query i sees the keys j <= i. key_lengths (B,): only the first key_lengths[b] keys
-        exist. A row with every key masked attends to all keys alike. The output is computed without the weights; they
-        cost one more pass.
+        exist. A row with every key masked attends to all keys alike, or with learnable_sink to none. The output is
+        computed without the weights; they cost one more pass.
+
+        window_size (left, right): query i sees the keys i - left <= j <= i + right, where -1 is no limit. softcap: a
+        scaled score s becomes softcap * tanh(s / softcap). alibi_slopes (n_head,) or (B, n_head) float32: a score gets
+        -slope * |i - j|. learnable_sink (n_head,): one more logit in each row's denominator, so that the weights of a
+        row sum to less than 1; it has a gradient.
 
         Raises TypeError for what is no floating tensor or not of the parameters' dtype, ValueError for wrong shapes.
         """
@@ -52,7 +61,10 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         dense = None
         if mask is not None:
             dense = (mask if mask.dtype == torch.bool else mask != 0)[(None,) * (4 - mask.dim())]
-        described = Mask(dense, key_lengths, is_causal)
+        left, right = window(window_size, is_causal)
+        described = Mask(
+            dense, key_lengths, alibi_slopes, learnable_sink, window_left=left, window_right=right, softcap=softcap
+        )
         scale = 1.0 / math.sqrt(self.d_k)
         output, logsumexp = attention(q, k, v, described, scale, True)
         weights = attention_weights(q, k, logsumexp, described, scale, True) if need_weights else None

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llmkern import check
-from llmkern.attention.mask import Mask
+from llmkern.attention.mask import Mask, window
 from llmkern.attention.op import attention, short_attention
 from llmkern.backend import Plans
 from llmkern.operator import call_key, is_compiling
+from llmkern.random import seed_tensor
 
 ALIGNMENTS = ("top_left", "bottom_right")
 
@@ -30,29 +30,58 @@ def scaled_dot_product_attention(
     *,
     key_lengths: Tensor | None = None,
     causal_alignment: str = "top_left",
-) -> Tensor:
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: Tensor | int | None = None,
+    deterministic: bool = False,
+    return_logsumexp: bool = False,
+) -> Any:
     """torch.nn.functional.scaled_dot_product_attention, fused.
 
     query (..., H, Sq, D), key (..., Hkv, Sk, D), value (..., Hkv, Sk, Dv), all float32, bfloat16 or float16; with
     enable_gqa Hkv may be a divisor of H. attn_mask broadcasts against (..., H, Sq, Sk): boolean, True takes part, or
-    floating, added to the scaled scores. is_causal: query i sees the keys j <= i; with causal_alignment
-    "bottom_right" j <= i + Sk - Sq. scale: 1 / sqrt(D) by default. key_lengths (B,): in batch b only the first
-    key_lengths[b] keys exist, and the bottom right corner is that of the last of them. Returns (..., H, Sq, Dv); a
+    floating, added to the scaled scores. scale: 1 / sqrt(D) by default. key_lengths (B,): in batch b only the first
+    key_lengths[b] keys exist; here and below B is the product of all leading dimensions. Returns (..., H, Sq, Dv); a
     row with every key masked is zeros.
 
-    With dropout_p > 0 torch's own attention runs (a warning says so once).
+    The place of query i among the keys is p = i, or with causal_alignment "bottom_right" p = i + Sk - Sq (with
+    key_lengths, their number in place of Sk). is_causal: it sees the keys j <= p. window_size (left, right): it sees
+    p - left <= j <= p + right; -1 leaves a side unlimited. alibi_slopes (H,) or (B, H) float32, without gradient: its
+    score with key j gets -slope * |p - j|. softcap: a scaled score s becomes softcap * tanh(s / softcap), before
+    slopes and masks; 0 leaves it. learnable_sink (H,), float32 or query's dtype: one more logit in the denominator of
+    every row, whose weight goes to no value.
 
-    Raises TypeError for a wrong dtype, ValueError for wrong shapes, devices or options. Source: Dao 2023,
-    "FlashAttention-2", section 3.
+    dropout_p: the probability, in [0, 1], with which a weight becomes 0; the others are multiplied by
+    1 / (1 - dropout_p). The mask is a function of dropout_seed and of the weight's place alone (Philox4x32-10, Salmon
+    et al. 2011), the same on every backend, and is made anew in the backward. dropout_seed: an integer or a CPU int64
+    tensor (); without one it is drawn from torch's CPU generator.
+
+    deterministic: has no effect, results are the same from run to run either way. return_logsumexp: returns also the
+    log-sum-exp of each row's scores and sink, (..., H, Sq) float64, through which gradients flow; -inf where there is
+    nothing to sum.
+
+    Raises TypeError for a wrong dtype, ValueError for wrong shapes, devices or options. Sources: Dao 2023,
+    "FlashAttention-2", section 3; Press et al. 2022, "Train Short, Test Long", section 3 (the slopes); Gemma Team 2024,
+    "Gemma 2", section 2 (the cap); Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks",
+    section 3.
     """
+    seed = None if dropout_p == 0.0 else seed_tensor("dropout_seed", dropout_seed)
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        left, right = window(window_size, is_causal)  # which says what was expected
     found = None
     if not is_compiling():
-        args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths, causal_alignment)
-        found = call_key(*args)
+        found = call_key(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths, causal_alignment, left,
+            right, softcap, alibi_slopes, learnable_sink, seed, return_logsumexp,
+        )  # fmt: skip
     if found is not None:
         launch = _SHORT.get(found)
         if launch is not None:
-            return launch(query, key, value, attn_mask, key_lengths)
+            return launch(query, key, value, attn_mask, key_lengths, alibi_slopes, learnable_sink, seed)
     for name, t in (("query", query), ("key", key), ("value", value)):
         check.is_tensor(name, t)
         if t.dim() < 2 or t.dim() != query.dim():
@@ -61,25 +90,22 @@ def scaled_dot_product_attention(
             )
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask: expected None with is_causal=True, got a mask; put the causal rule into the mask")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
     if causal_alignment not in ALIGNMENTS:
         raise ValueError(f"causal_alignment: expected one of {', '.join(ALIGNMENTS)}, got {causal_alignment!r}")
     if query.dim() > 2 and not enable_gqa and query.size(-3) != key.size(-3):
         expected = f"{query.size(-3)} heads as in query (fewer only with enable_gqa=True)"
         raise ValueError(f"key: expected {expected}, got shape {tuple(key.shape)}")
-    if attn_mask is not None:
-        check.is_tensor("attn_mask", attn_mask)
+    for name, given in (("attn_mask", attn_mask), ("alibi_slopes", alibi_slopes), ("learnable_sink", learnable_sink)):
+        if given is not None:
+            check.is_tensor(name, given)
     if scale is None:
         scale = 1.0 / math.sqrt(max(query.size(-1), 1))
-    bottom_right = causal_alignment == "bottom_right"
+    rules = (*window(window_size, is_causal), causal_alignment == "bottom_right", softcap, dropout_p)
     same_batch = query.dim() == 4 and query.size(0) == key.size(0) == value.size(0)
-    if found is not None and same_batch and dropout_p == 0.0 and (attn_mask is None or attn_mask.dim() == 4):
+    if found is not None and same_batch and (attn_mask is None or attn_mask.dim() == 4):
         # Nothing is to be arranged: calls like this one go straight to the operator from now on.
-        rules = (is_causal, bottom_right, scale, False)
-        run = short_attention(found, query, key, value, attn_mask, key_lengths, *rules)
-        launch = _SHORT.keep(found, lambda q, k, v, mask, lengths: run(q, k, v, mask, lengths, *rules)[0])
-        return launch(query, key, value, attn_mask, key_lengths)
+        tensors = (query, key, value, attn_mask, key_lengths, alibi_slopes, learnable_sink, seed)
+        return _SHORT.keep(found, _launcher(found, tensors, (*rules, scale, False), return_logsumexp))(*tensors)
     shape = query.shape
     if query.dim() != 4:
         query, key, value, attn_mask = _four_dimensions(query, key, value, attn_mask)
@@ -88,15 +114,25 @@ def scaled_dot_product_attention(
     if not query.size(0) == key.size(0) == value.size(0):
         batch = max(query.size(0), key.size(0), value.size(0))
         query, key, value = (t.expand(batch, -1, -1, -1) if t.size(0) == 1 else t for t in (query, key, value))
-    mask = Mask(attn_mask, key_lengths, is_causal, bottom_right)
-    if dropout_p > 0.0:
-        return _with_dropout(query, key, value, mask, dropout_p, scale).reshape(*shape[:-1], value.size(3))
-    output = attention(query, key, value, mask, scale)[0]
-    return output if len(shape) == 4 else output.reshape(*shape[:-1], value.size(3))
+    mask = Mask(attn_mask, key_lengths, alibi_slopes, learnable_sink, seed, *rules)
+    output, logsumexp = attention(query, key, value, mask, scale)
+    if len(shape) != 4:
+        output, logsumexp = output.reshape(*shape[:-1], value.size(3)), logsumexp.reshape(shape[:-1])
+    return (output, logsumexp) if return_logsumexp else output
 
 
 #: Launchers of calls that need no arranging.
 _SHORT = Plans()
+
+
+def _launcher(
+    found: bytes, tensors: tuple[Any, ...], rules: tuple[Any, ...], return_logsumexp: bool
+) -> Callable[..., Any]:
+    """What serves calls of this key, given their tensors."""
+    run = short_attention(found, *tensors, *rules)
+    if return_logsumexp:
+        return lambda *tensors: run(*tensors, *rules)
+    return lambda *tensors: run(*tensors, *rules)[0]
 
 
 def _four_dimensions(
@@ -117,20 +153,3 @@ def _four_dimensions(
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     query, key, value = (t.expand(*leading, *t.shape[-3:]).flatten(0, -4) for t in (query, key, value))
     return query, key, value, attn_mask
-
-
-_warned = False
-
-
-def _with_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_p: float, scale: float) -> Tensor:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn("llmkern.attention: dropout_p > 0 runs torch's own attention", stacklevel=3)
-    seen = mask.seen(query.size(2), key.size(2), query.device)
-    if mask.additive is not None:
-        added = mask.additive.to(query.dtype)
-        seen = added if seen is None else added.masked_fill(~seen, -torch.inf)
-    return F.scaled_dot_product_attention(
-        query, key, value, seen, dropout_p, scale=scale, enable_gqa=query.size(1) != key.size(1)
-    )

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern.attention.op import attention_varlen
 from llmkern.attention.sdpa import scaled_dot_product_attention
 
-#: Arguments by which some models change the softmax itself, and which no kernel here knows.
-_UNKNOWN = ("softcap", "s_aux", "cache")
+#: Arguments of some models that are not known here.
+_UNKNOWN = ("cache",)
 
 
 def register(name: str = "llmkern") -> None:
@@ -58,14 +59,16 @@ def attention_forward(
     query (B, H, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv), Hkv a divisor of H: the kernels read the shared
     heads in place, nothing is repeated. attention_mask: None or broadcastable to (B, H, Sq, Sk), bool (True takes part)
     or added to the scores. Without a mask the model's own `is_causal` decides, unless there is one query only, which
-    sees all keys. position_bias (T5): added to the scaled scores. A sliding window comes inside the mask. Returns
-    (B, Sq, H, Dv) and, in place of the weights, None.
+    sees all keys. position_bias (T5): added to the scaled scores. softcap (Gemma 2): caps the scaled scores. s_aux
+    (gpt-oss) (H,): attention sinks. A sliding window comes inside the mask. Returns (B, Sq, H, Dv) and, in place of the
+    weights, None.
 
-    Sentences laid end to end, B = 1 (transformers' FlashAttentionKwargs): cu_seq_lens_q (N + 1,) integers are their
-    bounds, max_length_q the longest; each attends to itself alone. With a mask, the mask alone rules, as in sdpa.
+    Sentences laid end to end, B = 1 (transformers' FlashAttentionKwargs): cu_seq_lens_q, cu_seq_lens_k (N + 1,) are
+    their bounds, max_length_q, max_length_k the longest; each attends to itself alone, and sliding_window says to how
+    much of itself. With a mask, the mask alone rules, as in sdpa.
 
-    Raises ValueError where a model asks for softcap, attention sinks (s_aux) or a paged cache, and as
-    llmkern.functional.scaled_dot_product_attention does. Source: transformers' integrations/sdpa_attention.py, whose
+    Raises ValueError where a model asks for a paged cache, and as llmkern.functional.scaled_dot_product_attention and
+    attention_varlen do. Source: transformers' integrations/sdpa_attention.py, whose
     conventions these are.
     """
     for name in _UNKNOWN:
@@ -82,8 +85,9 @@ def attention_forward(
     if position_bias is not None:
         attention_mask, causal = _with_bias(position_bias, attention_mask, causal, queries, keys), False
     output = scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, causal, scaling, query.shape[1] != key.shape[1]
-    )
+        query, key, value, attention_mask, dropout, causal, scaling, query.shape[1] != key.shape[1],
+        softcap=kwargs.get("softcap") or 0.0, learnable_sink=kwargs.get("s_aux"),
+    )  # fmt: skip
     # The output has the memory order of the query, (B, Sq, H, D) in most models: then nothing is copied here.
     return output.transpose(1, 2).contiguous(), None
 
@@ -92,29 +96,28 @@ def _end_to_end(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None,
     is_causal: bool | None, kwargs: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """Attention within each of the sentences laid end to end: a row of a batch for each, and back."""
+    """Attention within each of the sentences laid end to end."""
     bounds, others = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        expected = f"(1, Hkv, {query.shape[2]}, D), as many keys as queries, with cu_seq_lens_q"
-        raise ValueError(f"key: expected {expected}, got shape {tuple(key.shape)}")
-    if others is not None and others is not bounds and not torch.equal(others, bounds):
-        raise ValueError("cu_seq_lens_k: expected the bounds in cu_seq_lens_q, got others")
-    lengths = bounds.diff()
-    count, longest = lengths.numel(), int(kwargs.get("max_length_q") or lengths.max())
-    row = torch.arange(count, device=query.device).repeat_interleave(lengths, output_size=query.shape[2])
-    place = row * longest + torch.arange(query.shape[2], device=query.device) - bounds[row]
-
-    def in_rows(x: Tensor) -> Tensor:
-        """(N, H, S, D) from (1, H, T, D), zeros past the end of each sentence."""
-        rows = x.new_zeros(count * longest, x.shape[1], x.shape[3]).index_copy(0, place, x[0].transpose(0, 1))
-        return rows.view(count, longest, x.shape[1], x.shape[3]).transpose(1, 2)
-
+    if query.shape[0] != 1:
+        raise ValueError(f"query: expected (1, H, T, D) with cu_seq_lens_q, got shape {tuple(query.shape)}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    output = scaled_dot_product_attention(
-        in_rows(query), in_rows(key), in_rows(value), None, dropout, causal, scaling, query.shape[1] != key.shape[1],
-        key_lengths=lengths,
-    )  # fmt: skip
-    return output.transpose(1, 2).reshape(count * longest, query.shape[1], -1).index_select(0, place)[None]
+    near = kwargs.get("sliding_window")
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    return attention_varlen(
+        q,
+        k,
+        v,
+        bounds,
+        bounds if others is None else others,
+        max_seqlen_q=kwargs.get("max_length_q"),
+        max_seqlen_k=kwargs.get("max_length_k"),
+        is_causal=causal,
+        window_size=(-1, -1) if near is None else (near - 1, near - 1),
+        softcap=kwargs.get("softcap") or 0.0,
+        learnable_sink=kwargs.get("s_aux"),
+        scale=scaling,
+        dropout_p=dropout,
+    )[None]
 
 
 def without_padding(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmkern import extension
 from llmkern.backend import Backend
-from llmkern.positional.reference import drop_below
+from llmkern.random import drop_below
 
 
 def _missing(*args: Any) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmkern import extension
 from llmkern.backend import Backend
 from llmkern.positional.compiled import rotary_launcher, side_by_side
-from llmkern.positional.reference import drop_below
+from llmkern.random import drop_below
 
 OLDEST = (8, 0)  # the compute capability that the machine code in the library begins with
 

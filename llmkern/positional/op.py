@@ -22,6 +22,7 @@ from llmkern.positional import reference
 from llmkern.positional.compiled import CPU_ROTARY, CPU_SINUSOIDAL_ADD, CPU_SINUSOIDAL_DROPOUT, rotary_output
 from llmkern.positional.cuda import CUDA_ROTARY, CUDA_SINUSOIDAL_ADD, CUDA_SINUSOIDAL_DROPOUT
 from llmkern.positional.triton_launch import TRITON_ROTARY
+from llmkern.random import check_dropout, seed_tensor
 
 
 def sinusoidal_add(
@@ -41,7 +42,7 @@ def sinusoidal_add(
     CPU int64 tensor (); without one it is drawn from torch's CPU generator.
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or probability.
     """
-    key = _seed(seed) if dropout_p > 0.0 else None
+    key = seed_tensor("seed", seed) if dropout_p > 0.0 else None
     args = (x, pe, key, scale, dropout_p)
     found = None if is_compiling() else call_key(*args)
     if found is not None:
@@ -49,16 +50,6 @@ def sinusoidal_add(
         return launch(*args)
     refuse_forward_ad("sinusoidal_add", x, pe)
     return torch.ops.llmkern.sinusoidal_add(*args)
-
-
-def _seed(seed: int | Tensor | None) -> Tensor:
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
-    if isinstance(seed, Tensor):
-        return seed
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
-    return torch.tensor(seed, dtype=torch.int64, device="cpu")
 
 
 def _check_sinusoidal_add(x: Tensor, pe: Tensor, seed: Tensor | None, scale: float, dropout_p: float) -> None:
@@ -71,26 +62,13 @@ def _check_sinusoidal_add(x: Tensor, pe: Tensor, seed: Tensor | None, scale: flo
         raise ValueError(f"pe: expected (max_len, 1, D) with D = {x.size(2)} as in x, got shape {tuple(pe.shape)}")
     if x.size(0) > pe.size(0):
         raise ValueError(f"x: expected (S, B, D) with S <= max_len = {pe.size(0)} of pe, got shape {tuple(x.shape)}")
-    _check_dropout(seed, dropout_p)
-
-
-def _check_dropout(seed: Tensor | None, dropout_p: float) -> None:
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
-    if seed is None:
-        if dropout_p > 0.0:
-            raise ValueError(f"seed: expected an int64 tensor () with dropout_p = {dropout_p}, got None")
-        return
-    check.dtype("seed", seed, (torch.int64,))
-    check.shape("seed", seed, "()", ())
-    if seed.device.type != "cpu":
-        raise ValueError(f"seed: expected the device cpu, got {seed.device}")
+    check_dropout("seed", seed, dropout_p)
 
 
 def _check_sinusoidal_dropout(x: Tensor, seed: Tensor, scale: float, dropout_p: float) -> None:
     check.dtype("x", x, check.FLOATS)
     check.rank("x", x, "(S, B, D)")
-    _check_dropout(seed, dropout_p)
+    check_dropout("seed", seed, dropout_p)
 
 
 def _plain_dropout(x: Tensor, seed: Tensor, scale: float, dropout_p: float) -> Tensor:
@@ -221,7 +199,7 @@ def _rotary_inplace(
         if is_plain(q, k, cos, sin, position_ids):
             _count_write(q, k)
             return _ROTARY.run(q, k, cos, sin, position_ids, interleaved, inverse, True)
-        # torch cannot resolve the negation of an optional argument.
+        # torch cannot resolve a negated view for an optional argument; a compiled program has none.
         if is_compiling() or not (q.is_neg() or (k is not None and k.is_neg())):
             torch.ops.llmkern.rotary_(q, k, cos, sin, position_ids, interleaved, inverse)
             return q, k

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import check
-
-PHILOX_ROUNDS = 10
+from llmkern.random import LOW, drop_below, philox_words
+from llmkern.rotation import rotate
 
 
 def sinusoidal_table(max_len: int, d_model: int) -> Tensor:
@@ -44,41 +44,9 @@ def dropout_factor(x: Tensor, dropout_p: float, seed: Tensor | int) -> Tensor:
     length, batch, width = x.shape
     row = torch.arange(length * batch, device=x.device).view(-1, 1)
     column = torch.arange((width + 3) // 4, device=x.device)
-    seed = torch.as_tensor(seed, device=x.device)
-    counter = torch.broadcast_tensors(column, row & _LOW, row >> 32, torch.zeros_like(row))
-    words = torch.stack(philox(counter, (seed & _LOW, (seed >> 32) & _LOW)), -1)
+    words = philox_words((column, row & LOW, row >> 32, torch.zeros_like(row)), seed)
     words = words.reshape(length * batch, 4 * column.numel())[:, :width].reshape(x.shape)
     return (words >= drop_below(dropout_p)).to(x.dtype) * (1.0 / (1.0 - dropout_p))
-
-
-_LOW = 0xFFFFFFFF
-
-
-def drop_below(dropout_p: float) -> int:
-    """The random words, of 32 bits, that drop an element: those below this number."""
-    return min(round(dropout_p * 2.0**32), _LOW)
-
-
-def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four random words for a counter of four and a key of two; all int64 tensors holding uint32.
-
-    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(PHILOX_ROUNDS):
-        high0, low0 = _multiply(c0, 0xD2511F53)
-        high1, low1 = _multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
-    return c0, c1, c2, c3
-
-
-def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low halves of the product of 32-bit words; in parts, since int64 holds no 64-bit unsigned product."""
-    low, middle = a * (b & 0xFFFF), a * (b >> 16)
-    carried = middle + (low >> 16)
-    return carried >> 16, ((carried & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def rotary(
@@ -104,22 +72,11 @@ def rotary(
         cos, sin = cos[position_ids], sin[position_ids]
     if cos.dim() == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    results = [None if x is None else _rotate(x, cos, sin, interleaved) for x in (q, k)]
+    results = [None if x is None else rotate(x, cos, sin, interleaved) for x in (q, k)]
     if inplace:
         results = [x if x is None or y is None else x.copy_(y) for x, y in zip((q, k), results, strict=True)]
     assert results[0] is not None
     return results[0], results[1]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    rotated = x[..., : 2 * cos.size(-1)]
-    if interleaved:
-        a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1)
-        y = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-    else:
-        a, b = rotated.chunk(2, -1)
-        y = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    return torch.cat((y.to(x.dtype), x[..., 2 * cos.size(-1) :]), -1)
 
 
 def rotary_table(max_len: int, dim: int, base: float) -> tuple[Tensor, Tensor]:

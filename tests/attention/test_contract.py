@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmkern.verify import verify
-from tests.attention.cases import RULES, SHAPES, attend, rule, tensors
+from tests.attention.cases import FEATURES, RULES, SHAPES, attend, rule, tensors
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -25,6 +25,42 @@ def test_half_precision(name, dtype, isa):
     for shape in (SHAPES["primes"], SHAPES["grouped heads"], SHAPES["head 32"]):
         masks = rule(name, shape, dtype)
         verify(attend(), attend(plain=True), tensors(shape, dtype), masks).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name, dtype, isa):
+    """Outputs and log-sum-exps, and the gradients through both; then the weights."""
+    for shape in SHAPES if dtype == torch.float32 else ("primes", "grouped heads"):
+        masks = rule(name, SHAPES[shape], dtype)
+        # A row without keys has the log-sum-exp -inf, and autograd's own gradient through it is NaN.
+        sums = "sink" in masks or ("mask" not in masks and "key_lengths" not in masks and "no keys" not in shape)
+        fast, plain = attend(logsumexp=sums), attend(plain=True, logsumexp=sums)
+        verify(fast, plain, tensors(SHAPES[shape], dtype), masks).raise_if_failed()
+    for kinds in ({}, {"gradients": False}):
+        fast, plain = attend(weights=True), attend(plain=True, weights=True)
+        verify(only(1, fast), only(1, plain), tensors(SHAPES[shape], dtype), masks, **kinds).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("name", ["sink", "sink, rows", "everything", "everything, additive"])
+def test_gradient_of_the_sink(name, dtype, isa):
+    shape = (2, 64, 32, 9, 20, 8, 8)
+    masks = rule(name, shape, dtype)
+    kinds = {"logsumexp": dtype == torch.float32, "sink_grad": True}
+    verify(attend(**kinds), attend(plain=True, **kinds), tensors(shape, dtype), masks).raise_if_failed()
+    kinds = {"weights": True, "sink_grad": True}
+    fast, plain = only(1, attend(**kinds)), only(1, attend(plain=True, **kinds))
+    verify(fast, plain, tensors(shape, dtype), masks).raise_if_failed()
+
+
+def only(index, function):
+    """One of the results of a function that takes what `attend` does."""
+
+    def one(query, key, value, mask=None, sink=None, **rest):
+        return function(query, key, value, mask, sink=sink, **rest)[index]
+
+    return one
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

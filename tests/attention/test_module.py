@@ -7,6 +7,7 @@ import torch
 
 import llmkern
 from llmkern import reference
+from llmkern.functional import scaled_dot_product_attention
 from llmkern.verify import verify
 
 MASKS = {
@@ -39,6 +40,44 @@ def test_without_weights_and_other_lengths(isa):
     torch.testing.assert_close(fast(q, k, v, key_lengths=lengths)[0], plain(q, k, v, mask)[0])
     x = torch.randn(2, 5, 48)
     torch.testing.assert_close(fast(x, x, x, is_causal=True)[1], plain(x, x, x, torch.ones(5, 5).tril())[1])
+
+
+FEATURES = {
+    "window": {"window_size": (2, 1)},
+    "causal window": {"window_size": (2, -1), "is_causal": True},
+    "cap": {"softcap": 0.5},
+    "slopes": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0])},
+    "slopes of batches": {"alibi_slopes": torch.rand(3, 4), "is_causal": True},
+    "sink": {"learnable_sink": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+}
+
+
+@pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES)
+def test_rules_beyond_the_reference(options):
+    fast, x = llmkern.MultiHeadAttention(48, 4), torch.randn(3, 9, 48)
+    output, weights = fast(x, x, x, **options)
+    q, k, v = (w(x).view(3, 9, 4, 12).transpose(1, 2) for w in (fast.w_q, fast.w_k, fast.w_v))
+    expected = scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(output, fast.w_o(expected.transpose(1, 2).flatten(2)))
+    torch.testing.assert_close(weights @ v, expected)
+    assert torch.equal(fast(x, x, x, need_weights=False, **options)[0], output)
+    rows = weights.sum(-1)
+    assert (rows < 1).all() if "learnable_sink" in options else torch.allclose(rows, torch.ones(()))
+
+
+def test_a_row_without_keys_and_a_sink():
+    """Without a sink it averages all values; a sink takes all of it."""
+    fast, x = llmkern.MultiHeadAttention(48, 4), torch.randn(2, 3, 48)
+    mask = torch.zeros(3, 3, dtype=torch.bool)
+    assert torch.allclose(fast(x, x, x, mask)[1], torch.tensor(1 / 3))
+    assert fast(x, x, x, mask, learnable_sink=torch.zeros(4))[1].abs().max() == 0
+
+
+def test_a_learnt_sink_has_a_gradient():
+    fast, x, sink = llmkern.MultiHeadAttention(48, 4), torch.randn(2, 3, 48), torch.zeros(4, requires_grad=True)
+    output, weights = fast(x, x, x, learnable_sink=sink)
+    (output.square().sum() + weights.square().sum()).backward()
+    assert sink.grad.isfinite().all() and sink.grad.abs().min() > 0
 
 
 def test_state_dicts_load_both_ways():

@@ -84,6 +84,42 @@ def outputs(model, implementation, ids, mask):
         return model(input_ids=ids, attention_mask=mask)[0][mask.bool()]
 
 
+def gemma2():
+    config = transformers.Gemma2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, sliding_window=4, attn_logit_softcapping=0.5, query_pre_attn_scalar=1, pad_token_id=0,
+        **COMMON,
+    )  # fmt: skip
+    return transformers.Gemma2Model(config).eval()
+
+
+def gpt_oss():
+    config = transformers.GptOssConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=4, pad_token_id=0, **COMMON,
+    )  # fmt: skip
+    return transformers.GptOssModel(config).eval()
+
+
+@pytest.mark.parametrize("make", [gemma2, gpt_oss])
+@pytest.mark.parametrize("left", [False, True])
+def test_soft_caps_and_sinks(make, left):
+    model, (ids, mask) = make(), batch(left)
+    torch.testing.assert_close(
+        outputs(model, "llmkern", ids, mask), outputs(model, "eager", ids, mask), rtol=2e-5, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("make", [mistral, gemma2])
+def test_sentences_end_to_end_under_a_window(make):
+    model, (ids, mask) = make(), batch()
+    model.set_attn_implementation("llmkern")
+    with torch.no_grad():
+        found = model(**dict(without_padding(ids, mask), use_cache=False))[0]
+    expected = outputs(model, "eager", ids, mask)
+    torch.testing.assert_close(found[0], expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("make", [bert, llama, gpt2, t5, mistral])
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("peer", ["eager", "sdpa"])
@@ -174,8 +210,8 @@ def test_a_decoder_with_padding_gets_four_dimensions():
 
 def test_what_is_not_known_raises():
     x = torch.zeros(1, 1, 2, 8)
-    with pytest.raises(ValueError, match="softcap: expected None"):
-        attention_forward(torch.nn.Identity(), x, x, x, None, softcap=30.0)
+    with pytest.raises(ValueError, match="cache: expected None"):
+        attention_forward(torch.nn.Identity(), x, x, x, None, cache=object())
 
 
 def test_register_without_transformers(monkeypatch):
@@ -216,18 +252,30 @@ def test_each_sentence_attends_to_itself_alone(causal):
     q, k, v = (torch.randn(1, heads, 9, 8) for heads in (4, 2, 2))
     module = torch.nn.Identity()
     module.is_causal = causal
-    found, _ = attention_forward(module, q, k, v, None, cu_seq_lens_q=torch.tensor([0, 5, 6, 9]), max_length_q=5)
-    for start, end in ((0, 5), (5, 6), (6, 9)):
-        alone, _ = attention_forward(module, *(t[:, :, start:end] for t in (q, k, v)), None)
-        torch.testing.assert_close(found[:, start:end], alone, rtol=0, atol=0)
+    seen = (torch.arange(9)[:, None] - torch.arange(9)).abs() < 3
+    for asked, same in (
+        ({}, {}),
+        ({"softcap": 0.7, "s_aux": torch.randn(4)}, None),
+        ({"sliding_window": 3}, {"attention_mask": seen.tril() if causal else seen}),
+    ):
+        bounds = {"cu_seq_lens_q": torch.tensor([0, 5, 6, 9]), "max_length_q": 5}
+        found, _ = attention_forward(module, q, k, v, None, **bounds, **asked)
+        for start, end in ((0, 5), (5, 6), (6, 9)):
+            options = dict(asked) if same is None else dict(same)
+            mask = options.pop("attention_mask", None)
+            mask = mask if mask is None else mask[: end - start, : end - start]
+            alone, _ = attention_forward(module, *(t[:, :, start:end] for t in (q, k, v)), mask, **options)
+            torch.testing.assert_close(found[:, start:end], alone)
 
 
 def test_bad_bounds_raise():
     x, bounds = torch.zeros(1, 1, 4, 8), torch.tensor([0, 4])
-    with pytest.raises(ValueError, match="cu_seq_lens_k: expected the bounds"):
+    with pytest.raises(ValueError, match="cu_seqlens_k: expected bounds that rise from 0 to the number of tokens, 4"):
         attention_forward(torch.nn.Identity(), x, x, x, None, cu_seq_lens_q=bounds, cu_seq_lens_k=torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match="key: expected"):
+    with pytest.raises(ValueError, match="cu_seqlens_k: expected"):
         attention_forward(torch.nn.Identity(), x, x[:, :, :3], x[:, :, :3], None, cu_seq_lens_q=bounds)
+    with pytest.raises(ValueError, match=r"query: expected \(1, H, T, D\)"):
+        attention_forward(torch.nn.Identity(), *[x.expand(2, -1, -1, -1)] * 3, None, cu_seq_lens_q=bounds)
     with pytest.raises(ValueError, match="a row of padding alone"):
         without_padding(torch.ones(2, 3), torch.tensor([[1, 1, 0], [0, 0, 0]]))
     with pytest.raises(ValueError, match="attention_mask: expected"):

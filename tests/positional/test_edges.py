@@ -8,7 +8,7 @@ import torch
 from llmkern.positional import op, reference
 from llmkern.verify import verify
 from tests.positional.cases import FLOATS, ROTARY_LAYOUTS, rotary_inputs, rotate
-from tests.positional.test_dropout import KNOWN
+from tests.test_random import KNOWN
 
 BOTH = pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 

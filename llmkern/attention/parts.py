@@ -1,0 +1,96 @@
+"""Results over parts of the keys merged into one, and what each key receives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmkern import check
+from llmkern.attention import op
+from llmkern.attention.mask import Mask, window
+
+
+def merge_attention(outputs: Sequence[Tensor], logsumexps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The attention over all keys, from the attentions of the same queries over parts of them.
+
+    outputs: floating tensors of one shape (..., Sq, D) and dtype; logsumexps: (..., Sq), float32 or float64, as
+    scaled_dot_product_attention gives them with return_logsumexp. No key may be in two parts, and a learnable_sink only
+    in one. Returns the output in the outputs' dtype, and the log-sum-exp of all in float64. A query that sees no key of
+    a part has there the log-sum-exp -inf and takes nothing from it; one that sees none at all gets zeros and -inf.
+    Parts are added in the order given. Gradients flow through both.
+
+    Raises TypeError for what are no tensors of such dtypes, ValueError for no parts or other shapes and devices.
+    Source: Dao 2023, "FlashAttention-2", section 3.1 (the rescaling of partial results).
+    """
+    if len(outputs) != len(logsumexps) or not outputs:
+        expected = f"as many as outputs, {len(outputs)}, at least one"
+        raise ValueError(f"logsumexps: expected {expected}, got {len(logsumexps)}")
+    for i, (output, sums) in enumerate(zip(outputs, logsumexps, strict=True)):
+        check.dtype(f"outputs[{i}]", output, (*check.FLOATS, torch.float64))
+        check.same_dtype(f"outputs[{i}]", output, "outputs[0]", outputs[0])
+        check.same_device(f"outputs[{i}]", output, "outputs[0]", outputs[0])
+        check.shape(f"outputs[{i}]", output, "the shape of outputs[0]", tuple(outputs[0].shape))
+        check.dtype(f"logsumexps[{i}]", sums, (torch.float32, torch.float64))
+        check.same_device(f"logsumexps[{i}]", sums, "outputs[0]", outputs[0])
+        check.shape(f"logsumexps[{i}]", sums, "(..., Sq)", tuple(outputs[0].shape[:-1]))
+    sums = torch.stack([s.double() for s in logsumexps])
+    # The result does not depend on what is subtracted, so that no gradient flows through the maximum.
+    largest = sums.detach().amax(0)
+    largest = torch.where(largest == -torch.inf, torch.zeros_like(largest), largest)
+    shares = (sums - largest).exp().unbind(0)
+    total = shares[0]
+    for share in shares[1:]:
+        total = total + share
+    nothing = total == 0.0
+    total = torch.where(nothing, torch.ones_like(total), total)
+    wide = torch.promote_types(outputs[0].dtype, torch.float32)
+    merged = torch.zeros_like(outputs[0], dtype=wide)
+    for output, share in zip(outputs, shares, strict=True):
+        merged = merged + output.to(wide) * (share / total).to(wide).unsqueeze(-1)
+    together = torch.where(nothing, torch.full_like(total, -torch.inf), largest + total.log())
+    return merged.to(outputs[0].dtype), together
+
+
+def attention_column_sums(
+    query: Tensor,
+    key: Tensor,
+    logsumexp: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    key_lengths: Tensor | None = None,
+    causal_alignment: str = "top_left",
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+) -> Tensor:
+    """What each key receives: the sum over the queries of its attention weights, without the matrix of the weights.
+
+    query (B, H, Sq, D), key (B, Hkv, Sk, D), Hkv a divisor of H, all float32, bfloat16 or float16; logsumexp (B, H, Sq)
+    float64: what scaled_dot_product_attention returned for them with return_logsumexp. attn_mask broadcasts against
+    (B, H, Sq, Sk); the other arguments must be the same as there. Returns (B, H, Sk) float32. Gradients flow to query,
+    key, a floating attn_mask and learnable_sink, from the weights as functions of these alone (not through logsumexp);
+    on the CPU they too need no matrix of the weights.
+
+    Raises TypeError for a wrong dtype, ValueError for wrong shapes, devices or options.
+    """
+    for name, t in (("query", query), ("key", key), ("logsumexp", logsumexp)):
+        check.is_tensor(name, t)
+    if attn_mask is not None:
+        check.is_tensor("attn_mask", attn_mask)
+        if is_causal:
+            raise ValueError("attn_mask: expected None with is_causal=True, got a mask")
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    if causal_alignment not in ("top_left", "bottom_right"):
+        raise ValueError(f"causal_alignment: expected one of top_left, bottom_right, got {causal_alignment!r}")
+    if scale is None:
+        scale = 1.0 / math.sqrt(max(query.size(-1), 1))
+    bottom_right = causal_alignment == "bottom_right"
+    rules = (*window(window_size, is_causal), bottom_right, softcap)
+    mask = Mask(attn_mask, key_lengths, alibi_slopes, learnable_sink, None, *rules)
+    return op.attention_column_sums(query, key, logsumexp, mask, scale)

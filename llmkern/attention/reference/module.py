@@ -1,0 +1,75 @@
+"""Multi-head attention in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmkern import check
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention, batch first.
+
+    d_model: the width. n_head: heads, a divisor of d_model. Parameters w_q, w_k, w_v and w_o are nn.Linear(d_model,
+    d_model). Raises ValueError where n_head does not divide d_model.
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
+    """
+
+    def __init__(self, d_model: int, n_head: int) -> None:
+        check.positive("d_model", d_model)
+        check.positive("n_head", n_head)
+        if d_model % n_head:
+            raise ValueError(f"n_head: expected a positive divisor of d_model = {d_model}, got {n_head}")
+        super().__init__()
+        self.d_model, self.n_head, self.d_k = d_model, n_head, d_model // n_head
+        self.w_q = nn.Linear(d_model, d_model)
+        self.w_k = nn.Linear(d_model, d_model)
+        self.w_v = nn.Linear(d_model, d_model)
+        self.w_o = nn.Linear(d_model, d_model)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The output (B, Sq, d_model) and the attention weights (B, n_head, Sq, Sk).
+
+        query (B, Sq, d_model), key and value (B, Sk, d_model). mask broadcasts against (B, n_head, Sq, Sk): 0 or
+        False is masked. A row with every key masked attends to all keys alike.
+
+        Raises TypeError for what is no floating tensor or not of the parameters' dtype, ValueError for wrong shapes.
+        """
+        check_inputs(self.d_model, self.n_head, self.w_q.weight, query, key, value, mask)
+        batch = query.size(0)
+        q = self.w_q(query).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
+        k = self.w_k(key).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
+        v = self.w_v(value).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
+        scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(self.d_k)
+        if mask is not None:
+            scores = scores.masked_fill(mask == 0, -1e9)
+        weights = F.softmax(scores, dim=-1)
+        output = torch.matmul(weights, v).transpose(1, 2).contiguous().view(batch, -1, self.d_model)
+        return self.w_o(output), weights
+
+
+def check_inputs(
+    d_model: int, n_head: int, weight: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> None:
+    """Raises on what forward of a MultiHeadAttention cannot take."""
+    for name, t, length in (("query", query, "Sq"), ("key", key, "Sk"), ("value", value, "Sk")):
+        check.is_tensor(name, t)
+        check.rank(name, t, f"(B, {length}, d_model)")
+        if t.size(2) != d_model:
+            raise ValueError(f"{name}: expected (B, {length}, d_model) with d_model = {d_model}, got {tuple(t.shape)}")
+        check.same_device(name, t, "the parameters", weight)
+        if not torch.is_autocast_enabled(weight.device.type):
+            check.same_dtype(name, t, "the parameters", weight)
+        if t.size(0) != query.size(0):
+            raise ValueError(f"{name}: expected the batch of query, {query.size(0)}, got shape {tuple(t.shape)}")
+    if value.size(1) != key.size(1):
+        raise ValueError(f"value: expected the length of key, {key.size(1)}, got shape {tuple(value.shape)}")
+    if mask is not None:
+        check.is_tensor("mask", mask)
+        check.same_device("mask", mask, "query", query)
+        check.broadcasts("mask", mask, "(B, n_head, Sq, Sk)", (query.size(0), n_head, query.size(1), key.size(1)))
