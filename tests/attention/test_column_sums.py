@@ -12,7 +12,7 @@ from llmkern.verify import verify
 from tests.attention.cases import FEATURES, RULES, attend, differentiable, rule, tensors
 
 # More queries than are in memory at a time.
-SHAPE = (2, 4, 2, 300, 130, 16, 1)
+SHAPE = (2, 2, 1, 270, 40, 8, 1)
 
 
 def sums(plain=False):
@@ -34,12 +34,17 @@ def sums(plain=False):
     return function
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [*RULES, *FEATURES])
-def test_contract(name, dtype, isa):
+def test_contract(name, isa):
+    q, k, _ = tensors(SHAPE)
+    verify(sums(), sums(plain=True), (q, k), rule(name, SHAPE)).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["all", "bottom right", "rows", "additive", "everything"])
+def test_half_precision(name, dtype, isa):
     q, k, _ = tensors(SHAPE, dtype)
-    gradients = dtype == torch.float32 and name != "lengths, bottom right"
-    verify(sums(), sums(plain=True), (q, k), rule(name, SHAPE, dtype), gradients=gradients).raise_if_failed()
+    verify(sums(), sums(plain=True), (q, k), rule(name, SHAPE, dtype), gradients=False).raise_if_failed()
 
 
 def test_they_are_the_sums_of_the_weights():
