@@ -13,20 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _functorch,
-    _get_tracing_state,
-    _is_any_autocast_enabled,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
 from torch.autograd import forward_ad
 
 from llmkern import extension
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
-
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
 def _no_key(*args: Any) -> bytes | None:
@@ -47,20 +38,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     forward-mode AD, under autocast and torch.jit.trace, for tensor subclasses (fake tensors, DTensor) and for views
     that are negated only when they are read.
     """
-    if (
-        torch.compiler.is_compiling()
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _is_any_autocast_enabled()
-        or forward_ad._current_level >= 0
-        or _functorch.maybe_current_level() is not None
-        or _get_tracing_state() is not None
-    ):
-        return False
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_neg()):
-            return False
-    return True
+    return not is_compiling() and call_key(*tensors) is not None
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -221,7 +221,8 @@ def _rotary_inplace(
         if is_plain(q, k, cos, sin, position_ids):
             _count_write(q, k)
             return _ROTARY.run(q, k, cos, sin, position_ids, interleaved, inverse, True)
-        if not (q.is_neg() or (k is not None and k.is_neg())):  # torch cannot resolve these for an optional argument
+        # torch cannot resolve a negated view for an optional argument; there are none under compile, which cannot ask.
+        if is_compiling() or not (q.is_neg() or (k is not None and k.is_neg())):
             torch.ops.llmkern.rotary_(q, k, cos, sin, position_ids, interleaved, inverse)
             return q, k
     if cos.requires_grad or sin.requires_grad:
