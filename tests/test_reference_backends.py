@@ -91,9 +91,19 @@ def test_sinusoidal_add_with_its_gradient():
         torch.testing.assert_close(a, b)
 
 
+class Self(torch.nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x, x, x)
+
+
 MODULES = {
     "positional": lambda: (llmkern.PositionalEncoding(16, 9, dropout=0.3, scale=2.0), torch.randn(5, 2, 16)),
     "rotary": lambda: (llmkern.RotaryEmbedding(8, 9), torch.randn(1, 2, 5, 16)),
+    "attention": lambda: (Self(llmkern.MultiHeadAttention(16, 4)), torch.randn(2, 5, 16)),
     "int8": lambda: (llmkern.Int8Linear(16, 4), torch.randn(3, 16)),
 }
 

@@ -181,6 +181,33 @@ def test_our_modules(isa):
     assert model.quantization_report.replaced
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+def test_our_attention(dtype, bias_dtype, isa):
+    fast = llmkern.MultiHeadAttention(64, 4).to(bias_dtype)
+    plain = reference.MultiHeadAttention(64, 4).to(bias_dtype)
+    plain.load_state_dict(fast.state_dict())
+    x = torch.randn(2, 5, 64)
+    expected = copy.deepcopy(plain).float()(x, x, x)
+    quantize_model(fast), reference.quantize_model(plain)
+    x = x.to(dtype)
+    for module in (fast, plain):
+        for result, exact in zip(module(x, x, x), expected, strict=True):
+            assert result.dtype == dtype
+            assert nn.functional.cosine_similarity(result.float(), exact, dim=-1).min() > 0.99
+        with pytest.raises(TypeError, match="key: expected the dtype of query"):
+            module(x, x.half(), x)
+        with pytest.raises(TypeError, match="query: expected a floating dtype, got int64"):
+            module(x.long(), x, x)
+
+
+def test_our_attention_quantised_in_part(isa):
+    module, x = quantize_model(llmkern.MultiHeadAttention(16, 4), skip=["w_q"]), torch.randn(2, 5, 16)
+    assert module(x, x, x)[0].dtype == torch.float32
+    with pytest.raises(TypeError, match="the parameters, float32, got bfloat16"):
+        module(x.bfloat16(), x, x)
+
+
 @pytest.mark.parametrize("function", [quantize_model, reference.quantize_model])
 def test_bad_input_is_named(function):
     with pytest.raises(ValueError, match="bits: expected 8, got 7"):
