@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from llmkern.operator import (
     call_key,
     define,
     is_compiling,
-    is_plain,
     needs_grad,
     refuse_forward_ad,
     short_autograd,
@@ -21,6 +21,7 @@ from llmkern.operator import (
 from llmkern.positional import reference
 from llmkern.positional.compiled import CPU_ROTARY, rotary_output
 from llmkern.positional.cuda import CUDA_ROTARY
+from llmkern.positional.overlap import between, extent, within
 from llmkern.positional.triton_launch import TRITON_ROTARY
 
 
@@ -40,9 +41,9 @@ def rotary(
     float32 or q's dtype, R <= D: the first R elements of a row are rotated, the others kept. position_ids: (S,) or
     (B, S), int32 or int64, each in [0, length); without, positions are 0 ... S - 1, S <= length.
     interleaved: pairs are (2 j, 2 j + 1) instead of (j, j + R/2).
-    inplace: writes over q and k and returns them. Where autograd records the call, the results are computed apart and
-    copied over q and k, so that gradients are those of any torch operation in place; cos and sin that require gradients
-    and leaves that require gradients are refused.
+    inplace: writes over q and k, whose elements must all have memory of their own, and returns them. Where autograd
+    records the call, the results are computed apart and copied over q and k, so that gradients are those of any torch
+    operation in place; cos and sin that require gradients and leaves that require gradients are refused.
     Raises TypeError for a wrong dtype, ValueError for a wrong shape or device and, on the CPU, for a position outside
     the tables; on a GPU the rotated elements of such a row become NaN. Source: Su et al. 2021, "RoFormer", section 3.4.
     """
@@ -64,38 +65,70 @@ def rotary(
 def _rotary_inplace(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    if not needs_grad(q, k, cos, sin):
-        if is_plain(q, k, cos, sin, position_ids):
-            _count_write(q, k)
-            return _ROTARY.run(q, k, cos, sin, position_ids, interleaved, inverse, True)
-        # torch cannot resolve a negated view for an optional argument; there are none under compile, which cannot ask.
-        if is_compiling() or not (q.is_neg() or (k is not None and k.is_neg())):
-            torch.ops.llmkern.rotary_(q, k, cos, sin, position_ids, interleaved, inverse)
-            return q, k
+    args = (q, k, cos, sin, position_ids, interleaved, inverse, True)
+    found = None if is_compiling() else call_key(*args)
+    if found is not None and not found[0]:
+        launch = _ROTARY.short.get(found) or _ROTARY.short.keep(found, _launch_inplace(*args))
+        return launch(*args)
+    refuse_forward_ad("rotary", q, k, cos, sin)
+    # torch cannot resolve a negated view for an optional argument; there are none under compile, which cannot ask.
+    resolved = is_compiling() or not (q.is_neg() or (k is not None and k.is_neg()))
+    if resolved and not needs_grad(q, k, cos, sin):
+        torch.ops.llmkern.rotary_(*args[:-1])
+        return q, k
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("inplace: expected False where cos or sin requires a gradient, which needs q and k; got True")
     for name, x in (("q", q), ("k", k)):
         if x is not None and x.requires_grad and x.is_leaf:
             raise ValueError(f"inplace: expected False where {name} is a leaf that requires a gradient; got True")
     _check_inplace(q, k)
+    if not is_compiling():
+        _check_apart(q, k)
     q_out, k_out = rotary(q, k, cos, sin, interleaved=interleaved, position_ids=position_ids)
     return q.copy_(q_out), None if k is None or k_out is None else k.copy_(k_out)
 
 
-def _count_write(q: Tensor, k: Tensor | None) -> None:
-    """Tells autograd of a write that a kernel does past torch, so that it refuses what it had kept of q and k."""
-    torch.autograd.graph.increment_version(q)
-    if k is not None:
-        torch.autograd.graph.increment_version(k)
+def _launch_inplace(q: Tensor, k: Tensor | None, *rest: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The launcher of calls with these metadata, which looks at their addresses and tells autograd of the write.
+
+    Without being told, autograd would use what it had kept of q and k.
+    """
+    launch, wrote = _ROTARY.plan(q, k, *rest), torch.autograd.graph.increment_version
+    if k is None:
+
+        def alone(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+            wrote(q)
+            return launch(q, *rest)
+
+        return alone
+    before, behind = -extent(k), extent(q)
+
+    def launch_apart(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+        if before < k.data_ptr() - q.data_ptr() < behind:  # else they are apart; heads of one projection may be too
+            _check_apart(q, k)
+        wrote(q)
+        wrote(k)
+        return launch(q, k, *rest)
+
+    return launch_apart
 
 
 def _check_inplace(q: Tensor, k: Tensor | None) -> None:
     for name, x in (("q", q), ("k", k)):
-        if x is not None and any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True)):
+        if x is not None and within(x.shape, x.stride()):
             raise ValueError(
                 f"{name}: expected elements with memory of their own with inplace=True, got strides {x.stride()} "
                 f"with shape {tuple(x.shape)}"
             )
+
+
+def _check_apart(q: Tensor, k: Tensor | None) -> None:
+    if k is not None and between(q, k):
+        layouts = [f"{tuple(x.shape)} with strides {x.stride()}" for x in (q, k)]
+        raise ValueError(
+            f"k: expected memory of its own, apart from that of q, with inplace=True, got q {layouts[0]} and k "
+            f"{layouts[1]}, which share elements"
+        )
 
 
 def _check_rotary(
@@ -177,8 +210,8 @@ def _run_rotary(q: Tensor, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor
 def _run_rotary_inplace(q: Tensor, k: Tensor | None, *args: Any) -> None:
     if needs_grad(q, k):
         raise RuntimeError("llmkern::rotary_ has no gradient; call llmkern.functional.rotary(..., inplace=True)")
-    _count_write(q, k)
-    _ROTARY.run(q, k, *args, True)
+    _check_apart(q, k)
+    _launch_inplace(q, k, *args, True)(q, k, *args, True)
 
 
 def _fake_rotary(
