@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from llmkern import check
 from llmkern.backend import Operator, reference_backend
@@ -15,7 +16,6 @@ from llmkern.operator import (
     define,
     is_compiling,
     needs_grad,
-    refuse_forward_ad,
     short_autograd,
 )
 from llmkern.positional import reference
@@ -57,7 +57,6 @@ def rotary(
     if found is not None:
         q_out, k_out = _Rotary.apply(*args)
     else:
-        refuse_forward_ad("rotary", q, k, cos, sin)
         q_out, k_out = torch.ops.llmkern.rotary(*args)
     return q_out, None if k is None else k_out
 
@@ -70,10 +69,10 @@ def _rotary_inplace(
     if found is not None and not found[0]:
         launch = _ROTARY.short.get(found) or _ROTARY.short.keep(found, _launch_inplace(*args))
         return launch(*args)
-    refuse_forward_ad("rotary", q, k, cos, sin)
-    # torch cannot resolve a negated view for an optional argument; there are none under compile, which cannot ask.
-    resolved = is_compiling() or not (q.is_neg() or (k is not None and k.is_neg()))
-    if resolved and not needs_grad(q, k, cos, sin):
+    # Torch cannot resolve a negated view for an optional argument, and shows the gradients that are asked for to the
+    # innermost transform of torch.func alone; there is neither under compile, which cannot ask.
+    direct = is_compiling() or not (_functorch.maybe_current_level() or q.is_neg() or (k is not None and k.is_neg()))
+    if direct and not needs_grad(q, k, cos, sin):
         torch.ops.llmkern.rotary_(*args[:-1])
         return q, k
     if cos.requires_grad or sin.requires_grad:
@@ -81,9 +80,10 @@ def _rotary_inplace(
     for name, x in (("q", q), ("k", k)):
         if x is not None and x.requires_grad and x.is_leaf:
             raise ValueError(f"inplace: expected False where {name} is a leaf that requires a gradient; got True")
-    _check_inplace(q, k)
     if not is_compiling():
         _check_apart(q, k)
+    for name, x in (("q", q), ("k", k)):
+        _check_inplace(name, x if x is None or is_compiling() else _unwrapped(x))
     q_out, k_out = rotary(q, k, cos, sin, interleaved=interleaved, position_ids=position_ids)
     return q.copy_(q_out), None if k is None or k_out is None else k.copy_(k_out)
 
@@ -113,22 +113,29 @@ def _launch_inplace(q: Tensor, k: Tensor | None, *rest: Any) -> Callable[..., tu
     return launch_apart
 
 
-def _check_inplace(q: Tensor, k: Tensor | None) -> None:
-    for name, x in (("q", q), ("k", k)):
-        if x is not None and within(x.shape, x.stride()):
-            raise ValueError(
-                f"{name}: expected elements with memory of their own with inplace=True, got strides {x.stride()} "
-                f"with shape {tuple(x.shape)}"
-            )
+def _check_inplace(name: str, x: Tensor | None) -> None:
+    if x is not None and within(x.shape, x.stride()):
+        raise ValueError(
+            f"{name}: expected elements with memory of their own with inplace=True, got strides {x.stride()} "
+            f"with shape {tuple(x.shape)}"
+        )
 
 
 def _check_apart(q: Tensor, k: Tensor | None) -> None:
+    q, k = _unwrapped(q), None if k is None else _unwrapped(k)
     if k is not None and between(q, k):
         layouts = [f"{tuple(x.shape)} with strides {x.stride()}" for x in (q, k)]
         raise ValueError(
             f"k: expected memory of its own, apart from that of q, with inplace=True, got q {layouts[0]} and k "
             f"{layouts[1]}, which share elements"
         )
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """What lies in memory below the transforms of torch.func."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
 
 
 def _check_rotary(
@@ -165,7 +172,8 @@ def _check_rotary(
                 f"got shape {tuple(position_ids.shape)}"
             )
     if inplace:
-        _check_inplace(q, k)
+        _check_inplace("q", q)
+        _check_inplace("k", k)
 
 
 def _plain_rotary(
@@ -208,8 +216,6 @@ def _run_rotary(q: Tensor, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor
 
 
 def _run_rotary_inplace(q: Tensor, k: Tensor | None, *args: Any) -> None:
-    if needs_grad(q, k):
-        raise RuntimeError("llmkern::rotary_ has no gradient; call llmkern.functional.rotary(..., inplace=True)")
     _check_apart(q, k)
     _launch_inplace(q, k, *args, True)(q, k, *args, True)
 
@@ -267,19 +273,45 @@ def _table_gradients(
     batch, length = sums[0][0].shape[:2]
     if position_ids is None:
         position_ids = torch.arange(length, device=cos.device)
-    index = position_ids.long().expand(batch, length).reshape(-1)
+    index = position_ids.long().expand(batch, length).flatten()
     results = []
     for part in (0, 1):
-        total = sum((s[part] for s in sums[1:]), sums[0][part]).reshape(-1, half)
+        total = sum((s[part] for s in sums[1:]), sums[0][part]).flatten(0, 1)
         table = torch.zeros(cos.shape, dtype=total.dtype, device=cos.device).index_add(0, index, total)
         results.append(table.to(cos.dtype))
     return results[0], results[1]
 
 
+def _vmap_rotary(
+    batch_size: int, in_dims: tuple[int | None, ...], q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor,
+    position_ids: Tensor | None, *rest: Any,
+) -> Any:  # fmt: skip
+    """Samples as part of the batch, with tables that they share."""
+    q_dim, k_dim, cos_dim, sin_dim, ids_dim, *_ = in_dims
+    if cos_dim is not None or sin_dim is not None:
+        return NotImplemented
+
+    def samples(x: Tensor, dim: int | None) -> Tensor:
+        return x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    q = samples(q, q_dim)
+    k = None if k is None else samples(k, k_dim)
+    if position_ids is not None and (ids_dim is not None or position_ids.dim() == 2):
+        position_ids = samples(position_ids, ids_dim)
+        if position_ids.dim() == 2:
+            position_ids = position_ids.unsqueeze(1)
+        position_ids = position_ids.expand(*q.shape[:2], position_ids.size(-1)).flatten(0, 1)
+    folded = (q.flatten(0, 1), None if k is None else k.flatten(0, 1), cos, sin, position_ids, *rest)
+    q_out, k_out = torch.ops.llmkern.rotary(*folded)
+    if k is None:
+        return (q_out.unflatten(0, q.shape[:2]), k_out), (0, None)
+    return (q_out.unflatten(0, q.shape[:2]), k_out.unflatten(0, k.shape[:2])), (0, 0)
+
+
 define(
     "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse)"
     " -> (Tensor, Tensor)",
-    _run_rotary, _fake_rotary, setup_context=_setup_rotary, backward=_backward_rotary,
+    _run_rotary, _fake_rotary, setup_context=_setup_rotary, backward=_backward_rotary, vmap=_vmap_rotary,
 )  # fmt: skip
 define(
     "rotary_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse)"

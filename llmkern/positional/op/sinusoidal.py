@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmkern import check
 from llmkern.backend import Operator, reference_backend
-from llmkern.operator import call_key, define, is_compiling, refuse_forward_ad, short_autograd
+from llmkern.operator import call_key, define, is_compiling, short_autograd
 from llmkern.positional import reference
 from llmkern.positional.compiled import CPU_SINUSOIDAL_ADD, CPU_SINUSOIDAL_DROPOUT
 from llmkern.positional.cuda import CUDA_SINUSOIDAL_ADD, CUDA_SINUSOIDAL_DROPOUT
@@ -38,7 +38,6 @@ def sinusoidal_add(
     if found is not None:
         launch = _SINUSOIDAL_ADD.short.get(found) or _SINUSOIDAL_ADD.short_call(found, _SinusoidalAdd.apply, *args)
         return launch(*args)
-    refuse_forward_ad("sinusoidal_add", x, pe)
     return torch.ops.llmkern.sinusoidal_add(*args)
 
 
@@ -161,9 +160,19 @@ def _backward_dropout(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _dropout(grad, seed, ctx.scale, ctx.dropout_p), None, None, None
 
 
+def _vmap_sinusoidal_add(
+    batch_size: int, in_dims: tuple[int | None, ...], x: Tensor, pe: Tensor, seed: Tensor | None, *rest: Any
+) -> Any:
+    if in_dims[0] is None or in_dims[1] is not None or seed is not None:  # a sample's dropout looks at its own rows
+        return NotImplemented
+    x = x.movedim(in_dims[0], 1)
+    return torch.ops.llmkern.sinusoidal_add(x.flatten(1, 2), pe, None, *rest).unflatten(1, x.shape[1:3]), 1
+
+
 define(
     "sinusoidal_add(Tensor x, Tensor pe, Tensor? seed, float scale, float dropout_p) -> Tensor",
     _SINUSOIDAL_ADD.run, _fake_sinusoidal_add, setup_context=_setup_sinusoidal_add, backward=_backward_sinusoidal_add,
+    vmap=_vmap_sinusoidal_add,
 )  # fmt: skip
 define(
     "sinusoidal_dropout(Tensor x, Tensor seed, float scale, float dropout_p) -> Tensor",
