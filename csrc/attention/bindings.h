@@ -22,13 +22,16 @@ void fill_attention(AttentionParams& p, void* const* addresses) {
   p.mask.lengths = static_cast<const char*>(addresses[1]);
   p.logsumexp = static_cast<double*>(addresses[2]);
   p.grad_scores = static_cast<float*>(addresses[3]);
-  int i = 4;
+  p.alibi = static_cast<const float*>(addresses[4]);
+  p.sink = static_cast<const float*>(addresses[5]);
+  p.seed = static_cast<const int64_t*>(addresses[6]);
+  int i = 7;
   (((p.*kTensors).data = static_cast<char*>(addresses[i++])), ...);
 }
 
 template <void (*kRun)(const AttentionParams&), AttentionTensor AttentionParams::*... kTensors>
 void define_attention(pybind11::module_& m, const char* name) {
-  call::define_kernel<AttentionParams, 4 + sizeof...(kTensors), fill_attention<kTensors...>, kRun>(m, name);
+  call::define_kernel<AttentionParams, 7 + sizeof...(kTensors), fill_attention<kTensors...>, kRun>(m, name);
 }
 
 inline void bind_attention(pybind11::module_& m) {
@@ -55,6 +58,10 @@ inline void bind_attention(pybind11::module_& m) {
            [](AttentionParams& p, int64_t left, int64_t right) {  // negative: that side is open
              p.mask.left = left < 0 ? kUnbounded : left, p.mask.right = right < 0 ? kUnbounded : right;
            })
+      .def("softcap", [](AttentionParams& p, float softcap) { p.softcap = softcap; })
+      .def("alibi", [](AttentionParams& p, int64_t b, int64_t h) { p.alibi_b = b, p.alibi_h = h; })
+      .def("dropout", [](AttentionParams& p, uint32_t drop_below,
+                         float keep_scale) { p.drop_below = drop_below, p.keep_scale = keep_scale; })
       .def("lengths",
            [](AttentionParams& p, bool is_64, int64_t step) {
              p.mask.lengths_64 = is_64;
@@ -66,7 +73,8 @@ inline void bind_attention(pybind11::module_& m) {
               LLMKERN_STRIDES(grad_output) LLMKERN_STRIDES(dquery) LLMKERN_STRIDES(dkey) LLMKERN_STRIDES(dvalue)
                   LLMKERN_STRIDES(weights);
 #undef LLMKERN_STRIDES
-  // Tensors (None: none): the mask, the lengths, the log-sum-exp, the gradient of the scores, then those listed here.
+  // Tensors (None: none): the mask, the lengths, the log-sum-exp, the gradient of the scores, the slopes of ALiBi, the
+  // sink, the seed of the dropout, then those listed here.
   using P = AttentionParams;
   define_attention<attention_forward, &P::query, &P::key, &P::value, &P::output>(m, "attention_forward");
   define_attention<attention_backward, &P::query, &P::key, &P::value, &P::output, &P::grad_output, &P::dquery, &P::dkey,

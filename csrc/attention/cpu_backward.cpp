@@ -18,6 +18,8 @@ struct Work {
     weights = memory.take(kStrip * kBlockKeys);
     grad_scores = memory.take(kStrip * kBlockKeys);
     packed = memory.take(3 * kStrip / 2 * kBlockKeys);
+    slopes = memory.take(kStrip * kBlockKeys);
+    kept = memory.take(kStrip * kBlockKeys);
     key_sums = memory.take(kBlockKeys * sizes.width);
     value_sums = memory.take(kBlockKeys * sizes.value_width);
     average = memory.take(sizes.value_width);
@@ -29,7 +31,8 @@ struct Work {
   Block<T> block;
   Rows<T> query, grad_output, output;
   float *weights, *grad_scores;
-  float* packed;  // bf16: weights and gradients in pairs of rows, gradients in pairs along the row
+  float *slopes, *kept;  // the derivative of the soft cap; weights after dropout
+  float* packed;         // bf16: weights and gradients in pairs of rows, gradients in pairs along the row
   float *key_sums, *value_sums;
   float* average;
 };
@@ -47,10 +50,10 @@ struct Backward {
   int gradient_of_weights(const HeadMask& mask, const Block<T>& block, Work<T>& work, int64_t b, int64_t h, int64_t row,
                           int count, int64_t begin) const {
     int keys = static_cast<int>(at_most(kBlockKeys, mask.limit(row + count - 1) - begin));
-    if (keys <= 0) return 0;
+    if (keys <= 0 || !sees_some(mask, row, count, begin, begin + keys)) return 0;
     work.query.pack(rows_of<T>(p.query, b, h) + row * p.query.row, p.query.row, count, p.width);
     probabilities(p, sizes, mask, block, work.query, p.logsumexp + (b * p.heads + h) * p.queries, row, count, begin,
-                  keys, work.weights);
+                  keys, work.weights, work.slopes);
     if (of_weights) {
       const T* from = rows_of<T>(p.weights, b, h) + row * p.weights.row + begin;
       for (int i = 0; i < count; i++, from += p.weights.row) {
@@ -64,8 +67,34 @@ struct Backward {
                             p.value_width);
       times_panels<kPairs<T>>(count, work.grad_output.along, work.grad_output.step, block.values, sizes.value_depth,
                               keys, work.grad_scores, kBlockKeys, 1);
+      if (drops(mask)) drop(mask, work, row, count, begin, keys);
     }
     return keys;
+  }
+
+  // Whether some row of the strip may see a key of [begin, end).
+  static bool sees_some(const HeadMask& mask, int64_t row, int count, int64_t begin, int64_t end) {
+    if (!mask.dense()) return mask.start(row) < end;
+    for (int i = 0; i < count; i++)
+      if (mask.look(row + i, begin, end) != Seen::none) return true;
+    return false;
+  }
+
+  bool drops(const HeadMask& mask) const { return mask.drops() && !of_weights; }
+
+  // The weights as they met the values, apart, and the gradient of those that were not dropped.
+  void drop(const HeadMask& mask, Work<T>& work, int64_t row, int count, int64_t begin, int keys) const {
+    Float scale = broadcast(p.keep_scale);
+    for (int i = 0; i < count; i++) {
+      float* kept = work.kept + i * kBlockKeys;
+      mask.kept(kept, row + i, begin, keys);
+      for (int c = 0; c < keys; c += kWidth) {
+        Float factor = mul(load(kept + c), scale);
+        float* grad = work.grad_scores + i * kBlockKeys + c;
+        store(grad, mul(load(grad), factor));
+        store(kept + c, mul(load(work.weights + i * kBlockKeys + c), factor));
+      }
+    }
   }
 
   // Whether delta comes from the output and its gradient, which is quick. From the weights themselves it has the
@@ -110,6 +139,10 @@ struct Backward {
       for (int i = 0; i < count; i++)
         std::memcpy(p.grad_scores + ((b * p.heads + h) * p.queries + row + i) * p.keys + begin, grads + i * kBlockKeys,
                     4 * static_cast<size_t>(keys));
+    if (mask.caps())
+      for (int i = 0; i < count * kBlockKeys; i += kWidth)
+        store(grads + i, mul(load(grads + i), load(work.slopes + i)));
+    if (drops(mask)) weights = work.kept;
     const float *weights_by_row = weights, *grads_by_row = grads, *grads_along = grads;
     int64_t along_step = kBlockKeys;
     int rows = count, columns = keys;
@@ -153,7 +186,8 @@ struct Backward {
     for (int64_t g = 0; g < group(); g++) {
       int64_t h = kv_head * group() + g;
       HeadMask mask(p, b, h);
-      for (int64_t row = mask.first_row(begin) / kStrip * kStrip; row < p.queries; row += kStrip)
+      int64_t limit = at_most(p.queries, mask.row_limit(begin + keys - 1));
+      for (int64_t row = mask.first_row(begin) / kStrip * kStrip; row < limit; row += kStrip)
         step(mask, block, work, b, h, row, begin, work.key_sums, value_sums,
              query_sums ? query_sums + (g * p.queries + row) * sizes.width : nullptr);
     }

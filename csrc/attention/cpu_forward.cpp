@@ -89,8 +89,9 @@ struct Forward {
         int64_t end = at_most(split + kSplitKeys, limit);
         for (int64_t key = at_least(split, first / kBlockKeys * kBlockKeys); key < end; key += kBlockKeys) {
           const float* block = blocks + key / kBlockKeys * block_units();
+          auto panel = [&](int64_t c) { return block + c * sizes.depth; };
           for (int64_t row = 0; row < rows; row += kTileRows)
-            meet<T>(p, sizes, queries, Strip(queries, row), row, key, at_most(kBlockKeys, p.keys - key), block,
+            meet<T>(p, sizes, queries, Strip(queries, row), row, key, at_most(kBlockKeys, p.keys - key), panel,
                     block + sizes.key_units(), width, work.tile, work.state, careful);
         }
         if (sizes.splits == 1) break;
@@ -182,15 +183,25 @@ struct Forward {
       for (int64_t key = at_least(split * kSplitKeys, first / kBlockKeys * kBlockKeys); key < end; key += kBlockKeys) {
         int64_t last = at_most(key + kBlockKeys, end), ldv = width;
         const float* values = work.values;
-        pack_keys(work.keys, b, kv_head, key, last);
         if (plain_values())
           values = reinterpret_cast<const float*>(rows_of<T>(p.value, b, kv_head) + key * p.value.row),
           ldv = p.value.row;
         else
           pack_values(work.values, b, kv_head, key, last);
+        if (rows <= kTileRows) {  // each panel is used once: it need not outlive that, and unseen ones are not read
+          auto panel = [&](int64_t c) -> const float* {
+            pack_keys(work.keys, b, kv_head, key + c, at_most(key + c + kPanel, last));
+            return work.keys;
+          };
+          meet<T>(p, sizes, queries, Strip(queries, 0), 0, key, last - key, panel, values, ldv, work.tile, state,
+                  careful);
+          continue;
+        }
+        pack_keys(work.keys, b, kv_head, key, last);
+        auto panel = [&](int64_t c) { return work.keys + c * sizes.depth; };
         for (int64_t row = 0; row < rows; row += kTileRows)
-          meet<T>(p, sizes, queries, Strip(queries, row), row, key, last - key, work.keys, values, ldv, work.tile,
-                  state, careful);
+          meet<T>(p, sizes, queries, Strip(queries, row), row, key, last - key, panel, values, ldv, work.tile, state,
+                  careful);
       }
     };
     through_the_keys(false);

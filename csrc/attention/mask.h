@@ -1,8 +1,10 @@
-// Which keys a query sees: the limits that skip whole blocks, and the rest written into the scores as -infinity.
+// Which keys a query sees: the limits that skip whole blocks, and the rest written into the scores as -infinity. Also
+// what else is done to the scores of a query, and which of its weights are dropped.
 #pragma once
 #include <cstring>
 
 #include "../common/exp.h"
+#include "../common/philox.h"
 #include "../common/simd.h"
 #include "params.h"
 
@@ -42,6 +44,11 @@ class HeadMask {
       keys_ = at_least(0, at_most(length, keys_));
     }
     diagonal_ = m.bottom_right ? keys_ - p.queries : 0;
+    softcap_ = p.softcap;
+    slope_ = p.alibi ? p.alibi[b * p.alibi_b + h * p.alibi_h] : 0;
+    has_alibi_ = p.alibi != nullptr;
+    drop_below_ = p.drop_below, head_ = static_cast<uint32_t>(b * p.heads + h);
+    seed_ = p.drop_below ? static_cast<uint64_t>(*p.seed) : 0;
     base_ = b * m.b + h * m.h;
     // A mask that is the same for all queries, as of padding: what it masks at the end need not be looked at.
     if (m.data && m.row == 0)
@@ -65,7 +72,8 @@ class HeadMask {
   }
 
   bool dense() const { return mask_.data != nullptr; }
-  bool additive() const { return dense() && mask_.dtype != DType::boolean; }
+  // Whether the scores themselves are changed, which must be scaled before.
+  bool changes_scores() const { return (dense() && mask_.dtype != DType::boolean) || softcap_ != 0 || has_alibi_; }
 
   // What the rules say of a query and the keys [begin, end): `some` also where finding out would take long.
   Seen look(int64_t row, int64_t begin, int64_t end) const {
@@ -75,6 +83,39 @@ class HeadMask {
     if (!mask_.data) return inside ? Seen::all : Seen::some;
     Seen dense = look_dense(row, at_least(from, begin), at_most(to, end));
     return dense == Seen::all && !inside ? Seen::some : dense;
+  }
+
+  // Soft cap and ALiBi: what comes before the mask. With `slopes`, what a score's gradient is to be multiplied by.
+  void bend(float* s, int64_t row, int64_t begin, int count, float* slopes = nullptr) const {
+    if (softcap_ != 0) {
+      Float cap = broadcast(softcap_), inverse = broadcast(1 / softcap_), one = broadcast(1);
+      for (int c = 0; c < count; c += kWidth) {
+        Float t = tanh(mul(load(s + c), inverse));
+        store(s + c, mul(t, cap));
+        if (slopes) store(slopes + c, sub(one, mul(t, t)));
+      }
+    }
+    if (!has_alibi_) return;
+    alignas(64) float lane[kWidth];
+    for (int i = 0; i < kWidth; i++) lane[i] = static_cast<float>(i);
+    Float slope = broadcast(-slope_), lanes = load(lane);
+    for (int c = 0; c < count; c += kWidth) {
+      Float distance = abs(add(broadcast(static_cast<float>(begin + c - row - diagonal_)), lanes));
+      store(s + c, fma(slope, distance, load(s + c)));
+    }
+  }
+  bool bends() const { return softcap_ != 0 || has_alibi_; }
+  bool caps() const { return softcap_ != 0; }
+
+  // kept[c] for the keys [begin, begin + count), begin a multiple of 4: 0 where the weight is dropped, else 1. Writes
+  // up to the next multiple of 64.
+  bool drops() const { return drop_below_ != 0; }
+  void kept(float* kept, int64_t row, int64_t begin, int count) const {
+    uint32_t words[4 * kPhiloxGroups];
+    for (int c = 0; c < count; c += 4 * kPhiloxGroups) {
+      philox(seed_, static_cast<uint32_t>((begin + c) / 4), static_cast<uint32_t>(row), head_, 0, words);
+      for (int i = 0; i < 4 * kPhiloxGroups; i++) kept[c + i] = words[i] < drop_below_ ? 0.0f : 1.0f;
+    }
   }
 
   // Applies the rules to the scores of a query and the keys [begin, begin + count), and sets those up
@@ -166,6 +207,10 @@ class HeadMask {
 
   AttentionMask mask_;
   int64_t keys_, diagonal_, base_;
+  float softcap_, slope_;
+  bool has_alibi_;
+  uint32_t drop_below_, head_;
+  uint64_t seed_;
 };
 
 }  // namespace

@@ -198,11 +198,30 @@ void soften(const Tile& tile, int n, const Span* spans, int span_count, const bo
   }
 }
 
-// The strip at `row` meets the keys [key, key + count) of a block: its packed keys, and its values, whose rows are ldv
-// apart. Careful: a value of weight 0 has no part, be it infinite or NaN.
+// Sets the weights that are dropped to 0; the others are made up for at the end.
 template <class T>
+void drop(const Tile& tile, const Strip& strip, const Span* spans, int span_count, int64_t key) {
+  alignas(64) float kept[kBlockKeys + 64];
+  for (int i = 0; i < strip.n; i++)
+    for (int k = 0; k < span_count; k++) {
+      int64_t begin = spans[k].begin, end = spans[k].end;
+      strip.masks[i]->kept(kept, strip.queries[i], key + begin, static_cast<int>(end - begin));
+      float* weights = tile.weights + i * (kPairs<T> ? kBlockKeys / 2 : kBlockKeys);
+      if constexpr (kPairs<T>) {
+        auto* w = reinterpret_cast<uint16_t*>(weights);
+        for (int64_t c = begin; c < end; c++) w[c] = kept[c - begin] != 0 ? w[c] : uint16_t{0};
+      } else {
+        for (int64_t c = begin; c < end; c += kWidth)
+          store(weights + c, mul(load(weights + c), load(kept + c - begin)));
+      }
+    }
+}
+
+// The strip at `row` meets the keys [key, key + count) of a block: panel(c) gives the packed panel of the keys from
+// key + c on, and the rows of `values` are ldv apart. Careful: a value of weight 0 has no part, be it infinite or NaN.
+template <class T, class Panel>
 void meet(const AttentionParams& p, const Sizes<T>& sizes, const Queries& q, const Strip& strip, int64_t row,
-          int64_t key, int64_t count, const float* keys, const float* values, int64_t ldv, const Tile& tile,
+          int64_t key, int64_t count, Panel panel, const float* values, int64_t ldv, const Tile& tile,
           const State& state, bool careful) {
   constexpr int64_t kRow = kPairs<T> ? kBlockKeys / 2 : kBlockKeys;
   Span spans[kBlockKeys / kPanel];
@@ -211,22 +230,26 @@ void meet(const AttentionParams& p, const Sizes<T>& sizes, const Queries& q, con
   if (!span_count) return;
   // A power of two waits for the exponential, where it costs nothing and rounds nothing (the backward scales first).
   int exponent;
-  bool late = std::frexp(p.scale, &exponent) == 0.5f && !strip.masks[0]->additive();
+  bool late = std::frexp(p.scale, &exponent) == 0.5f && !strip.masks[0]->changes_scores();
   float late_scale = late ? p.scale : 1;
   for (int k = 0; k < span_count; k++) {
     int begin = static_cast<int>(spans[k].begin), end = static_cast<int>(spans[k].end);
-    times_panels<kPairs<T>>(strip.n, q.packed + row * sizes.depth, sizes.depth, keys + begin * sizes.depth, sizes.depth,
-                            end - begin, tile.scores + begin, kBlockKeys, late ? 1 : p.scale);
     for (int c = begin; c < end; c += kPanel) {
+      int panel_count = end - c < kPanel ? end - c : kPanel;
+      times_panels<kPairs<T>>(strip.n, q.packed + row * sizes.depth, sizes.depth, panel(c), sizes.depth, panel_count,
+                              tile.scores + c, kBlockKeys, late ? 1 : p.scale);
+      if (strip.masks[0]->bends())
+        for (int i = 0; i < strip.n; i++)
+          strip.masks[i]->bend(tile.scores + i * kBlockKeys + c, strip.queries[i], key + c, panel_count);
       if (whole[c / kPanel]) continue;
       for (int i = 0; i < strip.n; i++)
-        strip.masks[i]->apply(tile.scores + i * kBlockKeys + c, strip.queries[i], key + c,
-                              end - c < kPanel ? end - c : kPanel);
+        strip.masks[i]->apply(tile.scores + i * kBlockKeys + c, strip.queries[i], key + c, panel_count);
     }
   }
   alignas(64) float corrections[kSlots];
   soften<T>(tile, strip.n, spans, span_count, whole, late_scale, state.largest + row, state.sums + row * kWidth,
             corrections);
+  if (strip.masks[0]->drops()) drop<T>(tile, strip, spans, span_count, key);
   if constexpr (kPairs<T>)
     for (int k = 0; k < span_count; k++) spans[k].begin /= 2, spans[k].end = (spans[k].end + 1) / 2;
   times_rows<kPairs<T>, Into::correct>(strip.n, tile.weights, kRow, 1, values, ldv, sizes.value_width, spans,
@@ -246,7 +269,17 @@ template <class T, class Average>
 void finish(const AttentionParams& p, const Sizes<T>& sizes, const State& state, int64_t i, int64_t b, int64_t h,
             int64_t row, Average average) {
   const float* from = state.output + i * sizes.value_width;
-  float largest = state.largest[i], total = sum(load(state.sums + i * kWidth));
+  float largest = state.largest[i], total = sum(load(state.sums + i * kWidth)), factor = 1;
+  if (p.sink) {  // one more score, without a value
+    float sink = p.sink[h], now = largest > sink ? largest : sink;
+    alignas(64) float of_keys[kWidth], of_sink[kWidth];
+    float shift = now == minus_infinity() ? 0 : now;
+    store(of_keys, exp_negative(broadcast(largest - shift)));
+    store(of_sink, exp_negative(broadcast(sink - shift)));
+    factor = largest == now ? 1 : of_keys[0];
+    total = total * factor + (sink == now ? 1 : of_sink[0]);
+    largest = now;
+  }
   p.logsumexp[(b * p.heads + h) * p.queries + row] =
       total == 0 ? -__builtin_inf() : static_cast<double>(largest) + __builtin_log(static_cast<double>(total));
   if (largest == minus_infinity() && total == 0) {  // every key is masked
@@ -254,10 +287,15 @@ void finish(const AttentionParams& p, const Sizes<T>& sizes, const State& state,
     total = 1;
   }
   T* to = const_cast<T*>(rows_of<T>(p.output, b, h)) + row * p.output.row;
-  Float by = broadcast(total);
+  if (p.drop_below) factor *= p.keep_scale;
+  Float by = broadcast(total), times = broadcast(factor);
+  auto result = [&](int64_t d) {
+    Float x = load(from + d);
+    return div(factor == 1 ? x : mul(x, times), by);
+  };
   int64_t d = 0;
-  for (; d + kWidth <= p.value_width; d += kWidth) store(to + d, div(load(from + d), by));
-  if (d < p.value_width) store_first(to + d, div(load(from + d), by), static_cast<int>(p.value_width - d));
+  for (; d + kWidth <= p.value_width; d += kWidth) store(to + d, result(d));
+  if (d < p.value_width) store_first(to + d, result(d), static_cast<int>(p.value_width - d));
 }
 
 }  // namespace

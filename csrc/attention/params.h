@@ -37,7 +37,16 @@ struct AttentionParams {
   float* grad_scores;       // (B, H, Sq, Sk) contiguous, zeroed; null: not asked for
   AttentionMask mask;
   int64_t batch, heads, kv_heads, queries, keys, width, value_width;
-  float scale;
+  // In this order: scale * q k; softcap * tanh(score / softcap) unless 0; -slope * |i + diagonal - j| with the slopes
+  // of (b, h); the mask; one more logit for each head that has no value, the sink; softmax; dropout of the weights.
+  float scale, softcap;
+  const float* alibi;  // null: none
+  int64_t alibi_b, alibi_h;
+  const float* sink;  // (H); null: none
+  // A weight is dropped where word j % 4 of Philox4x32-10 under `seed` at (j / 4, i, b * H + h, 0) is below; 0: none.
+  uint32_t drop_below;
+  float keep_scale;
+  const int64_t* seed;
   bool uniform_empty_rows;
   DType dtype;
   int threads;

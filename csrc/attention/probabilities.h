@@ -26,7 +26,7 @@ struct Sizes {
   int64_t blocks, strips;
 
   int64_t block_units() const { return kBlockKeys * (depth + value_depth + width) + 16; }
-  int64_t strip_units() const { return kStrip * (depth + value_depth + width + value_width + 2 + 3 * kBlockKeys); }
+  int64_t strip_units() const { return kStrip * (depth + value_depth + width + value_width + 2 + 5 * kBlockKeys); }
 };
 
 // Consecutive pieces of one allocation.
@@ -85,14 +85,16 @@ struct Rows {
 };
 
 // The weights of `count` queries from `row` on for the keys [begin, begin + keys), kBlockKeys apart; 0 where masked,
-// and up to the next multiple of kWidth.
+// and up to the next multiple of kWidth. With `slopes`, which a soft cap alone needs: the derivative of the capped
+// scores.
 template <class T>
 void probabilities(const AttentionParams& p, const Sizes<T>& sizes, const HeadMask& mask, const Block<T>& block,
                    const Rows<T>& query, const double* logsumexp, int64_t row, int count, int64_t begin, int keys,
-                   float* weights) {
+                   float* weights, float* slopes = nullptr) {
   times_panels<kPairs<T>>(count, query.along, query.step, block.keys, sizes.depth, keys, weights, kBlockKeys, p.scale);
   for (int i = 0; i < count; i++) {
     float* s = weights + i * kBlockKeys;
+    if (mask.bends()) mask.bend(s, row + i, begin, keys, slopes ? slopes + i * kBlockKeys : nullptr);
     mask.apply(s, row + i, begin, keys);
     // In two floats: with the rounding error of one, every weight of the row would be off alike.
     double total = logsumexp[row + i] == minus_infinity() ? 0 : logsumexp[row + i];

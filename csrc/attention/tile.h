@@ -47,6 +47,8 @@ struct Span {
   int64_t begin, end;
 };
 
+constexpr int64_t kAhead = 16;  // how many rows ahead of its use memory is asked for
+
 // What becomes of the sums of a tile.
 enum class Into {
   set,      // c = factor * sum
@@ -69,6 +71,10 @@ inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int
       Float row[V];
 #pragma GCC unroll 8
       for (int j = 0; j < V; j++) row[j] = load(y + j * kWidth);
+      if constexpr (R < kTileRows) {  // few rows read each value once: it may come from memory
+#pragma GCC unroll 8
+        for (int j = 0; j < V; j++) __builtin_prefetch(y + kAhead * ldb + j * kWidth, 0, 2);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
@@ -280,6 +286,7 @@ LLMKERN_INLINE void load_square(Float* to, const T* from, int64_t step, int rows
       to[i] = zero();
     } else if constexpr (kPair) {
       const float* p = reinterpret_cast<const float*>(from + i * step);
+      __builtin_prefetch(from + (i + 2 * kAhead) * step, 0, 2);
       if (count == kWidth) {
         to[i] = load(p);
       } else {  // an odd row ends in half a unit
@@ -289,6 +296,7 @@ LLMKERN_INLINE void load_square(Float* to, const T* from, int64_t step, int rows
       }
     } else {
       to[i] = count == kWidth ? load(from + i * step) : load_first(from + i * step, count);
+      __builtin_prefetch(from + (i + 2 * kAhead) * step, 0, 2);
     }
   }
 }

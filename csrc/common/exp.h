@@ -1,4 +1,4 @@
-// e^x for x <= 0, for softmax: a power of two by integer addition, times a polynomial on [-1/2, 1/2] for 2^f
+// e^x for x <= 0 and tanh, for softmax: a power of two by integer addition, times a polynomial on [-1/2, 1/2] for 2^f
 // (Cody and Waite, Software Manual for the Elementary Functions, chapter 6).
 #pragma once
 #include "simd.h"
@@ -32,6 +32,21 @@ LLMKERN_INLINE Float exp_negative(Float given) {
   y = as_float(add(as_int(y), shift_left<23>(as_int(t))));
   if constexpr (!kInfinite) return y;
   return where_equal(given, broadcast(-__builtin_inff()), zero(), y);
+}
+
+// Relative error below 2^-22; NaN at NaN. By a polynomial in x^2 where 1 - e^(-2 |x|) would lose digits.
+LLMKERN_INLINE Float tanh(Float x) {
+  Float size = abs(x), square = mul(x, x);
+  Float y = fma(broadcast(1.8897848e-3f), square, broadcast(-7.8745838e-3f));
+  y = fma(y, square, broadcast(2.1566206e-2f));
+  y = fma(y, square, broadcast(-5.3919714e-2f));
+  y = fma(y, square, broadcast(1.3332969e-1f));
+  y = fma(y, square, broadcast(-3.3333325e-1f));
+  Float small = fma(mul(x, square), y, x);
+  Float e = exp_negative(mul(size, broadcast(-2)));
+  Float large = div(sub(broadcast(1), e), add(broadcast(1), e));
+  large = where_less(x, zero(), sub(zero(), large), large);
+  return where_less(size, broadcast(0.7f), small, large);
 }
 
 }  // namespace llmkern::LLMKERN_ISA

@@ -1,43 +1,24 @@
 // The sinusoidal add for the CPU; compiled once per instruction set.
 #include "../common/parallel.h"
+#include "../common/philox.h"
 #include "../common/simd.h"
 #include "params.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-constexpr int kGroups = 16;  // Philox blocks made together, in loops that the compiler turns into vectors
+constexpr int64_t kChunk = 4 * kPhiloxGroups;  // elements whose factors are made together
 
-// Factors (0 or keep_scale) of the kGroups * 4 elements of a row from column `first` on, which 4 divides.
+// Factors (0 or keep_scale) of the kChunk elements of a row from column `first` on, which 4 divides.
 void dropout_factors(const SinusoidalAddParams& p, int64_t row, int64_t first, float* factors) {
-  uint32_t c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
-  for (int i = 0; i < kGroups; i++) {
-    c0[i] = static_cast<uint32_t>(first / 4) + static_cast<uint32_t>(i);
-    c1[i] = static_cast<uint32_t>(row);
-    c2[i] = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
-    c3[i] = 0;
-  }
-  uint32_t k0 = static_cast<uint32_t>(p.seed), k1 = static_cast<uint32_t>(p.seed >> 32);
-  for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-    for (int i = 0; i < kGroups; i++) {
-      uint64_t product0 = uint64_t{0xD2511F53u} * c0[i], product1 = uint64_t{0xCD9E8D57u} * c2[i];
-      c0[i] = static_cast<uint32_t>(product1 >> 32) ^ c1[i] ^ k0;
-      c1[i] = static_cast<uint32_t>(product1);
-      c2[i] = static_cast<uint32_t>(product0 >> 32) ^ c3[i] ^ k1;
-      c3[i] = static_cast<uint32_t>(product0);
-    }
-  }
-  for (int i = 0; i < kGroups; i++) {
-    factors[4 * i] = c0[i] < p.drop_below ? 0.0f : p.keep_scale;
-    factors[4 * i + 1] = c1[i] < p.drop_below ? 0.0f : p.keep_scale;
-    factors[4 * i + 2] = c2[i] < p.drop_below ? 0.0f : p.keep_scale;
-    factors[4 * i + 3] = c3[i] < p.drop_below ? 0.0f : p.keep_scale;
-  }
+  uint32_t words[kChunk];
+  philox(p.seed, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(row),
+         static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32), 0, words);
+  for (int i = 0; i < kChunk; i++) factors[i] = words[i] < p.drop_below ? 0.0f : p.keep_scale;
 }
 
 template <class T, bool kTable, bool kDropout>
 void add_rows(const SinusoidalAddParams& p, int64_t begin, int64_t end) {
-  constexpr int64_t kChunk = 4 * kGroups;
   static_assert(kChunk % kWidth == 0, "factors are read by whole vectors");
   Float scale = broadcast(p.scale);
   alignas(64) float factors[kChunk];

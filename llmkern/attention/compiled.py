@@ -65,7 +65,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable
     ) -> tuple[Tensor, Tensor]:
         output = torch.empty_strided(shape, strides, dtype=dtype)
         logsumexp = torch.empty(rows, dtype=torch.float64)
-        kernel(params, threads(), mask, key_lengths, logsumexp, None, query, key, value, output)
+        kernel(params, threads(), mask, key_lengths, logsumexp, None, None, None, None, query, key, value, output)
         return output, logsumexp
 
     return launch
@@ -97,7 +97,7 @@ def _backward(
         logsumexp = logsumexp.contiguous()
         grad_scores = _grad_scores(query, key, mask_grad and mask is not None)
         tensors = (query, key, value, output, grad_output, *grads)
-        kernel(params, threads(), mask, key_lengths, logsumexp, grad_scores, *tensors)
+        kernel(params, threads(), mask, key_lengths, logsumexp, grad_scores, None, None, None, *tensors)
         return *grads, _mask_grad(query, mask, grad_scores)
 
     return launch
@@ -116,7 +116,7 @@ def _weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Call
     ) -> Tensor:
         weights = query.new_empty(shape)
         logsumexp = logsumexp.contiguous()
-        kernel(params, threads(), mask, key_lengths, logsumexp, None, query, key, weights)
+        kernel(params, threads(), mask, key_lengths, logsumexp, None, None, None, None, query, key, weights)
         return weights
 
     return launch
@@ -143,7 +143,7 @@ def _weights_backward(
         grads = [empty_in_order(t, t.shape[3]) for t in (query, key)]
         logsumexp = logsumexp.contiguous()
         grad_scores = _grad_scores(query, key, mask_grad and mask is not None)
-        kernel(params, threads(), mask, key_lengths, logsumexp, grad_scores, query, key, grad_weights, *grads)
+        kernel(params, threads(), mask, key_lengths, logsumexp, grad_scores, None, None, None, query, key, grad_weights, *grads)
         return *grads, _mask_grad(query, mask, grad_scores)
 
     return launch

@@ -93,3 +93,17 @@ def test_a_row_depends_on_nothing_around_it(isa):
         torch.set_num_threads(threads)
     longer = [torch.cat([t, torch.randn(3, 4, 77, 64)], 2) for t in (k, v)]
     assert torch.equal(whole, attend()(q, *longer, key_lengths=torch.full((3,), 120)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_query_at_a_time_gives_the_bits_of_all_at_once(dtype, isa):
+    """Prefill, chunks of it and decoding, over more keys than a block and a split hold, with shared key heads."""
+    q, k, v = tensors((1, 4, 2, 1300, 1300, 32, 48), dtype)
+    whole = attend()(q, k, v, causal=True)
+    for begin, end in ((0, 1), (1, 30), (500, 600), (1023, 1025), (1299, 1300)):
+        part = attend()(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], causal=True, bottom_right=True)
+        assert torch.equal(part, whole[:, :, begin:end]), (begin, end)
+    last = whole[:, :, 1299:]
+    longer = [torch.cat([t, torch.full((1, 2, 900, t.size(3)), torch.nan, dtype=dtype)], 2) for t in (k, v)]
+    assert torch.equal(attend()(q[:, :, 1299:], *longer, key_lengths=torch.tensor([1300])), last)
+    assert torch.equal(attend()(q[:, 2:, 1299:], k[:, 1:], v[:, 1:]), last[:, 2:])

@@ -109,6 +109,9 @@ LLMKERN_INLINE Float keep(const uint8_t* mask, Float a, Float b) {
 LLMKERN_INLINE Float where_equal(Float a, Float b, Float x, Float y) {
   return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
 }
+LLMKERN_INLINE Float where_less(Float a, Float b, Float x, Float y) {
+  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
 
 LLMKERN_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
 LLMKERN_INLINE void store(float* p, Float a) { _mm256_storeu_ps(p, a); }

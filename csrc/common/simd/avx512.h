@@ -100,6 +100,9 @@ LLMKERN_INLINE Float keep(const uint8_t* mask, Float a, Float b) {
 LLMKERN_INLINE Float where_equal(Float a, Float b, Float x, Float y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x);
 }
+LLMKERN_INLINE Float where_less(Float a, Float b, Float x, Float y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
 
 LLMKERN_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
 LLMKERN_INLINE void store(float* p, Float a) { _mm512_storeu_ps(p, a); }

@@ -86,6 +86,7 @@ LLMKERN_INLINE Float keep(const uint8_t* mask, Float a, Float b) {
 }
 
 LLMKERN_INLINE Float where_equal(Float a, Float b, Float x, Float y) { return vbslq_f32(vceqq_f32(a, b), x, y); }
+LLMKERN_INLINE Float where_less(Float a, Float b, Float x, Float y) { return vbslq_f32(vcltq_f32(a, b), x, y); }
 
 LLMKERN_INLINE Float load(const float* p) { return vld1q_f32(p); }
 LLMKERN_INLINE void store(float* p, Float a) { vst1q_f32(p, a); }

@@ -109,6 +109,8 @@ LLMKERN_INLINE Float keep(const uint8_t* mask, Float a, Float b) {
 
 // Lane i of x where a equals b there, of y elsewhere.
 LLMKERN_INLINE Float where_equal(Float a, Float b, Float x, Float y) { return (a == b) ? x : y; }
+// The same where a is less than b.
+LLMKERN_INLINE Float where_less(Float a, Float b, Float x, Float y) { return (a < b) ? x : y; }
 
 LLMKERN_INLINE Float load(const float* p) {
   Float a;
