@@ -34,6 +34,12 @@ def dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{name}: expected dtype {expected}, got {short(value.dtype)}")
 
 
+def is_floating(name: str, value: Tensor) -> None:
+    is_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {short(value.dtype)}")
+
+
 def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     is_tensor(name, value)
     if value.dtype != other.dtype:

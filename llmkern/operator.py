@@ -13,20 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _functorch,
-    _get_tracing_state,
-    _is_any_autocast_enabled,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
+from torch._C import _functorch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from llmkern import extension
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
-
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
 def _no_key(*args: Any) -> bytes | None:
@@ -47,20 +40,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     forward-mode AD, under autocast and torch.jit.trace, for tensor subclasses (fake tensors, DTensor) and for views
     that are negated only when they are read.
     """
-    if (
-        torch.compiler.is_compiling()
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _is_any_autocast_enabled()
-        or forward_ad._current_level >= 0
-        or _functorch.maybe_current_level() is not None
-        or _get_tracing_state() is not None
-    ):
-        return False
-    for t in tensors:  # noqa: SIM110 (a generator costs more than the loop)
-        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_neg()):
-            return False
-    return True
+    return not is_compiling() and call_key(*tensors) is not None
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -72,12 +52,17 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
+def refuse_forward_ad(name: str, *tensors: Any) -> None:
     """Raises where a tensor carries a tangent: without a rule, torch would silently return a zero derivative."""
     if forward_ad._current_level < 0:
         return
     for t in tensors:
-        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+        # A batch of samples shows its tangent once vmap has taken it apart.
+        if (
+            isinstance(t, Tensor)
+            and not _functorch.is_batchedtensor(t)
+            and forward_ad.unpack_dual(t).tangent is not None
+        ):
             raise NotImplementedError(f"llmkern.{name}: forward-mode AD is not supported; use reverse mode (backward)")
 
 
@@ -88,26 +73,111 @@ def define(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    vmap: Callable[..., Any] | None = None,
 ) -> Any:
     """Declares torch.ops.llmkern.<name> and returns it.
 
     schema: torch's schema string, with the name. run: the implementation, for every device. fake: shapes and strides of
-    the results. setup_context(ctx, inputs, output) and backward(ctx, *grads): as torch.library.register_autograd has
-    them; the same two serve the family's autograd.Function of the short way.
+    the results. setup_context(ctx, inputs, output) and backward(ctx, *grads), a tuple: as those of an
+    autograd.Function; the same two serve the family's own of the short way. Forward-mode derivatives are refused.
+    vmap(batch_size, in_dims, *args) -> (output, out_dims): all samples in one call, or NotImplemented, where they run
+    one by one, as they do without it.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            refuse_forward_ad(name, *(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
-        return run(*args, **kwargs)
-
-    LIBRARY.impl(name, checked, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"llmkern::{name}", fake, lib=LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(f"llmkern::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return getattr(torch.ops.llmkern, name)
+    operator = getattr(torch.ops.llmkern, name)
+    record = _recorder(operator.default, setup_context, backward) if backward is not None else None
+
+    def autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        refuse_forward_ad(name, *args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if record is None:
+                raise RuntimeError(f"llmkern::{name} has no gradient: expected no tensor that requires one, got some")
+            return record(*args, keys)
+        return _below_autograd(operator.default, keys, *args)
+
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"llmkern::{name}", _batching_rule(operator.default, vmap), lib=LIBRARY)
+    return operator
+
+
+def _below_autograd(operator: Any, keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def _recorder(
+    operator: Any, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function of the operator's arguments and dispatch keys that runs it and records it for autograd.
+
+    As torch.library.register_autograd, but in the transforms of torch.func too. Function.apply refuses these where
+    it is called by a user, since it could not tell the levels of transforms apart; here the dispatcher has brought the
+    call to one level, and takes the inner call to the next, as for torch's own operators.
+    """
+
+    class Recorded(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *inputs, keys = args
+            if _functorch.maybe_current_level() is None:
+                output = _below_autograd(operator, keys, *inputs)
+            else:
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # for the transforms outside this one
+                    output = _below_autograd(operator, keys, *inputs)
+            if setup_context is not None:
+                setup_context(ctx, tuple(inputs), output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return *backward(ctx, *grads), None
+
+    apply: Callable[..., Any] = Recorded.apply  # type: ignore[attr-defined]
+
+    def record(*args: Any) -> Any:
+        if _functorch.maybe_current_level() is None:
+            return apply(*args)
+        with enable_single_level_autograd_function():
+            return apply(*args)
+
+    return record
+
+
+def _batching_rule(operator: Any, together: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The operator under torch.vmap, in the form of torch.library.register_vmap."""
+    written = [a.alias_info is not None and a.alias_info.is_write for a in operator._schema.arguments]
+    names = [a.name for a in operator._schema.arguments]
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        for name, write, dim, arg in zip(names, written, in_dims, args, strict=True):
+            if write and isinstance(arg, Tensor) and (dim is None or (arg.stride(dim) == 0 and info.batch_size > 1)):
+                came = "one tensor for all samples" if dim is None else "an expanded one, whose samples share memory"
+                raise ValueError(f"{name}: expected a tensor of each sample's own to write to under vmap, got {came}")
+        if together is not None and (result := together(info.batch_size, in_dims, *args)) is not NotImplemented:
+            return result
+
+        def sample(i: int) -> Any:
+            return operator(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+
+        if info.batch_size == 0:  # one of zeros gives the shapes
+            args = tuple(
+                a if d is None else a.new_zeros((1, *a.movedim(d, 0).shape[1:]))
+                for a, d in zip(args, in_dims, strict=True)
+            )
+            in_dims = tuple(None if d is None else 0 for d in in_dims)
+        results = [sample(i) for i in range(max(info.batch_size, 1))]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results)[: info.batch_size], 0
+        if results[0] is None or not results[0]:
+            return results[0], results[0]
+        parts = tuple(torch.stack(part)[: info.batch_size] for part in zip(*results, strict=True))
+        return parts, (0,) * len(parts)
+
+    return rule
 
 
 def short_autograd(

@@ -97,9 +97,8 @@ def test_a_view_that_is_negated_when_it_is_read_gives_its_values():
     weight, scale = torch.randint(-127, 128, (16, 16), dtype=torch.int8), torch.rand(16)
     assert torch.equal(int8_linear(q, weight, scale), int8_linear(plain[0], weight, scale))
     cos, sin = torch.rand(5, 8), torch.rand(5, 8)
-    for a, b in zip(
-        llmkern.functional.rotary(q, k, cos, sin), llmkern.functional.rotary(*plain[:2], cos, sin), strict=True
-    ):
+    rotated, expected = (llmkern.functional.rotary(*t, cos, sin) for t in ((q, k), plain[:2]))
+    for a, b in zip(rotated, expected, strict=True):
         assert torch.equal(a, b)
     pe = torch.randn(5, 1, 16)
     x = torch.randn(5, 2, 16, dtype=torch.complex64).conj().imag

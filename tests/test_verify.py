@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import llmkern
 from llmkern import verify as verify_of_the_package
 from llmkern.verify import plain_version, verify
 from llmkern.verify.report import Report, judge_row
@@ -436,6 +437,44 @@ def test_plain_version_has_the_arguments_the_state_and_the_mode(monkeypatch):
     assert plain_version(Fast(3).bfloat16()).weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="no plain version named Linear"):
         plain_version(nn.Linear(2, 2))
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("state", DTYPES)
+def test_modules_are_judged_in_every_dtype_of_state_and_input(state, dtype):
+    x = torch.randn(5, 2, 16).to(dtype)
+    layers = [(llmkern.Int8Linear(16, 4), (x,)), (llmkern.Int8Linear(16, 4, bias=False), (x,))]
+    layers.append((llmkern.PositionalEncoding(16, 32), (x,)))
+    if state in (dtype, torch.float32):  # what rotary's tables may be
+        layers.append((llmkern.RotaryEmbedding(8, 32), (x.view(1, 2, 5, 16), x.view(1, 2, 5, 16))))
+    for module, inputs in layers:
+        verify(module.to(state), inputs=inputs).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_models_are_judged(dtype):
+    fast = llmkern.MultiHeadAttention(64, 4).to(dtype)
+    plain = plain_version(fast)
+    llmkern.quantize_model(fast), llmkern.reference.quantize_model(plain)
+    x = torch.randn(2, 5, 64).to(dtype)
+    verify(fast, plain, (x, x, x)).raise_if_failed()
+    wrong = fast.w_v.weight_scale.clone()
+    wrong[3] *= 2
+    fast.w_v.weight_scale = wrong
+    assert not verify(fast, plain, (x, x, x))
+
+
+def test_plain_version_takes_each_tensor_in_its_own_dtype_also_those_not_saved():
+    rotary = llmkern.RotaryEmbedding(8, 32)
+    rotary.cos.mul_(2)
+    rotary.sin = rotary.sin.bfloat16()
+    plain = plain_version(rotary)
+    assert torch.equal(plain.cos, rotary.cos) and torch.equal(plain.sin, rotary.sin)
+    layer = plain_version(llmkern.Int8Linear(8, 4).bfloat16())
+    assert (layer.weight_scale.dtype, layer.bias.dtype) == (torch.float32, torch.bfloat16)
 
 
 def test_an_empty_report_did_not_pass():

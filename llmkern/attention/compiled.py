@@ -181,15 +181,14 @@ def _weights_backward(
 def _column_sums(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Callable[..., Tensor]:
     """The kernel of the weights on some queries at a time, which a dense mask tells where they stand."""
     queries, keys = query.shape[2], key.shape[2]
-    alike = rules[0] is None and tuple(rules[5:7]) == (-1, -1)  # every query sees the same keys
 
     def launch(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Tensor:
-        mask, lengths = Mask(*rules[:10]), rules[1] if alike else None
+        mask = Mask(*rules[:10])
         sums = query.new_zeros((*query.shape[:2], keys), dtype=torch.float32)
         for start in range(0, queries, _ROWS):
             rows = slice(start, start + _ROWS)
-            dense = None if alike else _dense(mask, queries, keys, rows)
-            args = (query[:, :, rows], key, logsumexp[:, :, rows], *Mask(dense, lengths).arguments(), *rules[10:])
+            dense = Mask(_dense(mask, queries, keys, rows), softcap=mask.softcap)
+            args = (query[:, :, rows], key, logsumexp[:, :, rows], *dense.arguments(), *rules[10:])
             sums += _weights(*args)(*args).sum(2, dtype=torch.float32)
         return sums
 
@@ -197,14 +196,17 @@ def _column_sums(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> 
 
 
 def _dense(mask: Mask, queries: int, keys: int, rows: slice) -> Tensor | None:
-    """All of the mask for some rows, as one dense mask."""
-    device = torch.device("cpu")
-    seen, added = mask.seen(queries, keys, device, rows), mask.additive
+    """All that is added to the scores of some rows, and all that is masked, as one dense mask."""
+    where = (queries, keys, torch.device("cpu"), rows)
+    seen, added, bias = mask.seen(*where), mask.additive, mask.distance_bias(*where)
     if added is not None and added.size(2) > 1:
         added = added[:, :, rows]
+    if bias is not None:
+        added = bias if added is None else bias + added
     if seen is not None and added is not None:
         seen = torch.where(seen, added, -torch.inf)
-    return None if seen is None else seen[(None,) * (4 - seen.dim())]
+    found = added if seen is None else seen
+    return None if found is None else found[(None,) * (4 - found.dim())]
 
 
 def _kvcache(*args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -248,14 +250,17 @@ def _varlen_backward(*args: Any) -> Callable[..., tuple[Tensor, ...]]:
         grad_output: Tensor, grad_logsumexp: None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
         logsumexp: Tensor, *rest: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        grads = [t.new_empty(t.shape) for t in (query, key, value)]
+        grads, sink_grad = [t.new_empty(t.shape) for t in (query, key, value)], None
         for q, k, alone in _batches(query, key, rest):
             tensors = (q.batch(query), k.batch(key), k.batch(value), q.batch(output), q.batch_of_rows(logsumexp))
             args = (q.batch(grad_output), None, *tensors, *alone, False)
-            found = _backward(*args)(*args)
-            for grad, rows, part in zip(grads, (q, k, k), found, strict=False):
+            *found, _, of_sink = _backward(*args)(*args)
+            for grad, rows, part in zip(grads, (q, k, k), found, strict=True):
                 grad[rows.tokens] = rows.packed(part)
-        return *grads, query.new_empty(0, dtype=torch.float32)
+            sink_grad = of_sink if sink_grad is None else sink_grad + of_sink
+        if sink_grad is None:  # no sequence
+            sink_grad = query.new_zeros(0 if rest[5] is None else rest[5].shape, dtype=torch.float32)
+        return *grads, sink_grad
 
     return launch
 
@@ -267,7 +272,10 @@ def _batches(query: Tensor, key: Tensor, rest: Sequence[Any]) -> Iterator[tuple[
     keys = bounds("k", cu_seqlens_k, key.shape[0], longest_k)
     for first, past in groups(queries, keys):
         q, k = Rows(queries[first : past + 1], at_end=rules[5]), Rows(keys[first : past + 1])
-        yield q, k, (None, k.lengths, *rules, False)
+        slopes, *others = rules
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[first:past]
+        yield q, k, (None, k.lengths, slopes, *others, False)
 
 
 def _through_copies(plan: Callable[..., Any], count: int) -> Callable[..., Any]:

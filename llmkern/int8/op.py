@@ -10,7 +10,7 @@ from torch import Tensor
 from llmkern.backend import Operator, reference_backend
 from llmkern.int8 import reference
 from llmkern.int8.compiled import CPU_INT8_LINEAR
-from llmkern.operator import call_key, define, is_compiling, refuse_forward_ad, short_autograd
+from llmkern.operator import call_key, define, is_compiling, short_autograd
 
 
 def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -29,7 +29,6 @@ def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
     if key is not None:
         launch = _SHORT.get(key) or _OPERATOR.short_call(key, _Int8Linear.apply, x, weight, weight_scale, bias)
         return launch(x, weight, weight_scale, bias)
-    refuse_forward_ad("int8_linear", x, weight_scale, bias)
     return torch.ops.llmkern.int8_linear(x, weight, weight_scale, bias)
 
 
@@ -71,13 +70,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor
     if ctx.needs_input_grad[0]:
         grad_x = ((grad.float() * weight_scale) @ weight.float()).to(grad.dtype)
     if ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, weight.size(0)).float().sum(0).to(ctx.bias_dtype)
+        grad_bias = grad.unsqueeze(0).flatten(0, -2).float().sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias
+
+
+def _vmap(batch_size: int, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> Any:
+    if in_dims[0] is None or any(d is not None for d in in_dims[1:]):
+        return NotImplemented
+    return torch.ops.llmkern.int8_linear(x.movedim(in_dims[0], 0), *rest), 0
 
 
 define(
     "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
-    _OPERATOR.run, _fake, setup_context=_setup_context, backward=_backward,
+    _OPERATOR.run, _fake, setup_context=_setup_context, backward=_backward, vmap=_vmap,
 )  # fmt: skip
 
 

@@ -51,8 +51,31 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """x @ (weight_scale * weight)^T + bias with x quantised: exact integers, then one float32 product and sum.
 
-    x (..., K), weight (N, K) int8, weight_scale (N,) float32, bias (N,). Returns (..., N) in x's dtype.
+    x (..., K), weight (N, K) int8, weight_scale (N,) float32, bias (N,). Returns (..., N) in x's dtype. Gradients are
+    those of the dequantised weight, straight through the rounding.
     """
+    y = _quantized(x, weight, weight_scale, bias)
+    if not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return y
+    linear = (x.float() @ weight.float().t()) * weight_scale
+    linear = linear if bias is None else linear + bias.float()
+    return _StraightThrough.apply(y, linear.to(x.dtype))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The first argument, with the gradient of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, linear: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+@torch.no_grad()
+def _quantized(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.size(-1)) if x.size(-1) else x.new_empty(x.shape[:-1].numel(), 0)
     q, scale, zero_point = quantize_rows(rows)
     # Float64 holds every integer here exactly, and its matmul is fast.
@@ -105,8 +128,11 @@ class Int8Linear(nn.Module):
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., out_features) in x's dtype from x (..., in_features), float32, bfloat16 or float16."""
-        check_linear(x, self.weight, self.weight_scale, self.bias)
+        """(..., out_features) in x's dtype from x (..., in_features), floating.
+
+        Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
+        """
+        check_linear(x, self.weight, self.weight_scale, self.bias, (*check.FLOATS, torch.float64))
         return int8_linear(x, self.weight, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:
@@ -127,9 +153,14 @@ class Int8Linear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def check_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    """Raises on what `int8_linear` cannot take: TypeError for dtypes, ValueError for shapes and devices."""
-    check.dtype("x", x, check.FLOATS)
+def check_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, floats: tuple[torch.dtype, ...] = check.FLOATS
+) -> None:
+    """Raises on what `int8_linear` cannot take: TypeError for dtypes, ValueError for shapes and devices.
+
+    floats: the dtypes of x and bias. float64 is the plain version's alone, which gives the truth to compare with.
+    """
+    check.dtype("x", x, floats)
     check.dtype("weight", weight, (torch.int8,))
     check.rank("weight", weight, "(N, K)")
     features, size = weight.shape
@@ -140,7 +171,7 @@ def check_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     check.same_device("weight", weight, "x", x)
     check.same_device("weight_scale", weight_scale, "x", x)
     if bias is not None:
-        check.dtype("bias", bias, check.FLOATS)
+        check.dtype("bias", bias, floats)
         check.shape("bias", bias, "(N,)", (features,))
         check.same_device("bias", bias, "x", x)
 

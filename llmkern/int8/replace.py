@@ -89,12 +89,25 @@ def replace_linears(
         if name:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, made[id(linear)])
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # torch's fused layer would read the weights behind the layers' backs
+    _leave_torchs_fused_layers(model, set(made.values()))
     result = made.get(id(model), model)
     result.quantization_report = report  # type: ignore[assignment]
     return result
+
+
+def _leave_torchs_fused_layers(model: nn.Module, replaced: set[nn.Module]) -> None:
+    """Torch's encoder would read the weights of new layers behind their backs, in inference, in one fused function.
+
+    The encoder also packs a padded batch into a nested tensor, which nothing but that function takes.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            if replaced.isdisjoint(module.modules()):
+                continue
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0  # says that it is neither, which the fused function needs
 
 
 def _reasons(model: nn.Module, linears: list[tuple[str, nn.Linear]], skip: list[str]) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from llmkern import check
@@ -23,10 +24,14 @@ class PositionalEncoding(reference.PositionalEncoding):
         self.dropout, self.scale = dropout, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (S, B, d_model), S <= max_len. Raises TypeError for a wrong dtype, ValueError for a wrong shape."""
-        check.is_tensor("x", x)
-        pe = self.pe.float()
-        return op.sinusoidal_add(x, pe, scale=self.scale, dropout_p=self.dropout if self.training else 0.0)
+        """x (S, B, d_model), S <= max_len, float32, bfloat16 or float16. Returns its shape.
+
+        The dtype is that of a sum with pe in torch: x's own where pe has it too (a model in bfloat16), float32 where
+        they differ. Raises TypeError for a wrong dtype, ValueError for a wrong shape.
+        """
+        check.dtype("x", x, check.FLOATS)
+        x = x.to(torch.promote_types(x.dtype, self.pe.dtype))
+        return op.sinusoidal_add(x, self.pe.float(), scale=self.scale, dropout_p=self.dropout if self.training else 0.0)
 
 
 class RotaryEmbedding(reference.RotaryEmbedding):

@@ -133,15 +133,21 @@ def plain_version(module: Callable[..., Any]) -> nn.Module:
                 f"{expected}, since {name} has no attribute {parameter.name} to make its plain version from; got None"
             )
     plain: nn.Module = plain_class(**arguments)
-    tensors = [*module.parameters(), *module.buffers()]
-    for t in tensors[:1]:
-        plain.to(t.device)
-    floating = {t.dtype for t in module.parameters() if t.is_floating_point()}
-    if len(floating) == 1:
-        plain.to(floating.pop())
-    plain.load_state_dict(module.state_dict())
-    own = dict(plain.named_parameters())
-    for key, value in module.named_parameters():
-        if key in own:
-            own[key].requires_grad_(value.requires_grad)
+    _take_state(plain, module)
     return plain.train(module.training)
+
+
+def _take_state(plain: nn.Module, module: nn.Module) -> None:
+    """Gives each parameter and buffer of `plain` the device, dtype, values and flag of its namesake in `module`."""
+    theirs = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    ours = [*plain.named_parameters(), *plain.named_buffers()]
+    for name, tensor in ours:
+        if name in theirs:
+            # Each by itself: a half-precision model may keep some in float32, and may have buffers alone.
+            tensor.data = tensor.data.to(theirs[name].device, theirs[name].dtype)
+    plain.load_state_dict(module.state_dict())
+    for name, tensor in ours:
+        if name in theirs:
+            with torch.no_grad():
+                tensor.copy_(theirs[name])  # a buffer that is not saved is not in the state_dict
+            tensor.requires_grad_(theirs[name].requires_grad)

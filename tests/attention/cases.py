@@ -95,8 +95,8 @@ def attend(
 ):
     """A function of (query, key, value, mask=...) for the operators or the plain version.
 
-    weights, logsumexp: returned too; the latter, float64 so that no rounding is added to it, comes of float32 arithmetic
-    and is held to that. sink_grad: the sink is differentiated; a gradient of few numbers says little
+    weights, logsumexp: returned too; the latter, float64 so that no rounding is added to it, comes of float32
+    arithmetic and is held to that. sink_grad: the sink is differentiated; a gradient of few numbers says little
     about the error, so that this is left to shapes of many heads.
     """
     from llmkern.attention import op

@@ -29,8 +29,14 @@ def test_module(room):
     layer = room.Int8Linear(8, 4)
     for x, error, message in [
         (t(2, 7), ValueError, r"x: expected \(\.\.\., K\) with K = 8"),
-        (t(2, 8).double(), TypeError, "x: expected dtype float32 or bfloat16 or float16, got float64"),
+        (t(2, 8).int(), TypeError, "x: expected dtype float32 or bfloat16 or float16.*, got int32"),
         (t(2, 8, device="meta"), ValueError, "weight: expected the device of x, meta"),
     ]:
         with pytest.raises(error, match=message):
             layer(x)
+
+
+def test_float64_is_the_plain_versions_alone():
+    with pytest.raises(TypeError, match="x: expected dtype float32 or bfloat16 or float16, got float64"):
+        llmkern.Int8Linear(8, 4)(t(2, 8).double())
+    assert reference.Int8Linear(8, 4).double()(t(2, 8).double()).dtype == torch.float64

@@ -181,6 +181,54 @@ def test_our_modules(isa):
     assert model.quantization_report.replaced
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("function", [quantize_model, reference.quantize_model])
+def test_torchs_encoder_with_padding(function, activation):
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, activation=activation)
+    encoder, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 16)
+    padding = torch.arange(5) >= torch.tensor([[5], [3]])
+    with torch.no_grad():
+        expected = encoder(x, src_key_padding_mask=padding)
+        out = function(encoder)(x, src_key_padding_mask=padding)
+    assert nn.functional.cosine_similarity(out, expected, dim=-1)[~padding].min() > 0.99
+
+
+def test_torchs_fused_layer_stays_where_no_layer_is_replaced():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+    quantize_model(encoder, skip=["layers.0.*"])
+    assert encoder.layers[0].activation_relu_or_gelu and not encoder.layers[1].activation_relu_or_gelu
+    assert not encoder.use_nested_tensor
+    untouched = quantize_model(nn.TransformerEncoder(encoder.layers[0], 2), skip=["*linear*"])
+    assert untouched.use_nested_tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+def test_our_attention(dtype, bias_dtype, isa):
+    fast = llmkern.MultiHeadAttention(64, 4).to(bias_dtype)
+    plain = reference.MultiHeadAttention(64, 4).to(bias_dtype)
+    plain.load_state_dict(fast.state_dict())
+    x = torch.randn(2, 5, 64)
+    expected = copy.deepcopy(plain).float()(x, x, x)
+    quantize_model(fast), reference.quantize_model(plain)
+    x = x.to(dtype)
+    for module in (fast, plain):
+        for result, exact in zip(module(x, x, x), expected, strict=True):
+            assert result.dtype == dtype
+            assert nn.functional.cosine_similarity(result.float(), exact, dim=-1).min() > 0.99
+        with pytest.raises(TypeError, match="key: expected the dtype of query"):
+            module(x, x.half(), x)
+        with pytest.raises(TypeError, match="query: expected a floating dtype, got int64"):
+            module(x.long(), x, x)
+
+
+def test_our_attention_quantised_in_part(isa):
+    module, x = quantize_model(llmkern.MultiHeadAttention(16, 4), skip=["w_q"]), torch.randn(2, 5, 16)
+    assert module(x, x, x)[0].dtype == torch.float32
+    with pytest.raises(TypeError, match="the parameters, float32, got bfloat16"):
+        module(x.bfloat16(), x, x)
+
+
 @pytest.mark.parametrize("function", [quantize_model, reference.quantize_model])
 def test_bad_input_is_named(function):
     with pytest.raises(ValueError, match="bits: expected 8, got 7"):

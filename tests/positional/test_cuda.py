@@ -42,9 +42,9 @@ def on_cpu(module, monkeypatch):
     monkeypatch.setattr(cuda, "_kernel", lambda name: getattr(module, name))
     monkeypatch.setattr(cuda, "_stream", lambda device: (0, 0))
     for operator, kernel in (
-        (op._SINUSOIDAL_ADD, cuda.CUDA_SINUSOIDAL_ADD),
-        (op._SINUSOIDAL_DROPOUT, cuda.CUDA_SINUSOIDAL_DROPOUT),
-        (op._ROTARY, cuda.CUDA_ROTARY),
+        (backend.Operator.all["sinusoidal_add"], cuda.CUDA_SINUSOIDAL_ADD),
+        (backend.Operator.all["sinusoidal_dropout"], cuda.CUDA_SINUSOIDAL_DROPOUT),
+        (backend.Operator.all["rotary"], cuda.CUDA_ROTARY),
     ):
         served = backend.Backend("cuda", kernel.plan, lambda *args: None)
         monkeypatch.setattr(operator, "by_device", {**operator.by_device, "cpu": [served]})

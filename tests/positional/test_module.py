@@ -33,6 +33,15 @@ def test_half_precision_model(isa):
     verify(fast, reference.PositionalEncoding(32).bfloat16(), torch.randn(9, 2, 32).bfloat16()).raise_if_failed()
 
 
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_dtype_is_that_of_torchs_sum(dtype, state, isa):
+    fast, plain = llmkern.PositionalEncoding(32).to(state), reference.PositionalEncoding(32).to(state)
+    x = torch.randn(9, 2, 32).to(dtype)
+    assert fast(x).dtype == plain(x).dtype == (dtype if dtype == state else torch.float32)
+    verify(fast, plain, x).raise_if_failed()
+
+
 def test_dropout_in_training_alone():
     module, x = llmkern.PositionalEncoding(64, dropout=0.5), torch.randn(30, 4, 64)
     assert (module(x) == 0).float().mean() > 0.4

@@ -79,6 +79,10 @@ def test_forward_mode_is_refused():
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda q: rotary(q, k, cos, sin)[0], (q,), (q,))
     with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: rotary(q * 1, k, cos, sin, inplace=True)[0], (q,), (q,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        rotary(q, torch.autograd.forward_ad.make_dual(k, k), cos, sin, inplace=True)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda x: sinusoidal_add(x, pe), (x,), (x,))
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkern.positional import op, reference
 from llmkern.verify import verify
 from tests.positional.cases import ROTARY_LAYOUTS, rotary_inputs
 
 BOTH = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+
+
+class DispatchMode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
 
 
 @BOTH
@@ -88,11 +96,41 @@ def test_refused(isa):
         ((q, k, cos.clone().requires_grad_(), sin), "cos or sin requires a gradient"),
         ((q[:1].expand_as(q), k, cos, sin), "q: expected elements with memory of their own"),
         ((q, k[:, :1].expand_as(k), cos, sin), "k: expected elements with memory of their own"),
+        ((q.as_strided((2, 2, 4, 8), (8, 32, 4, 1)), k, cos, sin), "q: expected elements with memory of their own"),
     ]:
         before = [t.clone() for t in arguments]
         with pytest.raises(ValueError, match=words):
             op.rotary(*arguments, inplace=True)
         assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
+
+
+@pytest.mark.parametrize("way", ["short", "dispatched", "recorded", "negated"])
+def test_shared_memory_is_refused(way, isa):
+    q, _, cos, sin = rotary_inputs((2, 6, 6, 4, 8, 8), torch.float32)
+    if way == "recorded":
+        q = q.requires_grad_() * 1.0
+    if way == "negated":
+        q = torch.randn(2, 6, 4, 8, dtype=torch.complex64).conj().imag
+    before = q.clone()
+    mode = DispatchMode() if way == "dispatched" else contextlib.nullcontext()
+    for a, b in ((q, q), (q[:, :4], q[:, 2:]), (q[:, :4], q[:, 3:4]), (q[:, :, :, :5], q[:, :3, :, 3:])):
+        with mode, pytest.raises(ValueError, match="k: expected memory of its own, apart from that of q"):
+            op.rotary(a, b, cos[:, :2], sin[:, :2], inplace=True)
+        assert torch.equal(q, before)
+    expected = op.rotary(before[:, :4], before[:, 4:], cos, sin)
+    with mode:
+        op.rotary(q[:, :4], q[:, 4:], cos, sin, inplace=True)
+    assert torch.equal(q[:, :4], expected[0]) and torch.equal(q[:, 4:], expected[1])
+
+
+def test_heads_of_one_projection(isa):
+    fused = torch.randn(2, 9, 3, 4, 16)
+    before, (_, _, cos, sin) = fused.clone(), rotary_inputs((2, 4, 4, 9, 16, 16), torch.float32)
+    expected = op.rotary(*(t.transpose(1, 2) for t in before.unbind(2)[:2]), cos, sin)
+    op.rotary(*(t.transpose(1, 2) for t in fused.unbind(2)[:2]), cos, sin, inplace=True)
+    for i in (0, 1):
+        assert torch.equal(fused[:, :, i].transpose(1, 2), expected[i])
+    assert torch.equal(fused[:, :, 2], before[:, :, 2])
 
 
 def test_a_bad_position_changes_nothing(isa):

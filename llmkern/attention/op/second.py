@@ -47,6 +47,6 @@ def backward_of(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tu
         inputs = list(ctx.others)
         for i, t in zip(ctx.places, ctx.saved_tensors, strict=True):
             inputs[i] = t
-        return composed(function, tuple(inputs), tuple(ctx.needs_input_grad), grads)
+        return composed(function, tuple(inputs), tuple(ctx.needs_input_grad[: len(inputs)]), grads)
 
     return backward

@@ -63,8 +63,14 @@ def check_inputs(
         if t.size(2) != d_model:
             raise ValueError(f"{name}: expected (B, {length}, d_model) with d_model = {d_model}, got {tuple(t.shape)}")
         check.same_device(name, t, "the parameters", weight)
-        if not torch.is_autocast_enabled(weight.device.type):
+        device = weight.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            pass  # it casts what comes
+        elif weight.is_floating_point():
             check.same_dtype(name, t, "the parameters", weight)
+        else:  # quantised projections take every floating dtype and give it back
+            check.is_floating(name, t)
+            check.same_dtype(name, t, "query", query)
         if t.size(0) != query.size(0):
             raise ValueError(f"{name}: expected the batch of query, {query.size(0)}, got shape {tuple(t.shape)}")
     if value.size(1) != key.size(1):

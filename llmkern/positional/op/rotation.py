@@ -1,11 +1,13 @@
-"""torch.ops.llmkern.sinusoidal_add and rotary: checks, backends, autograd."""
+"""torch.ops.llmkern.rotary, and rotary_ in place: checks, backends, autograd."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from llmkern import check
 from llmkern.backend import Operator, reference_backend
@@ -13,146 +15,14 @@ from llmkern.operator import (
     call_key,
     define,
     is_compiling,
-    is_plain,
     needs_grad,
-    refuse_forward_ad,
     short_autograd,
 )
 from llmkern.positional import reference
-from llmkern.positional.compiled import CPU_ROTARY, CPU_SINUSOIDAL_ADD, CPU_SINUSOIDAL_DROPOUT, rotary_output
-from llmkern.positional.cuda import CUDA_ROTARY, CUDA_SINUSOIDAL_ADD, CUDA_SINUSOIDAL_DROPOUT
+from llmkern.positional.compiled import CPU_ROTARY, rotary_output
+from llmkern.positional.cuda import CUDA_ROTARY
+from llmkern.positional.overlap import between, extent, within
 from llmkern.positional.triton_launch import TRITON_ROTARY
-from llmkern.random import check_dropout, seed_tensor
-
-
-def sinusoidal_add(
-    x: Tensor,
-    pe: Tensor,
-    *,
-    scale: float = 1.0,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-) -> Tensor:
-    """dropout(x * scale + pe[:S]), in one pass.
-
-    x: (S, B, D), float32, bfloat16 or float16. pe: (max_len, 1, D), float32, S <= max_len. Returns (S, B, D) in x's
-    dtype. dropout_p: the probability, in [0, 1], with which an element becomes 0; the others are multiplied by
-    1 / (1 - dropout_p). The mask is a function of `seed` and of the element's place alone (Philox4x32-10, Salmon et
-    al. 2011), the same on every backend, and is made anew in the backward instead of being kept. seed: an integer or a
-    CPU int64 tensor (); without one it is drawn from torch's CPU generator.
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or probability.
-    """
-    key = seed_tensor("seed", seed) if dropout_p > 0.0 else None
-    args = (x, pe, key, scale, dropout_p)
-    found = None if is_compiling() else call_key(*args)
-    if found is not None:
-        launch = _SINUSOIDAL_ADD.short.get(found) or _SINUSOIDAL_ADD.short_call(found, _SinusoidalAdd.apply, *args)
-        return launch(*args)
-    refuse_forward_ad("sinusoidal_add", x, pe)
-    return torch.ops.llmkern.sinusoidal_add(*args)
-
-
-def _check_sinusoidal_add(x: Tensor, pe: Tensor, seed: Tensor | None, scale: float, dropout_p: float) -> None:
-    check.dtype("x", x, check.FLOATS)
-    check.dtype("pe", pe, (torch.float32,))
-    check.same_device("pe", pe, "x", x)
-    check.rank("x", x, "(S, B, D)")
-    check.rank("pe", pe, "(max_len, 1, D)")
-    if pe.size(1) != 1 or pe.size(2) != x.size(2):
-        raise ValueError(f"pe: expected (max_len, 1, D) with D = {x.size(2)} as in x, got shape {tuple(pe.shape)}")
-    if x.size(0) > pe.size(0):
-        raise ValueError(f"x: expected (S, B, D) with S <= max_len = {pe.size(0)} of pe, got shape {tuple(x.shape)}")
-    check_dropout("seed", seed, dropout_p)
-
-
-def _check_sinusoidal_dropout(x: Tensor, seed: Tensor, scale: float, dropout_p: float) -> None:
-    check.dtype("x", x, check.FLOATS)
-    check.rank("x", x, "(S, B, D)")
-    check_dropout("seed", seed, dropout_p)
-
-
-def _plain_dropout(x: Tensor, seed: Tensor, scale: float, dropout_p: float) -> Tensor:
-    return x * scale * reference.dropout_factor(x, dropout_p, seed)
-
-
-def _sinusoidal_example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    x = torch.empty(8, 2, 64, dtype=dtype, device=device)
-    return x, torch.empty(8, 1, 64, device=device), None, 1.0, 0.0
-
-
-def _dropout_example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    return torch.empty(8, 2, 64, dtype=dtype, device=device), torch.empty((), dtype=torch.int64), 1.0, 0.1
-
-
-_SINUSOIDAL_ADD = Operator(
-    "sinusoidal_add",
-    _check_sinusoidal_add,
-    _sinusoidal_example,
-    cpu=[CPU_SINUSOIDAL_ADD, reference_backend(reference.sinusoidal_add)],
-    cuda=[CUDA_SINUSOIDAL_ADD, reference_backend(reference.sinusoidal_add)],
-    other=[reference_backend(reference.sinusoidal_add)],
-)
-_SINUSOIDAL_DROPOUT = Operator(
-    "sinusoidal_dropout",
-    _check_sinusoidal_dropout,
-    _dropout_example,
-    cpu=[CPU_SINUSOIDAL_DROPOUT, reference_backend(_plain_dropout)],
-    cuda=[CUDA_SINUSOIDAL_DROPOUT, reference_backend(_plain_dropout)],
-    other=[reference_backend(_plain_dropout)],
-)
-
-
-def _fake_sinusoidal_add(x: Tensor, pe: Tensor, seed: Tensor | None, scale: float, dropout_p: float) -> Tensor:
-    _check_sinusoidal_add(x, pe, seed, scale, dropout_p)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _fake_sinusoidal_dropout(x: Tensor, seed: Tensor, scale: float, dropout_p: float) -> Tensor:
-    _check_sinusoidal_dropout(x, seed, scale, dropout_p)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _setup_sinusoidal_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, pe, seed, ctx.scale, ctx.dropout_p = inputs
-    ctx.pe_shape = pe.shape
-    ctx.save_for_backward(seed)
-
-
-def _backward_sinusoidal_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (seed,) = ctx.saved_tensors
-    grad_x = grad_pe = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad * ctx.scale if seed is None else _dropout(grad, seed, ctx.scale, ctx.dropout_p)
-    if ctx.needs_input_grad[1]:
-        kept = grad.float() if seed is None else _dropout(grad.float(), seed, 1.0, ctx.dropout_p)
-        rows = kept.sum(1, keepdim=True)
-        grad_pe = torch.cat((rows, rows.new_zeros(ctx.pe_shape[0] - rows.size(0), *ctx.pe_shape[1:])))
-    return grad_x, grad_pe, None, None, None
-
-
-def _dropout(x: Tensor, seed: Tensor, scale: float, dropout_p: float) -> Tensor:
-    return torch.ops.llmkern.sinusoidal_dropout(x, seed, scale, dropout_p)
-
-
-def _setup_dropout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, seed, ctx.scale, ctx.dropout_p = inputs
-    ctx.save_for_backward(seed)
-
-
-def _backward_dropout(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (seed,) = ctx.saved_tensors
-    return _dropout(grad, seed, ctx.scale, ctx.dropout_p), None, None, None
-
-
-define(
-    "sinusoidal_add(Tensor x, Tensor pe, Tensor? seed, float scale, float dropout_p) -> Tensor",
-    _SINUSOIDAL_ADD.run, _fake_sinusoidal_add, setup_context=_setup_sinusoidal_add, backward=_backward_sinusoidal_add,
-)  # fmt: skip
-define(
-    "sinusoidal_dropout(Tensor x, Tensor seed, float scale, float dropout_p) -> Tensor",
-    _SINUSOIDAL_DROPOUT.run, _fake_sinusoidal_dropout, setup_context=_setup_dropout, backward=_backward_dropout,
-)  # fmt: skip
-_SinusoidalAdd = short_autograd(_SINUSOIDAL_ADD.run, _setup_sinusoidal_add, _backward_sinusoidal_add)
 
 
 def rotary(
@@ -171,9 +41,9 @@ def rotary(
     float32 or q's dtype, R <= D: the first R elements of a row are rotated, the others kept. position_ids: (S,) or
     (B, S), int32 or int64, each in [0, length); without, positions are 0 ... S - 1, S <= length.
     interleaved: pairs are (2 j, 2 j + 1) instead of (j, j + R/2).
-    inplace: writes over q and k and returns them. Where autograd records the call, the results are computed apart and
-    copied over q and k, so that gradients are those of any torch operation in place; cos and sin that require gradients
-    and leaves that require gradients are refused.
+    inplace: writes over q and k, whose elements must all have memory of their own, and returns them. Where autograd
+    records the call, the results are computed apart and copied over q and k, so that gradients are those of any torch
+    operation in place; cos and sin that require gradients and leaves that require gradients are refused.
     Raises TypeError for a wrong dtype, ValueError for a wrong shape or device and, on the CPU, for a position outside
     the tables; on a GPU the rotated elements of such a row become NaN. Source: Su et al. 2021, "RoFormer", section 3.4.
     """
@@ -187,7 +57,6 @@ def rotary(
     if found is not None:
         q_out, k_out = _Rotary.apply(*args)
     else:
-        refuse_forward_ad("rotary", q, k, cos, sin)
         q_out, k_out = torch.ops.llmkern.rotary(*args)
     return q_out, None if k is None else k_out
 
@@ -195,38 +64,78 @@ def rotary(
 def _rotary_inplace(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    if not needs_grad(q, k, cos, sin):
-        if is_plain(q, k, cos, sin, position_ids):
-            _count_write(q, k)
-            return _ROTARY.run(q, k, cos, sin, position_ids, interleaved, inverse, True)
-        # torch cannot resolve a negated view for an optional argument; a compiled program has none.
-        if is_compiling() or not (q.is_neg() or (k is not None and k.is_neg())):
-            torch.ops.llmkern.rotary_(q, k, cos, sin, position_ids, interleaved, inverse)
-            return q, k
+    args = (q, k, cos, sin, position_ids, interleaved, inverse, True)
+    found = None if is_compiling() else call_key(*args)
+    if found is not None and not found[0]:
+        launch = _ROTARY.short.get(found) or _ROTARY.short.keep(found, _launch_inplace(*args))
+        return launch(*args)
+    # Torch cannot resolve a negated view for an optional argument, and shows the gradients that are asked for to the
+    # innermost transform of torch.func alone; there is neither under compile, which cannot ask.
+    direct = is_compiling() or not (_functorch.maybe_current_level() or q.is_neg() or (k is not None and k.is_neg()))
+    if direct and not needs_grad(q, k, cos, sin):
+        torch.ops.llmkern.rotary_(*args[:-1])
+        return q, k
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("inplace: expected False where cos or sin requires a gradient, which needs q and k; got True")
     for name, x in (("q", q), ("k", k)):
         if x is not None and x.requires_grad and x.is_leaf:
             raise ValueError(f"inplace: expected False where {name} is a leaf that requires a gradient; got True")
-    _check_inplace(q, k)
+    if not is_compiling():
+        _check_apart(q, k)
+    for name, x in (("q", q), ("k", k)):
+        _check_inplace(name, x if x is None or is_compiling() else _unwrapped(x))
     q_out, k_out = rotary(q, k, cos, sin, interleaved=interleaved, position_ids=position_ids)
     return q.copy_(q_out), None if k is None or k_out is None else k.copy_(k_out)
 
 
-def _count_write(q: Tensor, k: Tensor | None) -> None:
-    """Tells autograd of a write that a kernel does past torch, so that it refuses what it had kept of q and k."""
-    torch.autograd.graph.increment_version(q)
-    if k is not None:
-        torch.autograd.graph.increment_version(k)
+def _launch_inplace(q: Tensor, k: Tensor | None, *rest: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The launcher of calls with these metadata, which looks at their addresses and tells autograd of the write.
+
+    Without being told, autograd would use what it had kept of q and k.
+    """
+    launch, wrote = _ROTARY.plan(q, k, *rest), torch.autograd.graph.increment_version
+    if k is None:
+
+        def alone(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+            wrote(q)
+            return launch(q, *rest)
+
+        return alone
+    before, behind = -extent(k), extent(q)
+
+    def launch_apart(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+        if before < k.data_ptr() - q.data_ptr() < behind:  # else they are apart; heads of one projection may be too
+            _check_apart(q, k)
+        wrote(q)
+        wrote(k)
+        return launch(q, k, *rest)
+
+    return launch_apart
 
 
-def _check_inplace(q: Tensor, k: Tensor | None) -> None:
-    for name, x in (("q", q), ("k", k)):
-        if x is not None and any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True)):
-            raise ValueError(
-                f"{name}: expected elements with memory of their own with inplace=True, got strides {x.stride()} "
-                f"with shape {tuple(x.shape)}"
-            )
+def _check_inplace(name: str, x: Tensor | None) -> None:
+    if x is not None and within(x.shape, x.stride()):
+        raise ValueError(
+            f"{name}: expected elements with memory of their own with inplace=True, got strides {x.stride()} "
+            f"with shape {tuple(x.shape)}"
+        )
+
+
+def _check_apart(q: Tensor, k: Tensor | None) -> None:
+    q, k = _unwrapped(q), None if k is None else _unwrapped(k)
+    if k is not None and between(q, k):
+        layouts = [f"{tuple(x.shape)} with strides {x.stride()}" for x in (q, k)]
+        raise ValueError(
+            f"k: expected memory of its own, apart from that of q, with inplace=True, got q {layouts[0]} and k "
+            f"{layouts[1]}, which share elements"
+        )
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """What lies in memory below the transforms of torch.func."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
 
 
 def _check_rotary(
@@ -263,7 +172,8 @@ def _check_rotary(
                 f"got shape {tuple(position_ids.shape)}"
             )
     if inplace:
-        _check_inplace(q, k)
+        _check_inplace("q", q)
+        _check_inplace("k", k)
 
 
 def _plain_rotary(
@@ -306,10 +216,8 @@ def _run_rotary(q: Tensor, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor
 
 
 def _run_rotary_inplace(q: Tensor, k: Tensor | None, *args: Any) -> None:
-    if needs_grad(q, k):
-        raise RuntimeError("llmkern::rotary_ has no gradient; call llmkern.functional.rotary(..., inplace=True)")
-    _count_write(q, k)
-    _ROTARY.run(q, k, *args, True)
+    _check_apart(q, k)
+    _launch_inplace(q, k, *args, True)(q, k, *args, True)
 
 
 def _fake_rotary(
@@ -365,19 +273,45 @@ def _table_gradients(
     batch, length = sums[0][0].shape[:2]
     if position_ids is None:
         position_ids = torch.arange(length, device=cos.device)
-    index = position_ids.long().expand(batch, length).reshape(-1)
+    index = position_ids.long().expand(batch, length).flatten()
     results = []
     for part in (0, 1):
-        total = sum((s[part] for s in sums[1:]), sums[0][part]).reshape(-1, half)
+        total = sum((s[part] for s in sums[1:]), sums[0][part]).flatten(0, 1)
         table = torch.zeros(cos.shape, dtype=total.dtype, device=cos.device).index_add(0, index, total)
         results.append(table.to(cos.dtype))
     return results[0], results[1]
 
 
+def _vmap_rotary(
+    batch_size: int, in_dims: tuple[int | None, ...], q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor,
+    position_ids: Tensor | None, *rest: Any,
+) -> Any:  # fmt: skip
+    """Samples as part of the batch, with tables that they share."""
+    q_dim, k_dim, cos_dim, sin_dim, ids_dim, *_ = in_dims
+    if cos_dim is not None or sin_dim is not None:
+        return NotImplemented
+
+    def samples(x: Tensor, dim: int | None) -> Tensor:
+        return x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    q = samples(q, q_dim)
+    k = None if k is None else samples(k, k_dim)
+    if position_ids is not None and (ids_dim is not None or position_ids.dim() == 2):
+        position_ids = samples(position_ids, ids_dim)
+        if position_ids.dim() == 2:
+            position_ids = position_ids.unsqueeze(1)
+        position_ids = position_ids.expand(*q.shape[:2], position_ids.size(-1)).flatten(0, 1)
+    folded = (q.flatten(0, 1), None if k is None else k.flatten(0, 1), cos, sin, position_ids, *rest)
+    q_out, k_out = torch.ops.llmkern.rotary(*folded)
+    if k is None:
+        return (q_out.unflatten(0, q.shape[:2]), k_out), (0, None)
+    return (q_out.unflatten(0, q.shape[:2]), k_out.unflatten(0, k.shape[:2])), (0, 0)
+
+
 define(
     "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse)"
     " -> (Tensor, Tensor)",
-    _run_rotary, _fake_rotary, setup_context=_setup_rotary, backward=_backward_rotary,
+    _run_rotary, _fake_rotary, setup_context=_setup_rotary, backward=_backward_rotary, vmap=_vmap_rotary,
 )  # fmt: skip
 define(
     "rotary_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse)"

@@ -1,0 +1,231 @@
+"""torch.func over every operator: grad, jacrev, vmap and their compositions give what the plain version's do."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch.func import grad, jacrev, jvp, vmap
+from torch.nn import functional as F
+
+from llmkern.functional import int8_linear, rotary, scaled_dot_product_attention, sinusoidal_add
+from llmkern.int8 import reference as int8
+from llmkern.positional import reference as positional
+
+
+@pytest.fixture(autouse=True)
+def no_fallback():
+    """Torch warns where there is no batching rule."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*performance drop.*")
+        yield
+
+
+torch.manual_seed(3)
+TABLES = torch.randn(9, 3), torch.randn(9, 3)
+IDS = torch.randint(9, (2, 5))
+WEIGHT, SCALE, BIAS = torch.randint(-127, 128, (6, 8), dtype=torch.int8), torch.rand(6) / 100, torch.randn(6)
+PE, SEED = torch.randn(7, 1, 8), torch.tensor(4)
+MASK = torch.randn(2, 1, 5, 5)
+Q, K = torch.randn(2, 1, 5, 8), torch.randn(2, 2, 5, 8)
+
+
+def both(of_q_and_k):
+    return of_q_and_k[0].sin().sum() + of_q_and_k[1].square().sum()
+
+
+def plain_attention(x):
+    return F.scaled_dot_product_attention(x, x, x * 2, MASK).sin().sum()
+
+
+# name: (a sample's shape, ours, the plain one); each gives a scalar
+FUNCTIONS = {
+    "attention": (
+        (2, 3, 5, 8), lambda x: scaled_dot_product_attention(x, x, x * 2, MASK).sin().sum(), plain_attention,
+    ),
+    "rotary": (
+        (2, 3, 5, 8),
+        lambda x: both(rotary(x, x[:, :1] * 2, *TABLES)),
+        lambda x: both(positional.rotary(x, x[:, :1] * 2, *TABLES)),
+    ),
+    "rotary of queries alone": (
+        (2, 3, 5, 8),
+        lambda x: rotary(x, None, *TABLES, position_ids=IDS[0])[0].sin().sum(),
+        lambda x: positional.rotary(x, None, *TABLES, position_ids=IDS[0])[0].sin().sum(),
+    ),
+    "rotary of one key for all samples": (
+        (2, 3, 5, 8),
+        lambda x: both(rotary(x, K, *TABLES, position_ids=IDS)),
+        lambda x: both(positional.rotary(x, K, *TABLES, position_ids=IDS)),
+    ),
+    "rotary's tables": (
+        (9, 3),
+        lambda x: both(rotary(Q, K, x, x * 2)),
+        lambda x: both(positional.rotary(Q, K, x, x * 2)),
+    ),
+    "rotary in place": (
+        (2, 3, 5, 8),
+        lambda x: both(rotary(x * 1, x[:, :1] * 2, *TABLES, inplace=True)),
+        lambda x: both(positional.rotary(x, x[:, :1] * 2, *TABLES)),
+    ),
+    "sinusoidal add": (
+        (5, 2, 8),
+        lambda x: sinusoidal_add(x, PE, scale=2.0).sin().sum(),
+        lambda x: positional.sinusoidal_add(x, PE, 2.0).sin().sum(),
+    ),
+    "sinusoidal add's table": (
+        (7, 1, 8),
+        lambda x: sinusoidal_add(PE[:5].expand(5, 2, 8), x).sin().sum(),
+        lambda x: positional.sinusoidal_add(PE[:5].expand(5, 2, 8), x).sin().sum(),
+    ),
+    "dropout": (
+        (5, 2, 8),
+        lambda x: sinusoidal_add(x, PE, dropout_p=0.4, seed=SEED).sin().sum(),
+        lambda x: positional.sinusoidal_add(x, PE, 1.0, 0.4, SEED).sin().sum(),
+    ),
+    "int8 linear": (
+        (3, 8), lambda x: int8_linear(x, WEIGHT, SCALE, BIAS).sin().sum(),
+        # Straight through the rounding: the gradient at the quantised values.
+        lambda x: int8.int8_linear(x, WEIGHT, SCALE, BIAS).sin().sum(),
+    ),
+    "int8 linear's bias": (
+        (6,),
+        lambda x: int8_linear(PE[:, 0], WEIGHT, SCALE, x).sin().sum(),
+        lambda x: int8.int8_linear(PE[:, 0], WEIGHT, SCALE, x).sin().sum(),
+    ),
+}  # fmt: skip
+EVERY = pytest.mark.parametrize(("shape", "ours", "plain"), FUNCTIONS.values(), ids=FUNCTIONS)
+
+
+def gradient(function, x):
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(function(leaf), leaf)[0]
+
+
+@EVERY
+def test_grad_and_jacrev(shape, ours, plain):
+    x = torch.randn(shape)
+    expected = gradient(plain, x)
+    torch.testing.assert_close(grad(ours)(x), expected)
+    jacobian = jacrev(lambda x: ours(x) * torch.tensor([1.0, 3.0]))(x)  # vmap over the backward
+    torch.testing.assert_close(jacobian, torch.stack([expected, expected * 3]))
+
+
+@EVERY
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_vmap_and_its_gradients(shape, ours, plain, dim):
+    samples = [torch.randn(shape) for _ in range(3)]
+    x = torch.stack(samples, dim)
+    torch.testing.assert_close(vmap(ours, dim)(x), torch.stack([plain(s) for s in samples]))
+    expected = torch.stack([gradient(plain, s) for s in samples])
+    torch.testing.assert_close(vmap(grad(ours), dim)(x), expected)
+    torch.testing.assert_close(grad(lambda x: vmap(ours, dim)(x).sum())(x).movedim(dim, 0), expected)
+
+
+@EVERY
+def test_no_samples(shape, ours, plain):
+    assert vmap(ours)(torch.empty(0, *shape)).shape == (0,)
+    assert vmap(grad(ours))(torch.empty(0, *shape)).shape == (0, *shape)
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n.startswith(("rotary", "sinus", "dropout"))])
+def test_second_derivatives_where_the_operator_is_linear(name):
+    shape, ours, plain = FUNCTIONS[name]
+    x = torch.randn(shape)
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(plain(leaf), leaf, create_graph=True)
+    (expected,) = torch.autograd.grad(first.square().sum(), leaf)
+    torch.testing.assert_close(grad(lambda x: grad(ours)(x).square().sum())(x), expected)
+
+
+def test_a_second_derivative_of_attention():
+    _, ours, plain = FUNCTIONS["attention"]
+    x = torch.randn(2, 3, 5, 8)
+    found, expected = (grad(lambda x, f=f: grad(f)(x).square().sum())(x) for f in (ours, plain))
+    torch.testing.assert_close(found, expected)
+
+
+def test_positions_of_each_sample():
+    q, ids = torch.randn(4, 2, 3, 5, 8), torch.randint(9, (4, 5))
+    expected = torch.stack(
+        [positional.rotary(a, None, *TABLES, position_ids=i)[0] for a, i in zip(q, ids, strict=True)]
+    )
+    torch.testing.assert_close(vmap(lambda q, i: rotary(q, None, *TABLES, position_ids=i)[0])(q, ids), expected)
+    both = ids[:, None].expand(4, 2, 5)
+    torch.testing.assert_close(vmap(lambda q, i: rotary(q, None, *TABLES, position_ids=i)[0])(q, both), expected)
+
+
+def test_the_operator_in_place_refuses_gradients_at_every_level():
+    def function(x):
+        y = x * 1
+        torch.ops.llmkern.rotary_(y, None, *TABLES, None, False, False)
+        return y.sum()
+
+    x = torch.randn(2, 3, 5, 8)
+    leaf = x.clone().requires_grad_()
+    for call in (
+        lambda: function(leaf),
+        lambda: grad(function)(x),
+        lambda: grad(lambda x: vmap(function)(x).sum())(x[None]),
+    ):
+        with pytest.raises(RuntimeError, match="rotary_ has no gradient"):
+            call()
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["the function", "the operator"])
+def test_in_place_each_sample_is_written_and_a_shared_one_refused(direct):
+    def rotate(q, k):
+        if direct:
+            torch.ops.llmkern.rotary_(q, k, *TABLES, None, False, False)
+        else:
+            rotary(q, k, *TABLES, inplace=True)
+        return q, k
+
+    q, k = torch.randn(4, 2, 3, 5, 8), torch.randn(4, 2, 1, 5, 8)
+    expected = rotary(q.flatten(0, 1), k.flatten(0, 1), *TABLES)
+    got = q.clone(), k.clone()
+    vmap(rotate)(*got)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a.flatten(0, 1), b)
+    shared = (q[0], k), (q, k[:1].expand_as(k))
+    for q, k in shared:
+        before = q.clone(), k.clone()
+        with pytest.raises((ValueError, RuntimeError), match=r"q: .*one tensor|k: .*memory|inplace arithmetic"):
+            vmap(rotate, (0 if q.dim() == 5 else None, 0))(q, k)
+        assert torch.equal(q, before[0]) and torch.equal(k, before[1])
+
+
+def test_in_place_gradients_refuse_shared_memory_through_the_transforms():
+    x = torch.randn(2, 3, 5, 8)
+
+    def function(x):
+        y = x * 1
+        return both(rotary(y, y[:, :1], *TABLES, inplace=True))
+
+    for transformed, given in ((grad(function), x), (vmap(grad(function)), torch.stack([x, x]))):
+        with pytest.raises(ValueError, match="k: expected memory of its own"):
+            transformed(given)
+
+
+@EVERY
+def test_forward_mode_is_refused_wherever_it_enters(shape, ours, plain):
+    x = torch.randn(shape)
+    for function, given in ((ours, x), (grad(ours), x), (vmap(ours), x[None])):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            jvp(function, (given,), (given,))
+
+
+NO_RULES = (None, None, None, None, None, -1, -1, False, 0.0, 0.0)
+
+
+def test_forward_mode_of_the_operators_themselves_is_refused():
+    x = torch.randn(2, 3, 5, 8)
+    calls = [
+        lambda x: torch.ops.llmkern.rotary(x, None, *TABLES, None, False, False)[0],
+        lambda x: torch.ops.llmkern.attention(x, x, x, *NO_RULES, 1.0, False)[0],
+        lambda x: torch.ops.llmkern.int8_linear(x, WEIGHT, SCALE, None),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            jvp(call, (x,), (x,))
