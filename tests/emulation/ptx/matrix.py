@@ -69,7 +69,7 @@ def multiply(form: Form) -> Run:
     form.one_of("col")
     clip = form.flag("satfinite")
     shape = next((m for m in form.left if re.fullmatch(r"m16n8k\d+", m)), None)
-    k = int(shape[5:]) if shape else 0
+    k = int(shape[6:]) if shape else 0
     if shape is None or k not in DEPTHS.get(ta, ()) or width_of(ta) != width_of(tb) or td != tc:
         raise form.error("this shape and these types are not known")
     integer = ta in ("s8", "u8")

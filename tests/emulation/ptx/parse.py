@@ -176,6 +176,9 @@ class _Body:
             elif brace == "{":
                 self.scopes.append({})
                 self.scope_count += 1
+                inside = text[begin : _closing(text, begin)]
+                for name in re.findall(r"(?:^|[;{}:\s])([A-Za-z_$][\w$]*)\s*:(?!:)", inside):
+                    self._declare(name)
             elif brace == "}":
                 self.scopes.pop()
             elif statement.strip():
