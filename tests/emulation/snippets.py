@@ -92,11 +92,8 @@ def rounded(exact: Fraction, t: str, mode: str = "rn", finite: bool = False) -> 
     if exact == 0:
         return 0.0
     size = abs(exact)
-    exponent = max(math.floor(math.log2(size)) if size < 2**1000 else 999, low)
-    while Fraction(2) ** (exponent + 1) <= size:
-        exponent += 1
-    while exponent > low and Fraction(2) ** exponent > size:
-        exponent -= 1
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    exponent = max(exponent - (Fraction(2) ** exponent > size), low)
     unit = Fraction(2) ** (exponent - bits)
     below = size // unit
     rest = size / unit - below
@@ -115,8 +112,8 @@ def rounded(exact: Fraction, t: str, mode: str = "rn", finite: bool = False) -> 
         towards = mode in ("rz",) or (mode == "rm" and exact > 0) or (mode == "rp" and exact < 0)
         result = largest if finite or towards else Fraction(0)
         if result == 0:
-            return math.copysign(math.inf, exact)
-    return math.copysign(float(result), exact)
+            return -math.inf if exact < 0 else math.inf
+    return -float(result) if exact < 0 else float(result)
 
 
 def value_of(bits: int, t: str) -> float:
