@@ -27,7 +27,11 @@ def kernel(body: str, parameters: Sequence[str] = (), outside: str = "", name: s
 
 
 def evaluate(
-    instruction: str, result: str, inputs: dict[str, tuple[str, np.ndarray]], setup: str = "", schedule: str = "lockstep"
+    instruction: str,
+    result: str,
+    inputs: dict[str, tuple[str, np.ndarray]],
+    setup: str = "",
+    schedule: str = "lockstep",
 ) -> np.ndarray:
     """The bits that the instruction gives in %d for each thread, whose inputs are in %name; of any number of threads.
 
@@ -45,7 +49,9 @@ def evaluate(
     for i, (name, (t, values)) in enumerate(inputs.items()):
         w = WIDTH[t]
         lines.append(f".reg {REGISTER[max(w, 16)]} %{name};")
-        lines.append(f"ld.param.u64 %p{i}, [in{i}]; mad.wide.u32 %at, %tid, {w // 8}, %p{i}; ld.global.b{w} %{name}, [%at];")
+        lines.append(
+            f"ld.param.u64 %p{i}, [in{i}]; mad.wide.u32 %at, %tid, {w // 8}, %p{i}; ld.global.b{w} %{name}, [%at];"
+        )
         arguments.append(np.ascontiguousarray(values))
     lines += [setup, instruction]
     if width == 1:
