@@ -41,7 +41,8 @@ def evaluate(
     width = WIDTH[result]
     stored = 32 if width == 1 else width
     lines = [
-        f".reg {REGISTER[max(width, 16) if width > 1 else 1]} %d; .reg .b64 %p<9>, %at; .reg .b32 %tid, %cta, %lane, %o;",
+        f".reg {REGISTER[max(width, 16) if width > 1 else 1]} %d;",
+        ".reg .b64 %p<9>, %at; .reg .b32 %tid, %cta, %lane, %o;",
         "mov.u32 %tid, %tid.x; mov.u32 %cta, %ctaid.x; mad.lo.s32 %tid, %cta, 128, %tid; and.b32 %lane, %tid, 31;",
         ".reg .pred %in; setp.ge.u32 %in, %tid, " + f"{count}; @%in ret;",
     ]
@@ -70,7 +71,7 @@ def evaluate(
 def execute(
     body: str, arguments: Sequence[object], threads: int = 32, blocks: int = 1, outside: str = "", **options: object
 ) -> Report:
-    """Runs a body with parameters p0, p1, ... of 64 bits; %t is the thread's number, %b the block's, %a<i> parameter i."""
+    """Runs a body with parameters p0, p1, ... of 64 bits: %a0, %a1 ...; %t is the thread's number, %b the block's."""
     lines = [".reg .b32 %t, %b; .reg .b64 %tw; mov.u32 %t, %tid.x; mov.u32 %b, %ctaid.x; cvt.u64.u32 %tw, %t;"]
     for i in range(len(arguments)):
         lines.append(f".reg .b64 %a{i}; ld.param.u64 %a{i}, [p{i}];")
@@ -84,8 +85,9 @@ def kinds(report: Report) -> set[str]:
 
 #: (bits of the mantissa without the leading one, smallest normal exponent, largest exponent, has infinity)
 FORMATS = {
-    "f32": (23, -126, 127, True), "f16": (10, -14, 15, True), "bf16": (7, -126, 127, True), "tf32": (10, -126, 127, True),
-    "e4m3": (3, -6, 8, False), "e5m2": (2, -14, 15, True), "f64": (52, -1022, 1023, True),
+    "f32": (23, -126, 127, True), "f16": (10, -14, 15, True), "bf16": (7, -126, 127, True),
+    "tf32": (10, -126, 127, True), "e4m3": (3, -6, 8, False), "e5m2": (2, -14, 15, True),
+    "f64": (52, -1022, 1023, True),
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def special(op: str, *numbers: float) -> float | None:
             result = a[0] * a[1] + a[2]
         else:
             result = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}[op](a[0], a[1])
-    if not all(map(math.isfinite, numbers)) or not math.isfinite(result) and op == "div":
+    if not all(map(math.isfinite, numbers)) or (not math.isfinite(result) and op == "div"):
         return float(result)
     return float(result) if _exact(op, *numbers) == 0 else None
 

@@ -186,5 +186,5 @@ def test_other_shapes_are_errors(what):
     from tests.emulation.ptx.parse import PtxError
 
     body = f".reg .b32 %r<16>; mma.sync.aligned.{what} {{%r0}}, {{%r1}}, {{%r2}}, {{%r0}}; ret;"
-    with pytest.raises(PtxError, match="mma.sync.aligned"):
+    with pytest.raises(PtxError, match=r"mma\.sync\.aligned"):
         execute(body, [empty(1, np.uint32)])

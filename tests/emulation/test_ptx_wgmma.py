@@ -67,7 +67,8 @@ def run_wgmma(n, k, td, ta, tb, a_image, a_descriptor, b_image, b_descriptor, st
     shl.b32 %at, %t, 4; mul.wide.u32 %from, %t, 16; add.u64 %from, %from, %a2;
     again: ld.global.v4.b32 {{%v0, %v1, %v2, %v3}}, [%from]; st.shared.v4.b32 [%at], {{%v0, %v1, %v2, %v3}};
     add.u32 %at, %at, 2048; add.u64 %from, %from, 2048; setp.lt.u32 %p, %at, 32768; @%p bra again;
-    {change.get("fence", "fence.proxy.async.shared::cta;")} bar.sync 0; mov.b64 %da, {a_descriptor}; mov.b64 %db, {b_descriptor};
+    {change.get("fence", "fence.proxy.async.shared::cta;")} bar.sync 0;
+    mov.b64 %da, {a_descriptor}; mov.b64 %db, {b_descriptor};
     {change.get("wgmma_fence", "wgmma.fence.sync.aligned;")}
     wgmma.mma_async.sync.aligned.m64n{n}k{k}.{td}.{ta}.{tb} {{{names}}}, {operand}, %db, {tail};
     wgmma.commit_group.sync.aligned; {change.get("wait", "wgmma.wait_group.sync.aligned 0;")}

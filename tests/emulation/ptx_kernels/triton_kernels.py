@@ -23,10 +23,7 @@ def product(a, b, c, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     depth = tl.arange(0, BK)
-    if a.dtype.element_ty == tl.int8:
-        sums = tl.zeros((BM, BN), tl.int32)
-    else:
-        sums = tl.zeros((BM, BN), tl.float32)
+    sums = tl.zeros((BM, BN), tl.int32 if a.dtype.element_ty == tl.int8 else tl.float32)
     for first in range(0, k, BK):
         at = first + depth
         x = tl.load(a + rows[:, None] * k + at[None, :], mask=(rows[:, None] < m) & (at[None, :] < k), other=0.0)
