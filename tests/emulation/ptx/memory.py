@@ -131,7 +131,7 @@ class Place:
         """Reports accesses to bytes that do not exist, were not written or must not be; drops the first and last."""
         state = space.state[index[:, None] + np.arange(self.size)]
         missing = (state & EXISTS == 0).any(1)
-        readonly = ~missing & ~reads & (state & READ_ONLY != 0).any(1)
+        readonly = ~missing & (not reads) & (state & READ_ONLY != 0).any(1)
         unwritten = ~good & ~missing & ~readonly
         for kind, bad in (("uninitialised", unwritten), ("out of bounds", missing), ("read-only", readonly)):
             if bad.any():
