@@ -131,7 +131,7 @@ def plain(interleaved, inverse=False, positions=None):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rotary(dtype, architecture, interleaved):
     for name, shape in ROTARY.items():
-        batch, q_heads, kv_heads, length, width, rotated = shape
+        batch, _, _, length, width, rotated = shape
         if not (batch and length):
             continue
         per = 16 // torch.empty(0, dtype=dtype).element_size()
@@ -163,7 +163,7 @@ def test_rotary_of_triton(dtype, capability, interleaved):
     from llmkern.positional.triton_kernels import rotary_kernel
 
     for shape in ((2, 6, 2, 5, 80, 64), (1, 3, 3, 4, 37, 22)):
-        batch, heads, kv_heads, length, width, rotated = shape
+        _, heads, _, _, width, rotated = shape
         half, kind = rotated // 2, {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
         constants = triton_launch.constants(width, half, heads, interleaved, False, False, False)
         pointers = {n: kind for n in ("q", "k", "q_out", "k_out")} | {n: "*fp32" for n in ("cos", "sin")}

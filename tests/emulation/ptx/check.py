@@ -51,10 +51,10 @@ class Faults:
     """The faults of a launch, one for each kind and instruction."""
 
     def __init__(self) -> None:
-        self.by_place: dict[tuple[str, int], Fault] = {}
+        self.by_place: dict[tuple[str, int, str], Fault] = {}
 
     def add(self, kind: str, message: str, ins: Instruction | None, block: int, thread: int, count: int = 1) -> None:
-        key = (kind, ins.line if ins else 0)
+        key = (kind, ins.line, ins.text) if ins else (kind, 0, message)
         if key in self.by_place:
             self.by_place[key].count += count
         else:

@@ -17,6 +17,8 @@ from tests.emulation.ptx import wgmma
 from tests.emulation.ptx.operands import HANDLERS, Form, full
 from tests.emulation.ptx.parse import Instruction, Kernel, PtxError, split_operands
 
+#: Instructions of a turn, after which others get theirs: also what ends a loop that waits for another thread.
+LONG_TURN = 4_000
 BRANCHES, ENDS = ("bra", "brx"), ("ret", "exit", "trap")
 _AXES = ("tid", "ntid", "ctaid", "nctaid", "cluster_ctaid", "cluster_nctaid", "clusterid", "nclusterid")
 _SINGLE = (
@@ -210,6 +212,9 @@ class Unit:
         #: Threads that wait at a collective instruction for others of their warp: instruction -> mask.
         self.waiting: dict[int, np.ndarray] = {}
         self.looked_again: dict[int, tuple[int, int]] = {}
+        #: Groups that have run for long while others of the unit waited: they go on when those cannot.
+        self.resting: list[tuple[int, np.ndarray]] = []
+        self.without_rest = 0
         #: Groups of threads that can run, the next one last: (instruction, mask).
         self.groups: list[tuple[int, np.ndarray]] = [(0, self.alive.copy())]
 
@@ -296,6 +301,8 @@ class Unit:
         length, registers, issued = len(handlers), self.registers, self.machine.issued
         code = self.code
         left = turn = self.machine.turn()
+        if not self.groups:
+            self._wake()
         while self.groups:
             at, mask = self.groups.pop()
             warps = int(mask.reshape(-1, 32).any(1).sum())
@@ -309,7 +316,7 @@ class Unit:
                     break
                 left -= 1
                 if left < 0:
-                    self.add_group(at, mask)
+                    self._rest(at, mask, turn)
                     self.machine.steps += turn
                     return True
                 issued[at] += warps
@@ -338,7 +345,23 @@ class Unit:
                     break
                 at += 1
         self.machine.steps += turn - left
+        self.without_rest = 0
         return False
+
+    def _rest(self, at: int, mask: np.ndarray, turn: int) -> None:
+        """A group whose turn is over. One that has run for long may wait for others of the unit, and lets them go."""
+        self.without_rest += turn
+        if self.without_rest < LONG_TURN or not (self.groups or self.resting):
+            self.add_group(at, mask)
+            return
+        self.without_rest = 0
+        self._wake()
+        self.resting.append((at, mask))
+
+    def _wake(self) -> None:
+        resting, self.resting = self.resting, []
+        for at, mask in resting:
+            self.add_group(at, mask)
 
     def _branch(self, at: int, mask: np.ndarray, active: Any, targets: list[int]) -> int | None:
         """The instruction that all go to, or None where they part into groups."""

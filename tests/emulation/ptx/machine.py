@@ -9,14 +9,12 @@ import numpy as np
 from tests.emulation.ptx import tensor_copy
 from tests.emulation.ptx.barriers import Barriers
 from tests.emulation.ptx.check import Clocks, Faults, Shadow
-from tests.emulation.ptx.control import Code, Unit
+from tests.emulation.ptx.control import LONG_TURN, Code, Unit
 from tests.emulation.ptx.mbarrier import Mbarriers
 from tests.emulation.ptx.memory import EXISTS, WINDOWS, WRITTEN, GlobalMemory, Space
 from tests.emulation.ptx.publish import Messages
 
 SCHEDULES = ("lockstep", "forward", "reverse", "random")
-#: Instructions of a unit's turn, after which others get theirs: also what ends a loop that waits for another thread.
-LONG_TURN = 20_000
 
 
 class Machine:
@@ -133,7 +131,7 @@ class Machine:
     def run(self) -> None:
         order = self.units[::-1] if self.schedule == "reverse" else list(self.units)
         while True:
-            ready = [u for u in order if u.groups]
+            ready = [u for u in order if u.groups or u.resting]
             if not ready:
                 if self._collectives_without_the_ended():
                     continue
