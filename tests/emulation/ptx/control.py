@@ -255,7 +255,7 @@ class Unit:
             return 0, self.machine.shared_size, self.shared_offset if lanes is None else self.shared_offset[lanes]
         if space == "local":
             size = self.machine.local_size
-            return 0, size, (self.rows if lanes is None else self.rows[lanes]) * size
+            return 0, self.machine.local_used, (self.rows if lanes is None else self.rows[lanes]) * size
         if space == "global":
             from tests.emulation.ptx.memory import GLOBAL_BASE
 

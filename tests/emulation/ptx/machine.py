@@ -77,7 +77,7 @@ class Machine:
             local = (local + v.align - 1) // v.align * v.align
             self.address_of[v.name] = local
             local += v.size or 0
-        self.local_size = (local + 15) // 16 * 16
+        self.local_used, self.local_size = local, (local + 15) // 16 * 16
         locals_ = Space("local", self.local_size * self.block_count * self.threads)
         locals_.state[: self.local_size * self.block_count * self.threads] = EXISTS
         constants = Space("const", sum((v.size or 0) + v.align for v in kernel.constant))

@@ -157,7 +157,7 @@ class _Body:
 
     def read(self, text: str, line: int) -> None:
         token = re.compile(
-            r"\s*(?:(\.loc[^\n]*|\.file[^\n]*)|([\w$]+:)(?!:)(?!\s*\.branchtargets)|([{}])|([^;]*?);)", re.S
+            r"\s*(?:(\.loc\s[^\n]*|\.file\s[^\n]*)|([\w$]+:)(?!:)(?!\s*\.branchtargets)|([{}])|([^;]*?);)", re.S
         )
         at = 0
         while at < len(text):
