@@ -1,0 +1,78 @@
+"""PTX for the tests: of CUDA sources by nvcc, of Triton kernels by Triton's compiler; neither needs a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.emulation.ptx import launch
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "tests/emulation/ptx_kernels"
+NVCC = shutil.which("nvcc")
+NO_NVCC = "there is no nvcc to compile with"
+
+
+@lru_cache(maxsize=64)
+def nvcc(source: Path, architecture: str = "80", changes: tuple[tuple[str, str], ...] = ()) -> str:
+    """The PTX of a .cu file with line information. changes: (old, new) texts of the source, each found exactly once."""
+    text = source.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {source.name}"
+        text = text.replace(old, new)
+    with tempfile.TemporaryDirectory() as folder:
+        path = source
+        if changes:
+            path = Path(folder) / source.name
+            path.write_text(text)
+        out = Path(folder) / "out.ptx"
+        flags = [f"-arch=sm_{architecture}", "-std=c++17", "-O3", "-lineinfo", "-ptx", f"-I{source.parent}"]
+        subprocess.run([NVCC, *flags, str(path), "-o", str(out)], check=True, capture_output=True)
+        return out.read_text()
+
+
+@dataclasses.dataclass
+class TritonKernel:
+    """A compiled kernel: its PTX, the shared memory that it needs, its threads, and bytes of scratch memory a block."""
+
+    ptx: str
+    shared: int
+    threads: int
+    scratch: int
+
+    def run(self, grid: tuple[int, ...], args: Sequence[Any], **options: Any) -> launch.Report:
+        """args: those that are no constants. Triton adds scratch memory in global memory, and that of the profiler."""
+        blocks = int(np.prod(grid))
+        # Blocks find their part of the scratch memory by their number.
+        scratch = launch.empty((max(self.scratch * blocks, 1),), np.uint8, "scratch")
+        arguments = [*args, scratch, 0]
+        return launch.run(self.ptx, None, grid, self.threads, arguments, shared_bytes=self.shared, **options)
+
+
+def triton(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, warps: int = 4, stages: int = 3,
+    divisible: Sequence[str] = (), **options: Any,
+) -> TritonKernel:  # fmt: skip
+    """Compiles a @triton.jit function. types: of the other arguments ("*fp16", "i32"); divisible: those by 16."""
+    import triton as package
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
+    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    options = {"num_warps": warps, "num_stages": stages, **options}
+    compiled = package.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    data = compiled.metadata
+    return TritonKernel(
+        compiled.asm["ptx"], data.shared, 32 * data.num_warps, getattr(data, "global_scratch_size", 0) or 0
+    )

@@ -1,0 +1,176 @@
+"""The blocks that run together: their memories, units, clocks, and whose turn it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.emulation.ptx import tensor_copy
+from tests.emulation.ptx.barriers import Barriers
+from tests.emulation.ptx.check import Clocks, Faults, Shadow
+from tests.emulation.ptx.control import LONG_TURN, Code, Unit
+from tests.emulation.ptx.mbarrier import Mbarriers
+from tests.emulation.ptx.memory import EXISTS, WINDOWS, WRITTEN, GlobalMemory, Space
+from tests.emulation.ptx.publish import Messages
+
+SCHEDULES = ("lockstep", "forward", "reverse", "random")
+
+
+class Machine:
+    def __init__(
+        self, code: Code, memory: GlobalMemory, blocks: np.ndarray, grid: tuple[int, ...], block: tuple[int, ...],
+        parameters: bytes, dynamic_shared: int, schedule: str, faults: Faults, counts: Any, issued: np.ndarray,
+        messages: Messages, seed: int, limit: int,
+    ) -> None:  # fmt: skip
+        self.code, self.blocks, self.grid, self.block_shape = code, blocks, grid, block
+        self.block_count, self.threads = len(blocks), block[0] * block[1] * block[2]
+        self.faults, self.counts, self.issued, self.messages = faults, counts, issued, messages
+        self.schedule, self.random, self.limit = schedule, np.random.default_rng(seed), limit
+        self.dynamic_shared = dynamic_shared
+        self.parameters = np.frombuffer(parameters.ljust((len(parameters) + 15) // 16 * 16, b"\0"), np.uint8)
+        self.address_of = messages.address_of
+        self._spaces(memory)
+        kinds = {kind for kind in ("cp.async", "wgmma") if code.uses(kind)}
+        if code.uses("cp.async.bulk"):
+            kinds |= {"bulk", "mbarrier"}
+        if code.uses("cp.reduce") or code.uses("mbarrier") or code.uses("cp.async.mbarrier"):
+            kinds |= {"mbarrier", "bulk"}
+        proxies = code.uses("wgmma") or code.uses("cp.async.bulk") or code.uses("cp.reduce")
+        self.clocks = Clocks(self, kinds, proxies)
+        self.alive = np.full(self.block_count, self.threads)
+        self.barriers = Barriers(self)
+        #: Threads that wait for a phase of an mbarrier: (unit, instruction, mask).
+        self.blocked: list[tuple[Unit, int, np.ndarray]] = []
+        self.mbarriers = Mbarriers(self) if "mbarrier" in kinds else None
+        #: Looks at threads that end: asynchronous copies that nobody waits for.
+        self.at_end = tensor_copy.check_end if "bulk" in kinds else None
+        self.steps = 0
+        warps = (self.threads + 31) // 32
+        # wgmma is executed by four warps together, which no schedule parts.
+        together = 4 if code.uses("wgmma") else warps if schedule == "lockstep" else 1
+        self.units = [Unit(self, range(w, min(w + together, warps))) for w in range(0, warps, together)]
+
+    def _spaces(self, memory: GlobalMemory) -> None:
+        code, kernel = self.code, self.code.kernel
+        offset = 0
+        for v in kernel.shared:
+            if v.size is not None and v.name in code.symbols_used:
+                offset = (offset + v.align - 1) // v.align * v.align
+                self.address_of[v.name] = offset
+                offset += v.size
+        unsized = [v for v in kernel.shared if v.size is None]
+        # The driver aligns dynamic shared memory to 16 bytes at least, and to what the kernel declares.
+        align = max([16, *(v.align for v in unsized)])
+        begin = (offset + align - 1) // align * align
+        for v in unsized:
+            self.address_of[v.name] = begin
+        self.shared_size = begin + self.dynamic_shared if self.dynamic_shared else offset
+        self.shared_stride = (self.shared_size + 1023) // 1024 * 1024 + 1024
+        shared = Space("shared", self.shared_stride * self.block_count, code.granules["shared"])
+        shared.state.reshape(-1)[: self.shared_stride * self.block_count].reshape(self.block_count, -1)[
+            :, : self.shared_size
+        ] = EXISTS
+        shared.describe = lambda index: f"shared address {index % self.shared_stride}"  # type: ignore[method-assign]
+        local = 0
+        for v in kernel.local:
+            local = (local + v.align - 1) // v.align * v.align
+            self.address_of[v.name] = local
+            local += v.size or 0
+        self.local_used, self.local_size = local, (local + 15) // 16 * 16
+        locals_ = Space("local", self.local_size * self.block_count * self.threads)
+        locals_.state[: self.local_size * self.block_count * self.threads] = EXISTS
+        constants = Space("const", sum((v.size or 0) + v.align for v in kernel.constant))
+        offset = 0
+        for v in kernel.constant:
+            offset = (offset + v.align - 1) // v.align * v.align
+            self.address_of[v.name] = offset
+            data = v.data or bytes(v.size or 0)
+            constants.data[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+            constants.state[offset : offset + len(data)] = EXISTS | WRITTEN
+            offset += len(data)
+        parameters = Space("param", len(self.parameters))
+        parameters.data[: len(self.parameters)] = self.parameters
+        parameters.state[: len(self.parameters)] = EXISTS | WRITTEN
+        if memory.shadow is None or len(memory.shadow.write) <= len(memory.data) // code.granules["global"]:
+            memory.shadow = Shadow(len(memory.data), code.granules["global"])
+        self.spaces: dict[str, Space] = {
+            "global": memory, "shared": shared, "local": locals_, "const": constants, "param": parameters,
+        }  # fmt: skip
+
+    def window(self, space: str) -> int:
+        return WINDOWS[space]
+
+    def turn(self) -> int:
+        """How many instructions a unit may execute before it is another's turn."""
+        return int(self.random.integers(1, 200)) if self.schedule == "random" else LONG_TURN
+
+    def finished(self, unit: Unit, mask: np.ndarray) -> None:
+        """Threads have ended."""
+        mask = mask & unit.alive
+        if self.at_end is not None:
+            self.at_end(unit, mask)
+        unit.alive &= ~mask
+        self.alive -= np.bincount(unit.block[mask], minlength=self.block_count)
+        if self.barriers.parked:
+            self.barriers.release()
+
+    def wake(self) -> bool:
+        """Lets threads that wait for an mbarrier look again. Whether there are any."""
+        blocked, self.blocked = self.blocked, []
+        for unit, at, mask in blocked:
+            unit.add_group(at, mask)
+        return bool(blocked)
+
+    def heard(self, unit: Any, address: np.ndarray, mask: Any, acquires: bool) -> None:
+        self.messages.heard(self, unit, address, mask, acquires)
+
+    def told(self, unit: Any, address: np.ndarray, mask: Any, releases: bool) -> None:
+        self.messages.told(self, unit, address, mask, releases)
+
+    def run(self) -> None:
+        order = self.units[::-1] if self.schedule == "reverse" else list(self.units)
+        while True:
+            ready = [u for u in order if u.groups or u.resting]
+            if not ready:
+                if self._collectives_without_the_ended():
+                    continue
+                self._report_deadlock()
+                return
+            unit = ready[int(self.random.integers(len(ready))) if self.schedule == "random" else 0]
+            if unit.run():  # its turn was over while it could go on: the others' turn
+                order.remove(unit)
+                order.append(unit)
+            if self.steps > self.limit:
+                self._report_deadlock(f"no end after {self.steps} instructions of a warp")
+                return
+
+    def _collectives_without_the_ended(self) -> bool:
+        """Collectives do not wait for threads that have ended since: those that wait look again."""
+        moved = False
+        for unit in self.units:
+            for at, mask in list(unit.waiting.items()):
+                key = (at, int(unit.alive.sum()))
+                if unit.looked_again.get(at) != key:
+                    unit.looked_again[at] = key
+                    del unit.waiting[at]
+                    unit.add_group(at, mask)
+                    moved = True
+        return moved
+
+    def _report_deadlock(self, why: str = "nobody can go on") -> None:
+        waiting = [(u, f.ins, m, "barrier") for u, f, m in self.barriers.waiting()]
+        for u in self.units:
+            waiting += [(u, self.code.instructions[at], m, "collective") for at, m in u.waiting.items()]
+            waiting += [
+                (u, self.code.instructions[at], m, "loop") for at, m in u.groups if at < len(self.code.handlers)
+            ]
+        waiting += [(u, self.code.instructions[at], m, "mbarrier") for u, at, m in self.blocked]
+        for unit, ins, mask, what in waiting:
+            names = {
+                "barrier": "threads wait at a barrier that others never reach",
+                "collective": "threads wait for others of their warp that never come",
+                "mbarrier": "threads wait for a phase of an mbarrier that is never completed",
+                "loop": "threads go round",
+            }
+            unit.fault("deadlock", f"{why}: {names[what]}", ins, int(mask.argmax()), int(mask.sum()))

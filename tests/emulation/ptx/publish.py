@@ -1,0 +1,111 @@
+"""What threads tell each other through flags in memory: fences with strong accesses and atomics. PTX ISA 8.
+
+A thread that fences and then writes a flag (a strong store or an atomic) has told what it knew at the fence; a thread
+that reads the flag strongly and then fences has heard it. .release and .acquire do both at once. Between blocks, a
+block hears as a whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.emulation.ptx.operands import Form, Mask, Run, instruction
+
+Letter = dict[int, np.ndarray]  #: block -> clocks of its actors
+
+
+class Messages:
+    """Shared by all blocks of a launch, also those that run one after the other."""
+
+    def __init__(self, active: bool) -> None:
+        self.active = active  #: whether the kernel has fences or releases at all
+        self.address_of: dict[str, int] = {}
+        self.left: dict[int, Letter] = {}  #: address -> what was told there
+        self.at_fence: dict[tuple[int, int], np.ndarray] = {}  #: (block, thread) -> what it knew
+        self.pending: dict[tuple[int, int], Letter] = {}  #: heard, and not fenced yet
+
+    def told(self, machine: Any, unit: Any, address: np.ndarray, mask: Mask, releases: bool) -> None:
+        if not self.active:
+            return
+        clocks = machine.clocks
+        for lane in np.nonzero(unit.exists if mask is None else mask)[0]:
+            row = int(unit.rows[lane])
+            who = (int(clocks.block[row]), int(unit.thread[lane]))
+            known = clocks.known[row].copy() if releases else self.at_fence.get(who)
+            if known is None:
+                continue
+            letter = self.left.setdefault(int(address[lane]), {})
+            letter[who[0]] = np.maximum(letter.get(who[0], 0), known)
+            for (block, other), heard in list(clocks.foreign.items()):
+                if block == who[0]:
+                    letter[other] = np.maximum(letter.get(other, 0), heard)
+            if releases:
+                clocks.advance(np.array([row]))
+
+    def heard(self, machine: Any, unit: Any, address: np.ndarray, mask: Mask, acquires: bool) -> None:
+        if not self.active:
+            return
+        for lane in np.nonzero(unit.exists if mask is None else mask)[0]:
+            letter = self.left.get(int(address[lane]))
+            if letter is None:
+                continue
+            if acquires:
+                self._open(machine, int(unit.rows[lane]), letter)
+            else:
+                who = (int(machine.clocks.block[unit.rows[lane]]), int(unit.thread[lane]))
+                kept = self.pending.setdefault(who, {})
+                for block, known in letter.items():
+                    kept[block] = np.maximum(kept.get(block, 0), known)
+
+    def _open(self, machine: Any, row: int, letter: Letter) -> None:
+        clocks = machine.clocks
+        mine = int(clocks.block[row])
+        for block, known in letter.items():
+            if block == mine:
+                clocks.learn(np.array([row]), known[None])
+            else:
+                clocks.foreign[mine, block] = np.maximum(clocks.foreign.get((mine, block), 0), known)
+
+    def fence(self, machine: Any, unit: Any, mask: Mask) -> None:
+        clocks = machine.clocks
+        for lane in np.nonzero(unit.exists if mask is None else mask)[0]:
+            row = int(unit.rows[lane])
+            who = (int(clocks.block[row]), int(unit.thread[lane]))
+            if who in self.pending:
+                self._open(machine, row, self.pending.pop(who))
+            self.at_fence[who] = clocks.known[row].copy()
+            clocks.advance(np.array([row]))
+
+
+@instruction("membar", "fence")
+def fence(form: Form) -> Run:
+    """membar.{cta,gl,sys}; fence{.sc,.acq_rel}.scope; fence.proxy.async; fence.mbarrier_init."""
+    if form.flag("proxy"):
+        return proxy_fence(form)
+    if form.flag("mbarrier_init"):
+        form.one_of("release")
+        form.one_of("cluster")
+        return lambda unit, mask: None
+    form.flag("sc", "acq_rel", "acquire", "release")
+    form.one_of("cta", "gl", "gpu", "sys", "cluster")
+    return lambda unit, mask: unit.machine.messages.fence(unit.machine, unit, mask)
+
+
+def proxy_fence(form: Form) -> Run:
+    """fence.proxy.async{.space}: all that a thread knows of becomes visible to copies and wgmma (PTX ISA 9.7.13.4)."""
+    if form.flag("tensormap::generic"):
+        form.one_of("acquire", "release")
+        form.one_of("cta", "cluster", "gpu", "sys")
+        return lambda unit, mask: None
+    form.one_of("async")
+    form.flag("global", "shared::cta", "shared::cluster")
+
+    def run(unit: Any, mask: Mask) -> None:
+        clocks = unit.machine.clocks
+        if clocks.fenced is not None:
+            rows = unit.rows[unit.exists if mask is None else mask]
+            clocks.fenced[rows] = np.maximum(clocks.fenced[rows], clocks.known[rows])
+
+    return run
