@@ -47,8 +47,20 @@ inline void bind_int8(pybind11::module_& m) {
       py::call_guard<py::gil_scoped_release>());
   py::class_<Int8LinearParams>(m, "Int8LinearPlan")
       .def(py::init([](int64_t rows, int64_t outputs, int64_t depth, int64_t x_stride, int dtype, int bias_dtype) {
-             return Int8LinearParams{nullptr, nullptr, nullptr, nullptr, nullptr, rows, outputs, depth, x_stride,
-                                     outputs, static_cast<DType>(dtype), static_cast<DType>(bias_dtype), 1, nullptr};
+             return Int8LinearParams{nullptr,
+                                     nullptr,
+                                     nullptr,
+                                     nullptr,
+                                     nullptr,
+                                     rows,
+                                     outputs,
+                                     depth,
+                                     x_stride,
+                                     outputs,
+                                     static_cast<DType>(dtype),
+                                     static_cast<DType>(bias_dtype),
+                                     1,
+                                     nullptr};
            }),
            py::arg("rows"), py::arg("outputs"), py::arg("depth"), py::arg("x_stride"), py::arg("dtype"),
            py::arg("bias_dtype"));

@@ -66,8 +66,8 @@ int main() {
     Float a = load(x), b = load(x + kWidth), c = load(x + 2 * kWidth);
     show("add", add(a, b)), show("sub", sub(a, b)), show("mul", mul(a, b)), show("div", div(a, b));
     show("fma", fma(a, b, c)), show("max", max(a, b)), show("min", min(a, b)), show("abs", abs(a));
-    show("swap", swap_pairs(a)), show("equal", where_equal(a, b, b, c)),
-        show("less", where_less(a, b, b, c)), show("broadcast", broadcast(x[round % 16]));
+    show("swap", swap_pairs(a)), show("equal", where_equal(a, b, b, c)), show("less", where_less(a, b, b, c)),
+        show("broadcast", broadcast(x[round % 16]));
     show("keep", keep(bytes, a, b));
     for (int n = 0; n <= kWidth; n++) show("first", first(n, a, b)), show("load", load_first(x, n));
     Int i = as_int(a), j = as_int(b);
