@@ -7,6 +7,7 @@ variables are documented in README.md, "Environment variables".
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -33,15 +34,22 @@ ISA_FLAGS = {
 CUDA_ARCHITECTURES = "80 86 89 90 100 120"
 
 
+def wrong(variable: str, expected: str) -> SystemExit:
+    return SystemExit(f"llmkern: {variable}: expected {expected}, got {os.environ[variable]!r}")
+
+
 def cuda_compiler() -> str | None:
     """The nvcc to build with: LLMKERN_CUDA = auto (use it if found), 1 (it must be there), 0 (do without)."""
     choice = os.environ.get("LLMKERN_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"llmkern: LLMKERN_CUDA: expected auto, 0 or 1, got {choice!r}")
+        raise wrong("LLMKERN_CUDA", "auto, 0 or 1")
     if choice == "0":
         return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = os.environ.get("LLMKERN_NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    named = os.environ.get("LLMKERN_NVCC")
+    if named and not shutil.which(named):
+        raise wrong("LLMKERN_NVCC", "the path of an nvcc")
+    nvcc = named or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if choice == "1" and not nvcc:
         raise SystemExit(
             "llmkern: LLMKERN_CUDA=1, but no nvcc was found: put it on PATH or set LLMKERN_NVCC or CUDA_HOME"
@@ -52,36 +60,51 @@ def cuda_compiler() -> str | None:
 def cuda_architectures(nvcc: str) -> list[str]:
     """Those asked for (LLMKERN_CUDA_ARCHS) or, by default, those of CUDA_ARCHITECTURES that this nvcc knows."""
     if "LLMKERN_CUDA_ARCHS" in os.environ:
-        return os.environ["LLMKERN_CUDA_ARCHS"].split()
+        archs = os.environ["LLMKERN_CUDA_ARCHS"].split()
+        if not archs or not all(re.fullmatch(r"\d+[af]?", a) for a in archs):
+            raise wrong("LLMKERN_CUDA_ARCHS", 'architectures, as in "80 90"')
+        return archs
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     archs = [a for a in CUDA_ARCHITECTURES.split() if f"sm_{a}" in known]
     print(f"llmkern: {nvcc} compiles for sm_{', sm_'.join(archs)} of sm_{CUDA_ARCHITECTURES.replace(' ', ', sm_')}")
     return archs
 
 
+def compiler() -> list[str]:
+    """The C++ compiler to build with and its own flags: CXX, or the first one found."""
+    cxx = shlex.split(os.environ.get("CXX", "")) or [c for c in ("g++", "clang++", "c++") if shutil.which(c)][:1]
+    if not cxx:
+        raise SystemExit("llmkern: no C++ compiler found: install g++ (9 or newer) or clang++, or set CXX")
+    if not shutil.which(cxx[0]):
+        raise wrong("CXX", "a C++ compiler")
+    return cxx
+
+
 def quoted(*words: object) -> str:
     return " ".join(shlex.quote(str(w)) for w in words).replace("$", "$$")
+
+
+def path(p: Path) -> str:  # as ninja reads it outside commands
+    return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         nvcc, sanitize = cuda_compiler(), os.environ.get("LLMKERN_SANITIZE", "")
-        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-        if not cxx:
-            raise SystemExit("llmkern: no C++ compiler found: install g++ (9 or newer) or clang++, or set CXX")
+        cxx, jobs = compiler(), os.environ.get("LLMKERN_JOBS", "")
+        if jobs and not (jobs.isdecimal() and int(jobs)):
+            raise wrong("LLMKERN_JOBS", "a positive integer")
         emulate = os.environ.get("LLMKERN_EMULATE_AVX512") == "1"
         variant = [nvcc and "cuda", sanitize.replace(",", "-"), emulate and "emulated"]
-        folder = (
-            ROOT / "build" / "-".join(filter(None, [sysconfig.get_platform(), sys.implementation.cache_tag, *variant]))
-        )
+        names = [sysconfig.get_platform(), sys.implementation.cache_tag, *variant]
+        folder = ROOT / "build" / "-".join(filter(None, names))
         library = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         self.write_ninja(folder, library, cxx, nvcc, sanitize, emulate)
-        jobs = ["-j", os.environ["LLMKERN_JOBS"]] if "LLMKERN_JOBS" in os.environ else []
         try:
-            subprocess.run([sys.executable, "-m", "ninja", "-C", folder, *jobs], check=True)
+            subprocess.run([sys.executable, "-m", "ninja", "-C", folder, *(["-j", jobs] if jobs else [])], check=True)
         except subprocess.CalledProcessError:
             raise SystemExit(
-                f"llmkern: the kernels did not compile (the first message of {Path(cxx).name} above says why).\n"
+                f"llmkern: the kernels did not compile (the first error of {Path(cxx[0]).name} above says why).\n"
                 "  A C++17 compiler is needed (g++ 9 or clang++ 12 and newer); CXX=... chooses another.\n"
                 "  If the failing file ends in .cu, LLMKERN_CUDA=0 installs without the CUDA part."
             ) from None
@@ -90,7 +113,7 @@ class NinjaBuild(build_ext):
         shutil.copy2(library, target)
 
     def write_ninja(
-        self, folder: Path, library: Path, cxx: str, nvcc: str | None, sanitize: str, emulate: bool
+        self, folder: Path, library: Path, cxx: list[str], nvcc: str | None, sanitize: str, emulate: bool
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # pip's isolated environment has a new path every time: reached through a link, commands stay the same.
@@ -99,7 +122,8 @@ class NinjaBuild(build_ext):
         link.unlink(missing_ok=True)
         link.symlink_to(Path(pybind11.get_include()) / "pybind11")
         flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -g1"
-        flags += " -Wall -Wextra -Wno-maybe-uninitialized"  # g++ 12 sees its own AVX-512 headers as uninitialised
+        # g++ 12 sees its own AVX-512 headers as uninitialised, at such length that a real error would not be found.
+        flags += " -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
         link_flags = ["-shared", "-ldl", "-lpthread"]
         if sanitize:
             flags += f" -fsanitize={sanitize} -fno-omit-frame-pointer -fno-sanitize-recover=undefined"
@@ -111,10 +135,10 @@ class NinjaBuild(build_ext):
         gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         define = f'-DLLMKERN_CUDA="{" ".join(f"sm_{a}" for a in archs)} + PTX {archs[-1]}"'
         defines = [f'-DPYBIND11_RELEASE="{pybind11.__version__}"', *([define] if nvcc else [])]
-        linker = [nvcc, "-cudart", "static"] if nvcc else [cxx]
+        linker = [nvcc, "-cudart", "static"] if nvcc else cxx
         lines = [
             "rule cxx",
-            f"  command = {quoted(cxx)} {flags} $flags -MMD -MF $out.d -c $in -o $out",
+            f"  command = {quoted(*cxx)} {flags} $flags -MMD -MF $out.d -c $in -o $out",
             "  deps = gcc\n  depfile = $out.d\n  description = C++ $out",
             "rule nvcc",
             f"  command = {quoted(nvcc)} -O3 -std=c++17 -t 0 {quoted(*gencode)} -Xcompiler -fPIC,-fvisibility=hidden"
@@ -126,7 +150,7 @@ class NinjaBuild(build_ext):
 
         def compile(rule: str, source: Path, name: str, flags: str = "") -> None:
             objects.append(f"{name}.o")
-            lines.append(f"build {name}.o: {rule} {quoted(source)}\n  flags = {flags}")
+            lines.append(f"build {name}.o: {rule} {path(source)}\n  flags = {flags}")
 
         for source in sorted(CSRC.glob("*/cpu*.cpp")):
             for isa, isa_flags in ISA_FLAGS.get(platform.machine(), {"portable": ""}).items():

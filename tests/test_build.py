@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,10 @@ def sources(tmp_path):
         ({"LLMKERN_CUDA": "yes"}, ["LLMKERN_CUDA", "auto, 0 or 1", "'yes'"]),
         ({"LLMKERN_CUDA": "1", "PATH": "", "CUDA_HOME": "/nowhere"}, ["LLMKERN_CUDA=1", "nvcc", "LLMKERN_NVCC"]),
         ({"CXX": "", "PATH": "", "LLMKERN_CUDA": "0"}, ["no C++ compiler", "g++", "CXX"]),
+        ({"CXX": "/nowhere/c++ -m64", "LLMKERN_CUDA": "0"}, ["CXX: expected a C++ compiler", "'/nowhere/c++ -m64'"]),
+        ({"LLMKERN_NVCC": "/nowhere"}, ["LLMKERN_NVCC: expected the path of an nvcc", "'/nowhere'"]),
+        ({"LLMKERN_NVCC": "true", "LLMKERN_CUDA_ARCHS": ""}, ["LLMKERN_CUDA_ARCHS: expected architectures", "''"]),
+        ({"LLMKERN_CUDA": "0", "LLMKERN_JOBS": "x"}, ["LLMKERN_JOBS: expected a positive integer", "'x'"]),
     ],
 )
 def test_a_failed_build_says_what_to_do(sources, env, words):
@@ -94,6 +99,30 @@ def test_a_failed_build_says_what_to_do(sources, env, words):
     assert build.returncode != 0
     assert all(word in build.stderr for word in words), build.stderr
     assert not list(sources.rglob("*.so")), "a failed build must leave no library"
+
+
+# What ninja asks of a compiler and no more: it makes the file after -o, says nothing of what it read.
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do case "$1" in -o) : > "$2"; made=$2;; -MF) : > "$2";; -DLLMKERN_TEST) flag=1;; esac; shift; done
+[ "$flag" ] && [ "$made" ]
+"""
+
+
+def test_a_folder_and_a_compiler_with_spaces(tmp_path):
+    """CXX may carry flags; the sources, and so the commands, may lie anywhere."""
+    root = tmp_path / "a $place: of one's own"
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, root)
+    (root / "llmkern").mkdir()
+    (root / "compiler").write_text(COMPILER)
+    (root / "compiler").chmod(0o755)
+    env = {**os.environ, "CXX": f"{shlex.quote(str(root / 'compiler'))} -DLLMKERN_TEST", "LLMKERN_CUDA": "0"}
+    build = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"], cwd=root, env=env, capture_output=True, text=True
+    )  # fmt: skip
+    assert build.returncode == 0, build.stdout + build.stderr
+    assert list((root / "build").rglob("_C*.so"))
 
 
 WITHOUT_TORCH = """
