@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmkern import check
+from llmkern.attention.arrange import arranged
 from llmkern.attention.mask import Mask, window
 from llmkern.attention.op import attention, short_attention
 from llmkern.backend import Plans
@@ -82,8 +84,50 @@ def scaled_dot_product_attention(
         launch = _SHORT.get(found)
         if launch is not None:
             return launch(query, key, value, attn_mask, key_lengths, alibi_slopes, learnable_sink, seed)
+    query, key, value = _as_autocast(query, key, value)
+    _check(query, key, value, attn_mask, is_causal, scale, enable_gqa, causal_alignment)
+    for name, given in (("alibi_slopes", alibi_slopes), ("learnable_sink", learnable_sink)):
+        if given is not None:
+            check.is_tensor(name, given)
+    if scale is None:
+        scale = 1.0 / math.sqrt(max(query.size(-1), 1))
+    rules = (*window(window_size, is_causal), causal_alignment == "bottom_right", softcap, dropout_p)
+    as_they_are = query.dim() == 4 and query.size(0) == key.size(0) == value.size(0) and key.size(1) == value.size(1)
+    if (
+        found is not None
+        and as_they_are
+        and query.size(1) >= key.size(1)
+        and (attn_mask is None or attn_mask.dim() == 4)
+    ):
+        # Nothing is to be arranged: calls like this one go straight to the operator from now on.
+        tensors = (query, key, value, attn_mask, key_lengths, alibi_slopes, learnable_sink, seed)
+        return _SHORT.keep(found, _launcher(found, tensors, (*rules, scale, False), return_logsumexp))(*tensors)
+    query, key, value, attn_mask, shape = arranged(query, key, value, attn_mask, key_lengths is not None)
+    mask = Mask(attn_mask, key_lengths, alibi_slopes, learnable_sink, seed, *rules)
+    output, logsumexp = attention(query, key, value, mask, scale)
+    if len(shape) != 4:
+        output, logsumexp = output.reshape(*shape[:-1], value.size(3)), logsumexp.reshape(shape[:-1])
+    return (output, logsumexp) if return_logsumexp else output
+
+
+def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three in autocast's dtype where it is on, as torch's own attention takes them then."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         check.is_tensor(name, t)
+    device = query.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    cast = [t.to(dtype) if t.dtype in check.FLOATS else t for t in (query, key, value)]
+    return cast[0], cast[1], cast[2]
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: object,
+    enable_gqa: bool, causal_alignment: str,
+) -> None:  # fmt: skip
+    """Raises on what the operator would name by its own arguments' names, or not see."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2 or t.dim() != query.dim():
             raise ValueError(
                 f"{name}: expected (..., H, S, D), the same rank for all three, got shape {tuple(t.shape)}"
@@ -92,33 +136,25 @@ def scaled_dot_product_attention(
         raise ValueError("attn_mask: expected None with is_causal=True, got a mask; put the causal rule into the mask")
     if causal_alignment not in ALIGNMENTS:
         raise ValueError(f"causal_alignment: expected one of {', '.join(ALIGNMENTS)}, got {causal_alignment!r}")
-    if query.dim() > 2 and not enable_gqa and query.size(-3) != key.size(-3):
-        expected = f"{query.size(-3)} heads as in query (fewer only with enable_gqa=True)"
-        raise ValueError(f"key: expected {expected}, got shape {tuple(key.shape)}")
-    for name, given in (("attn_mask", attn_mask), ("alibi_slopes", alibi_slopes), ("learnable_sink", learnable_sink)):
-        if given is not None:
-            check.is_tensor(name, given)
-    if scale is None:
-        scale = 1.0 / math.sqrt(max(query.size(-1), 1))
-    rules = (*window(window_size, is_causal), causal_alignment == "bottom_right", softcap, dropout_p)
-    same_batch = query.dim() == 4 and query.size(0) == key.size(0) == value.size(0)
-    if found is not None and same_batch and (attn_mask is None or attn_mask.dim() == 4):
-        # Nothing is to be arranged: calls like this one go straight to the operator from now on.
-        tensors = (query, key, value, attn_mask, key_lengths, alibi_slopes, learnable_sink, seed)
-        return _SHORT.keep(found, _launcher(found, tensors, (*rules, scale, False), return_logsumexp))(*tensors)
-    shape = query.shape
-    if query.dim() != 4:
-        query, key, value, attn_mask = _four_dimensions(query, key, value, attn_mask)
-    elif attn_mask is not None and attn_mask.dim() < 4:
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    if not query.size(0) == key.size(0) == value.size(0):
-        batch = max(query.size(0), key.size(0), value.size(0))
-        query, key, value = (t.expand(batch, -1, -1, -1) if t.size(0) == 1 else t for t in (query, key, value))
-    mask = Mask(attn_mask, key_lengths, alibi_slopes, learnable_sink, seed, *rules)
-    output, logsumexp = attention(query, key, value, mask, scale)
-    if len(shape) != 4:
-        output, logsumexp = output.reshape(*shape[:-1], value.size(3)), logsumexp.reshape(shape[:-1])
-    return (output, logsumexp) if return_logsumexp else output
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
+        raise TypeError(f"scale: expected a number or None, got {scale!r}")
+    for name, t in (("key", key), ("value", value)):
+        heads = (t.size(-3), query.size(-3)) if query.dim() > 2 else (1, 1)
+        if not enable_gqa and heads[0] != heads[1] and 1 not in heads:
+            expected = f"{heads[1]} heads as in query (fewer only with enable_gqa=True)"
+            raise ValueError(f"{name}: expected {expected}, got shape {tuple(t.shape)}")
+    if attn_mask is None:
+        return
+    check.is_tensor("attn_mask", attn_mask)
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        expected = " or ".join(dict.fromkeys(["bool", "float32", check.short(query.dtype)]))
+        raise TypeError(f"attn_mask: expected dtype {expected}, got {check.short(attn_mask.dtype)}")
+    check.same_device("attn_mask", attn_mask, "query", query)
+    sizes = (query.size(-2), key.size(-2))
+    shape = tuple(attn_mask.shape)
+    if any(n not in (1, size) for n, size in zip(shape[::-1], sizes[::-1], strict=False)):
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to (..., H, Sq, Sk) = (..., {sizes[0]}, "
+                         f"{sizes[1]}), got shape {shape}")  # fmt: skip
 
 
 #: Launchers of calls that need no arranging.
@@ -133,23 +169,3 @@ def _launcher(
     if return_logsumexp:
         return lambda *tensors: run(*tensors, *rules)
     return lambda *tensors: run(*tensors, *rules)[0]
-
-
-def _four_dimensions(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Leading dimensions as one, a missing batch or head as 1."""
-    rank = query.dim()
-    if rank < 4:
-        new = (None,) * (3 - rank)
-        query, key, value = (t[new].unsqueeze(1) for t in (query, key, value))
-        if attn_mask is not None:
-            attn_mask = attn_mask[(None,) * (3 - attn_mask.dim())].unsqueeze(1)
-        return query, key, value, attn_mask
-    leading = query.shape[:-3]
-    if attn_mask is not None and attn_mask.dim() > 3:
-        attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, -4)
-    elif attn_mask is not None:
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    query, key, value = (t.expand(*leading, *t.shape[-3:]).flatten(0, -4) for t in (query, key, value))
-    return query, key, value, attn_mask

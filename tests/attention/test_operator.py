@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -11,6 +13,7 @@ import llmkern
 from llmkern.attention.mask import Mask
 from llmkern.attention.op import attention_column_sums
 from llmkern.functional import scaled_dot_product_attention
+from llmkern.verify.report import judge_row
 from tests.attention.cases import attend, tensors
 
 OPS = torch.ops.llmkern
@@ -91,3 +94,42 @@ def test_torchs_signature_and_ranks():
             expected = F.scaled_dot_product_attention(q, k, v, **options)
             torch.testing.assert_close(scaled_dot_product_attention(q, k, v, **options), expected)
     assert scaled_dot_product_attention(q, k, v, torch.zeros(5, 5, dtype=torch.bool)).abs().max() == 0
+
+
+SHAPES_OF_TORCH = {
+    "three dimensions, grouped": ((8, 5, 16), (2, 7, 16), (2, 7, 16), True),
+    "leading dimensions broadcast": ((1, 1, 4, 5, 16), (2, 3, 4, 7, 16), (1, 3, 4, 7, 16), False),
+    "a batch of one": ((1, 4, 5, 16), (3, 4, 7, 16), (3, 4, 7, 16), False),
+    "one key head": ((2, 4, 5, 16), (2, 1, 7, 16), (2, 1, 7, 16), False),
+    "one query head": ((2, 1, 5, 16), (2, 4, 7, 16), (2, 4, 7, 16), False),
+    "one value head": ((2, 4, 5, 16), (2, 4, 7, 16), (2, 1, 7, 16), False),
+    "keys and values grouped apart": ((2, 8, 5, 16), (2, 4, 7, 16), (2, 2, 7, 16), True),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES_OF_TORCH.values(), ids=SHAPES_OF_TORCH)
+def test_shapes_that_torch_takes(case):
+    *shapes, grouped = case
+    q, k, v = (torch.randn(s) for s in shapes)
+    for options in ({}, {"is_causal": True}, {"attn_mask": torch.rand(5, 7) > 0.3}):
+        expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options)
+        found = scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options)
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(found, scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options))
+
+
+def test_autocast_is_torchs():
+    q, k, v = tensors((2, 4, 4, 5, 7, 16, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = scaled_dot_product_attention(q, k.bfloat16(), v), F.scaled_dot_product_attention(q, k, v)
+    truth = F.scaled_dot_product_attention(*(t.bfloat16().double() for t in (q, k, v)))
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert judge_row("attention", "output", found, expected, truth).passed
+
+
+def test_meta_tensors():
+    q = torch.empty(2, 4, 5, 16, device="meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the fallback says so
+        assert scaled_dot_product_attention(q, q, q, is_causal=True).is_meta

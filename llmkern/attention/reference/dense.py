@@ -187,7 +187,7 @@ def _through_softmax(
 
 def _matmul(weights: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
     """weights @ values, where a value that is not seen has no part, be it infinite or NaN."""
-    if seen is None or bool(values.isfinite().all()):
+    if seen is None or values.is_meta or bool(values.isfinite().all()):
         return torch.matmul(weights, values)
     products = weights.unsqueeze(-1) * values.unsqueeze(2)
     return products.masked_fill(~seen.expand(weights.shape).unsqueeze(-1), 0.0).sum(3)
