@@ -269,29 +269,24 @@ template <class T, class Average>
 void finish(const AttentionParams& p, const Sizes<T>& sizes, const State& state, int64_t i, int64_t b, int64_t h,
             int64_t row, Average average) {
   const float* from = state.output + i * sizes.value_width;
-  float largest = state.largest[i], total = sum(load(state.sums + i * kWidth)), factor = 1;
-  if (p.sink) {  // one more score, without a value
-    float sink = p.sink[h], now = largest > sink ? largest : sink;
-    alignas(64) float of_keys[kWidth], of_sink[kWidth];
-    float shift = now == minus_infinity() ? 0 : now;
-    store(of_keys, exp_negative(broadcast(largest - shift)));
-    store(of_sink, exp_negative(broadcast(sink - shift)));
-    factor = largest == now ? 1 : of_keys[0];
-    total = total * factor + (sink == now ? 1 : of_sink[0]);
-    largest = now;
+  double largest = state.largest[i], total = static_cast<double>(sum(load(state.sums + i * kWidth)));
+  double logsumexp = total == 0 ? -__builtin_inf() : largest + __builtin_log(total);
+  bool empty = total == 0 && largest == -__builtin_inf();  // every key is masked
+  if (p.sink) {                                            // one more score, without a value
+    double sink = static_cast<double>(p.sink[h]), with_sink = total + __builtin_exp(sink - largest);
+    // So much above the scores that nothing is left of them: it is the sum.
+    logsumexp = empty || with_sink == __builtin_inf() ? sink : largest + __builtin_log(with_sink);
+    total = with_sink;
+  } else if (empty && p.uniform_empty_rows && p.keys) {
+    from = average();
   }
-  p.logsumexp[(b * p.heads + h) * p.queries + row] =
-      total == 0 ? -__builtin_inf() : static_cast<double>(largest) + __builtin_log(static_cast<double>(total));
-  if (largest == minus_infinity() && total == 0) {  // every key is masked
-    if (p.uniform_empty_rows && !p.sink && p.keys) from = average();
-    total = 1;
-  }
+  if (empty) total = 1;
+  p.logsumexp[(b * p.heads + h) * p.queries + row] = logsumexp;
   T* to = const_cast<T*>(rows_of<T>(p.output, b, h)) + row * p.output.row;
-  if (p.drop_below) factor *= p.keep_scale;
-  Float by = broadcast(total), times = broadcast(factor);
+  Float by = broadcast(static_cast<float>(total)), kept = broadcast(p.keep_scale);
   auto result = [&](int64_t d) {
-    Float x = load(from + d);
-    return div(factor == 1 ? x : mul(x, times), by);
+    Float x = div(load(from + d), by);
+    return p.drop_below ? mul(x, kept) : x;
   };
   int64_t d = 0;
   for (; d + kWidth <= p.value_width; d += kWidth) store(to + d, result(d));

@@ -1,5 +1,5 @@
-// e^x for x <= 0 and tanh, for softmax: a power of two by integer addition, times a polynomial on [-1/2, 1/2] for 2^f
-// (Cody and Waite, Software Manual for the Elementary Functions, chapter 6).
+// e^x for x <= 0 and tanh, for softmax: a power of two by integer addition, times a polynomial for e^r with |r| <=
+// ln(2) / 2 (Cody and Waite, Software Manual for the Elementary Functions, chapter 6).
 #pragma once
 #include "simd.h"
 
@@ -13,22 +13,23 @@ LLMKERN_INLINE Float exp_negative(Float given) {
   const Float least = broadcast(-87.3f);
   const Float magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
   const Float log2e = broadcast(1.44269502f);
-  Float x = max(least, given);  // the second operand where it is NaN
-  Float t = fma(x, log2e, magic);
-  Float f = fma(x, log2e, sub(magic, t));
-  Float y;
+  Float x = max(least, given);     // the second operand where it is NaN
+  Float t = fma(x, log2e, magic);  // n in its low bits
+  Float n = sub(t, magic), r, y;   // e^x = 2^n e^r
   if constexpr (kQuick) {
-    y = fma(broadcast(5.500892383e-02f), f, broadcast(2.422109595e-01f));
-    y = fma(y, f, broadcast(6.932829283e-01f));
+    r = fma(n, broadcast(-0.693147181f), x);
+    y = fma(broadcast(1.651709825e-1f), r, broadcast(5.041550994e-1f));
+    y = fma(y, r, broadcast(1.000198126f));
   } else {
-    f = fma(x, broadcast(1.92596303e-8f), f);  // what log2(e) has beyond a float
-    y = fma(broadcast(1.534580806e-4f), f, broadcast(1.339993090e-3f));
-    y = fma(y, f, broadcast(9.618489072e-3f));
-    y = fma(y, f, broadcast(5.550328642e-2f));
-    y = fma(y, f, broadcast(2.402264625e-1f));
-    y = fma(y, f, broadcast(6.931471825e-1f));
+    // ln 2 in two parts, the first so short that its product is exact even where fma rounds twice.
+    r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
+    y = fma(broadcast(1.384337200e-3f), r, broadcast(8.374397643e-3f));
+    y = fma(y, r, broadcast(4.166801646e-2f));
+    y = fma(y, r, broadcast(1.666642874e-1f));
+    y = fma(y, r, broadcast(4.999999404e-1f));
+    y = fma(y, r, broadcast(1.0f));
   }
-  y = fma(y, f, broadcast(1.0f));
+  y = fma(y, r, broadcast(1.0f));
   y = as_float(add(as_int(y), shift_left<23>(as_int(t))));
   if constexpr (!kInfinite) return y;
   return where_equal(given, broadcast(-__builtin_inff()), zero(), y);

@@ -17,7 +17,7 @@ from llmkern.backend import Backend
 from llmkern.random import drop_below
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_WIDTH = 256
+_MOST_WIDTH = 576
 #: Queries whose weights are in memory at a time where only their sums are asked for.
 _ROWS = 256
 Strides = tuple[int, int, int, int]
