@@ -50,7 +50,12 @@ LLMKERN_DEVICE uint32_t narrow_pair(float low, float high, Bf16) {
   return y;
 }
 LLMKERN_DEVICE uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
-LLMKERN_DEVICE void store16(void* p, uint4 x) { *static_cast<uint4*>(p) = x; }
+// By an instruction of its own: nvcc takes an assignment of a uint4 that was just computed apart, into four stores.
+LLMKERN_DEVICE void store16(void* p, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
 LLMKERN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 #else
 LLMKERN_DEVICE float bits_to_float(uint32_t x) { return portable::scalar_from_bits(x); }
