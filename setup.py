@@ -134,7 +134,10 @@ class NinjaBuild(build_ext):
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         define = f'-DLLMKERN_CUDA="{" ".join(f"sm_{a}" for a in archs)} + PTX {archs[-1]}"'
-        defines = [f'-DPYBIND11_RELEASE="{pybind11.__version__}"', *([define] if nvcc else [])]
+        if not nvcc:
+            missing = "LLMKERN_CUDA=0 left them out" if os.environ.get("LLMKERN_CUDA") == "0" else "no nvcc was found"
+            define = f'-DLLMKERN_CUDA_MISSING="{missing}"'
+        defines = [f'-DPYBIND11_RELEASE="{pybind11.__version__}"', define]
         linker = [nvcc, "-cudart", "static"] if nvcc else cxx
         lines = [
             "rule cxx",

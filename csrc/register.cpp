@@ -28,9 +28,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("parallel_source", &llmkern::parallel_source, "Where the kernels' threads come from.");
 #ifdef LLMKERN_CUDA
   m.attr("cuda_architectures") = LLMKERN_CUDA;
+  m.attr("cuda_missing") = "";
   llmkern::bind_positional_cuda(m);
 #else
   m.attr("cuda_architectures") = "";
+  m.attr("cuda_missing") = LLMKERN_CUDA_MISSING;
 #endif
   llmkern::call::bind(m);
   llmkern::bind_common(m);

@@ -45,8 +45,8 @@ def build_lines() -> list[str]:
         lines.append(f"CUDA kernels   built for {library.cuda_architectures}")
     else:
         lines.append(
-            "CUDA kernels   not built: no nvcc was found (or LLMKERN_CUDA=0). To get them: install a CUDA toolkit, "
-            "12.8 or newer, put its nvcc on PATH (or set CUDA_HOME), and run `pip install -e .` again"
+            f"CUDA kernels   not built: {library.cuda_missing}. To get them: install a CUDA toolkit, 12.8 or newer, "
+            "put its nvcc on PATH (or set CUDA_HOME), and run `pip install -e .` again, without LLMKERN_CUDA=0"
         )
     if importlib.util.find_spec("triton"):
         lines.append("Triton         installed" + ("" if torch.cuda.is_available() else "; its kernels need a GPU"))
@@ -63,6 +63,10 @@ def operator_lines() -> list[str]:
         for device in [d for d in operator.by_device if d != "other"]:
             for dtype in DTYPES:
                 reasons = operator.reasons(device, dtype)
+                if backend._forced is not None:  # it serves a call or raises
+                    reasons = [r for r in reasons if r[0] == backend._forced] or [
+                        (backend._forced, "there is no such kernel of this operator")
+                    ]
                 refused = [f"{b}: {why}" for b, why in reasons if why is not None]
                 served = next((b for b, why in reasons if why is None), "nothing")
                 before = [b for b, _ in reasons].index(served) if served != "nothing" else len(reasons)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -36,3 +37,10 @@ def test_a_missing_library_is_said_with_the_way_to_get_it():
 
 def test_a_forced_instruction_set_is_shown():
     assert "portable serves (forced by LLMKERN_ISA)" in status(LLMKERN_ISA="portable")
+
+
+def test_a_forced_backend_is_what_the_table_shows():
+    page = status(LLMKERN_BACKEND="triton")
+    rows = [line.split() for line in page.splitlines() if re.match(r"\w+ +(cpu|cuda) +", line)]
+    assert rows and not {row[3] for row in rows} & {"cpu", "cuda", "reference"}
+    assert "there is no such kernel of this operator" in page
