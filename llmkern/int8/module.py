@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from llmkern.int8 import reference
+from llmkern.int8 import packing, reference
 from llmkern.int8.op import int8_linear
 
 
@@ -37,3 +39,7 @@ class Int8Linear(reference.Int8Linear):
         Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
         """
         return int8_linear(x, self.weight, self.weight_scale, self.bias)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        packing.forget(self.weight)  # torch swaps no tensor that something refers to weakly, if it is told to swap
+        super()._load_from_state_dict(*args)

@@ -10,6 +10,7 @@ Inference", section 2.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -145,12 +146,40 @@ class Int8Linear(nn.Module):
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
         loaded = state_dict.get(f"{prefix}weight")
         if isinstance(loaded, Tensor) and loaded.is_floating_point() and loaded.dim() == 2:
-            values, scale = quantize_weight(loaded)
+            # Assigned, what layers share must be one tensor; copied, it goes into the one that they share already.
+            assigned = metadata.get("assign_to_params_buffers", False)
+            values, scale = (_quantized_once if assigned else quantize_weight)(loaded)
             state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = values, scale
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+
+# By id: a checkpoint's weight that layers took as their own, how it lay in memory, and what they took, for as long as
+# the former lives.
+_taken: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], tuple[Tensor, Tensor]]] = {}
+
+
+def _quantized_once(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """quantize_weight, with one result for a weight that stands in a checkpoint under the names of several layers.
+
+    Each name has a tensor of its own there, of the same memory.
+    """
+    if weight.is_inference() or not weight.data_ptr():  # no version to know it by, or no memory
+        return quantize_weight(weight)
+    layout = _layout(weight)
+    for _, taken, made in _taken.values():
+        if taken == layout:
+            return made
+    key, made = id(weight), quantize_weight(weight)
+    _taken[key] = (weakref.ref(weight, lambda gone: _taken.pop(key, None)), layout, made)
+    return made
+
+
+def _layout(weight: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are one in memory, unchanged since."""
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device, weight.shape, weight.stride()
 
 
 def check_linear(

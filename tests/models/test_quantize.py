@@ -11,6 +11,7 @@ from torch import nn
 
 import llmkern
 from llmkern import Int8Linear, quantize_model, reference
+from llmkern.int8 import reference as int8_reference
 
 
 class Block(nn.Module):
@@ -149,6 +150,48 @@ def test_the_checkpoint_before_loads_after():
     other = quantize_model(Model().eval())
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(IDS), quantize_model(model)(IDS))
+
+
+@pytest.mark.parametrize("function", [quantize_model, reference.quantize_model])
+def test_layers_stay_tied_when_a_checkpoint_is_assigned(function):
+    def tied():
+        model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16), "c": nn.Linear(16, 16)})
+        model["b"].weight = model["a"].weight
+        return model
+
+    model, before = function(tied()), tied()
+    expected = function(copy.deepcopy(before))
+    checkpoint = before.state_dict()
+    model.load_state_dict(checkpoint, assign=True)
+    assert model["a"].weight is model["b"].weight and model["a"].weight_scale is model["b"].weight_scale
+    x = torch.randn(3, 16)
+    assert all(torch.equal(model[name](x), expected[name](x)) for name in "abc")
+    with torch.no_grad():
+        checkpoint["a.weight"].mul_(-1)  # of both; what was quantised before is no longer it
+    model.load_state_dict(checkpoint, assign=True)
+    assert not torch.equal(model["b"](x), expected["b"](x)) and model["a"].weight is model["b"].weight
+    with torch.inference_mode():
+        made_inside = {name: value.clone() for name, value in checkpoint.items()}
+        model.load_state_dict(made_inside, assign=True)
+    del checkpoint, before
+    assert not int8_reference._taken
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_checkpoint_loads_by_swapping(assign):
+    model, other = quantize_model(Model().eval()), Model().eval()
+    model(IDS)  # packs the weights
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        before = other.state_dict()
+        quantize_model(other)
+        for checkpoint in (before, other.state_dict()):
+            model.load_state_dict(checkpoint, assign=assign)
+            assert torch.equal(model(IDS), other(IDS))
+        model.bfloat16()
+        assert model(IDS).dtype == torch.bfloat16
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def test_the_report():
