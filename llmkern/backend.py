@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmkern import extension
+from llmkern.operator import check_types
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 
@@ -156,6 +157,7 @@ class Operator:
 
         recorded: the operator's autograd.Function.apply, which serves the calls that autograd records.
         """
+        check_types(self.name, args)
         return self.short.keep(key, recorded if key[0] else self.plan(*args))
 
     def _choose(self, args: tuple[Any, ...]) -> Backend:

@@ -5,10 +5,14 @@ A message names the argument, what was expected with the names of the dimensions
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+#: What kernels compute; the plain versions take float64 too, which gives the truth that both are compared with.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN_FLOATS = (*FLOATS, torch.float64)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -25,6 +29,27 @@ def positive(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a positive integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value}")
+
+
+def integer(name: str, value: object) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+
+
+def number(name: str, value: object) -> None:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def probability(name: str, value: Any) -> None:
+    number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
 def dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

@@ -17,7 +17,7 @@ from torch._C import _functorch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from llmkern import extension
+from llmkern import check, extension
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
 
@@ -66,6 +66,24 @@ def refuse_forward_ad(name: str, *tensors: Any) -> None:
             raise NotImplementedError(f"llmkern.{name}: forward-mode AD is not supported; use reverse mode (backward)")
 
 
+_signatures: dict[str, list[tuple[str, str]]] = {}
+_KINDS = {"bool": check.flag, "int": check.integer, "float": check.number, "Tensor": check.is_tensor}
+
+
+def check_types(name: str, args: tuple[Any, ...]) -> None:
+    """Raises TypeError for the first argument of an operator that its schema does not take, naming it."""
+    for (argument, kind), value in zip(_signatures[name], args, strict=False):
+        if not (value is None and kind.startswith("Optional")):
+            _KINDS[kind.removeprefix("Optional[").removesuffix("]")](argument, value)
+
+
+def dispatch(name: str, *args: Any) -> Any:
+    """torch.ops.llmkern.<name>(*args), where what it cannot take is named in the words of llmkern.check."""
+    if not is_compiling():
+        check_types(name, args)
+    return getattr(torch.ops.llmkern, name)(*args)
+
+
 def define(
     schema: str,
     run: Callable[..., Any],
@@ -86,6 +104,7 @@ def define(
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
+    _signatures[name] = [(a.name, str(a.type)) for a in torch._C.parse_schema(f"llmkern::{schema}").arguments]
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"llmkern::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.llmkern, name)

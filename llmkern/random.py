@@ -60,15 +60,14 @@ def seed_tensor(name: str, seed: int | Tensor | None) -> Tensor:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
     if isinstance(seed, Tensor):
         return seed
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"{name}: expected an integer of 64 bits, got {seed!r}")
     return torch.tensor(seed, dtype=torch.int64, device="cpu")
 
 
 def check_dropout(name: str, seed: Tensor | None, dropout_p: float) -> None:
     """Raises on what is no probability `dropout_p`, and on a seed, the argument `name`, that is none."""
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+    check.probability("dropout_p", dropout_p)
     if seed is None:
         if dropout_p > 0.0:
             raise ValueError(f"{name}: expected an int64 tensor () with dropout_p = {dropout_p}, got None")

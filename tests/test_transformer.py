@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -71,3 +73,82 @@ def test_bad_input_is_named(module):
         model(torch.randn(9, 3, 31), torch.randn(7, 3, 32))
     with pytest.raises(ValueError, match=r"tgt: expected the batch of src"):
         model(torch.randn(9, 3, 32), torch.randn(7, 2, 32))
+
+
+def t(*shape, dtype=torch.float32, device="cpu"):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+# name: (changed arguments of a Transformer(32, 4, 1) for src (9, 3, 32) and tgt (7, 3, 32), exception, words)
+BAD = {
+    **{
+        f"src_mask {s}": (
+            {"src_mask": t(*s)},
+            ValueError,
+            rf"src_mask: expected .* \(9, 9\) .* \(12, 9, 9\), got shape {re.escape(str(s))}",
+        )
+        for s in ((1, 9), (9, 1), (12, 1, 9), (3, 4, 9, 9), (9, 7))
+    },
+    **{
+        f"src_mask {d}": ({"src_mask": t(9, 9, dtype=d)}, TypeError, "src_mask: expected dtype bool or float32, got")
+        for d in (torch.float64, torch.float16, torch.int64)
+    },
+    "tgt_mask": ({"tgt_mask": t(7, 9)}, ValueError, r"tgt_mask: expected .* \(7, 7\)"),
+    "memory_mask": ({"memory_mask": t(9, 7)}, ValueError, r"memory_mask: expected .* \(7, 9\)"),
+    "a list for a mask": ({"tgt_mask": [1.0]}, TypeError, "tgt_mask: expected a torch.Tensor, got list"),
+    "mask device": ({"tgt_mask": t(7, 7, device="meta")}, ValueError, "tgt_mask: expected the device of src"),
+    **{
+        f"padding {s}": (
+            {"src_key_padding_mask": t(*s, dtype=torch.bool)},
+            ValueError,
+            r"src_key_padding_mask: expected \(batch, keys\) = \(3, 9\)",
+        )
+        for s in ((1, 9), (3, 1), (9,))
+    },
+    "padding dtype": (
+        {"tgt_key_padding_mask": t(3, 7, dtype=torch.int64)},
+        TypeError,
+        "tgt_key_padding_mask: .* bool or float32",
+    ),
+    "memory padding": ({"memory_key_padding_mask": t(3, 7)}, ValueError, r"memory_key_padding_mask: .* \(3, 9\)"),
+    "src dtype": (
+        {"src": t(9, 3, 32, dtype=torch.float64)},
+        TypeError,
+        "src: expected the dtype of the parameters, float32, got float64",
+    ),
+    "tgt dtype": (
+        {"tgt": t(7, 3, 32, dtype=torch.int64)},
+        TypeError,
+        "tgt: expected the dtype of the parameters, float32, got int64",
+    ),
+    "src device": (
+        {"src": t(9, 3, 32, device="meta")},
+        ValueError,
+        "src: expected the device of the parameters, cpu, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("module", [reference.Transformer, llmkern.Transformer])
+@pytest.mark.parametrize(("changed", "error", "words"), BAD.values(), ids=BAD)
+def test_bad_masks_and_sequences_are_named(changed, error, words, module, training):
+    model = module(32, 4, 1).train(training)
+    with torch.no_grad(), pytest.raises(error, match=words):
+        model(**{"src": t(9, 3, 32), "tgt": t(7, 3, 32), **changed})
+
+
+@pytest.mark.parametrize("module", [reference.Transformer, llmkern.Transformer])
+def test_bad_sizes_are_named(module):
+    with pytest.raises(TypeError, match="d_model: expected a positive integer, got '16'"):
+        module("16")
+    with pytest.raises(ValueError, match="num_layers: expected a positive integer, got 0"):
+        module(32, 4, 0)
+
+
+def test_quantised_and_under_autocast(isa):
+    model = llmkern.Transformer(32, 4, 1).eval()
+    src, tgt = torch.randn(9, 3, 32), torch.randn(7, 3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(src.bfloat16(), tgt, src_key_padding_mask=PADDING).shape == tgt.shape
+    assert llmkern.quantize_model(model)(src, tgt, src_key_padding_mask=PADDING).shape == tgt.shape

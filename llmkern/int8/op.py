@@ -10,7 +10,7 @@ from torch import Tensor
 from llmkern.backend import Operator, reference_backend
 from llmkern.int8 import reference
 from llmkern.int8.compiled import CPU_INT8_LINEAR
-from llmkern.operator import call_key, define, is_compiling, short_autograd
+from llmkern.operator import call_key, define, dispatch, is_compiling, short_autograd
 
 
 def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -29,7 +29,7 @@ def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
     if key is not None:
         launch = _SHORT.get(key) or _OPERATOR.short_call(key, _Int8Linear.apply, x, weight, weight_scale, bias)
         return launch(x, weight, weight_scale, bias)
-    return torch.ops.llmkern.int8_linear(x, weight, weight_scale, bias)
+    return dispatch("int8_linear", x, weight, weight_scale, bias)
 
 
 def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:

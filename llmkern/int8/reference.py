@@ -106,6 +106,13 @@ class Int8Linear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            check.integer(name, value)
+            if value < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {value}")
+        if dtype is not None and dtype not in check.FLOATS:
+            expected = " or ".join(map(check.short, check.FLOATS))
+            raise TypeError(f"dtype: expected {expected} or None, got {dtype}")
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
         self._take(linear, *quantize_weight(linear.weight))
@@ -133,7 +140,7 @@ class Int8Linear(nn.Module):
 
         Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
         """
-        check_linear(x, self.weight, self.weight_scale, self.bias, (*check.FLOATS, torch.float64))
+        check_linear(x, self.weight, self.weight_scale, self.bias, check.PLAIN_FLOATS)
         return int8_linear(x, self.weight, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:
@@ -208,6 +215,7 @@ def check_linear(
 def quantize_model(model: nn.Module, bits: int = 8) -> nn.Module:
     """Replaces every nn.Linear by the plain Int8Linear, in place; returns the model (a lone nn.Linear's replacement).
 
-    Raises ValueError for bits other than 8.
+    Raises TypeError for what is no module and for weights that are not float32, bfloat16 or float16; ValueError for
+    bits other than 8 and for weights on the meta device.
     """
     return replace_linears(model, Int8Linear.from_linear, quantize_weight, bits)

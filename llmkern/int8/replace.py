@@ -8,6 +8,9 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from llmkern import check
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,31 @@ def replace_linears(
     weight that several layers share. skip: names to leave, "lm_head" (a whole name or its last parts) or a pattern,
     "layers.0.*".
 
-    Raises TypeError for what is no module, ValueError for bits other than 8 and for a name in skip that fits no layer.
+    Raises TypeError for what is no module, for names that are no strings and for weights that are not float32, bfloat16
+    or float16; ValueError for bits other than 8, for a name in skip that fits no layer, and for weights without values.
+    Nothing is replaced then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if bits != 8:
-        raise ValueError(f"bits: expected 8, got {bits}")
+        raise ValueError(f"bits: expected 8, got {bits!r}")
     if isinstance(skip, str):
         raise TypeError(f'skip: expected a sequence of names, ("{skip}",), got the string {skip!r}')
+    names = list(skip) if isinstance(skip, Iterable) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"skip: expected a sequence of names, got {skip!r}")
     linears = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
-    reasons = _reasons(model, linears, list(skip))
+    reasons = _reasons(model, linears, names)
+    for name, linear in linears:
+        if not reasons[id(linear)]:
+            _check_weight(name, linear.weight)
     quantized: dict[int, tuple[Tensor, Tensor]] = {}
     made: dict[int, nn.Module] = {}
     report = QuantizationReport()
     for name, linear in linears:
+        if is_lazy(linear.weight):  # of a subclass, LazyLinear, whose sizes its first input gives
+            report.layers.append(LayerReport(name, (0, 0), reasons[id(linear)], 0, 0, 0.0))
+            continue
         before = linear.weight.numel() * linear.weight.element_size()
         reason = reasons[id(linear)]
         if reason:
@@ -93,6 +107,15 @@ def replace_linears(
     result = made.get(id(model), model)
     result.quantization_report = report  # type: ignore[assignment]
     return result
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    what = f"model: layer {name!r}: " if name else "model: "
+    if weight.dtype not in check.FLOATS:
+        expected = " or ".join(map(check.short, check.FLOATS))
+        raise TypeError(f"{what}expected a weight of {expected}, got {check.short(weight.dtype)}")
+    if weight.device.type == "meta":
+        raise ValueError(f"{what}expected a weight with values, got one on the device meta; load the model first")
 
 
 def _leave_torchs_fused_layers(model: nn.Module, replaced: set[nn.Module]) -> None:

@@ -22,7 +22,8 @@ def quantize_model(model: nn.Module, bits: int = 8, *, skip: Sequence[str] = ())
     The quantised model is saved by its state_dict (torch.save, or safetensors' save_model) and loaded into a model that
     went through quantize_model; a checkpoint of the model before loads into it as well.
 
-    Raises TypeError for what is no module, ValueError for other bits and for a name in skip that fits no layer.
+    Raises TypeError for what is no module, for names that are no strings and for weights that are not float32, bfloat16
+    or float16; ValueError for other bits, for a name in skip that fits no layer, and for weights on the meta device.
     Source of the scheme: Jacob et al. 2018, section 2 (see llmkern.functional.int8_linear).
     """
     return replace_linears(model, Int8Linear.from_linear, quantize_weight, bits, skip)

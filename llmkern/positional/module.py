@@ -18,8 +18,8 @@ class PositionalEncoding(reference.PositionalEncoding):
     """
 
     def __init__(self, d_model: int, max_len: int = 5000, *, dropout: float = 0.0, scale: float = 1.0) -> None:
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+        check.probability("dropout", dropout)
+        check.number("scale", scale)
         super().__init__(d_model, max_len)
         self.dropout, self.scale = dropout, scale
 
@@ -29,9 +29,16 @@ class PositionalEncoding(reference.PositionalEncoding):
         The dtype is that of a sum with pe in torch: x's own where pe has it too (a model in bfloat16), float32 where
         they differ. Raises TypeError for a wrong dtype, ValueError for a wrong shape.
         """
-        check.dtype("x", x, check.FLOATS)
-        x = x.to(torch.promote_types(x.dtype, self.pe.dtype))
-        return op.sinusoidal_add(x, self.pe.float(), scale=self.scale, dropout_p=self.dropout if self.training else 0.0)
+        check.is_tensor("x", x)
+        pe, dropout_p = self.pe, self.dropout if self.training else 0.0
+        if x.dtype != pe.dtype:
+            check.dtype("x", x, check.FLOATS)
+            x = x.to(torch.promote_types(x.dtype, pe.dtype))
+        try:
+            return op.sinusoidal_add(x, pe.float(), scale=self.scale, dropout_p=dropout_p)
+        except (TypeError, ValueError):
+            self._check_input(x, check.FLOATS)  # the same in this module's words; before, it would cost every call
+            raise
 
 
 class RotaryEmbedding(reference.RotaryEmbedding):
@@ -51,13 +58,5 @@ class RotaryEmbedding(reference.RotaryEmbedding):
 
         Raises TypeError for a wrong dtype, ValueError for a wrong shape or a position outside the tables.
         """
-        check.is_tensor("q", q)
-        cos, sin = self.cos, self.sin
-        if position_ids is not None:
-            position_ids = position_ids + offset
-        elif offset:
-            if offset < 0 or offset + q.size(-2) > self.max_len:
-                expected = f"0 <= offset <= max_len - S = {self.max_len - q.size(-2)}"
-                raise ValueError(f"offset: expected {expected}, got {offset}")
-            cos, sin = cos[offset:], sin[offset:]
+        cos, sin, position_ids = self._tables(q, position_ids, offset)
         return op.rotary(q, k, cos, sin, interleaved=self.interleaved, position_ids=position_ids)

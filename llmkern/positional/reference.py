@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 
 from llmkern import check
 from llmkern.random import LOW, drop_below, philox_words
@@ -79,6 +80,59 @@ def rotary(
     return results[0], results[1]
 
 
+def check_rotary(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
+    floats: tuple[torch.dtype, ...] = check.FLOATS,
+) -> None:  # fmt: skip
+    """Raises on what `rotary` cannot take, from metadata: TypeError for dtypes, ValueError for shapes and devices.
+
+    floats: the dtypes of q and k.
+    """
+    check.dtype("q", q, floats)
+    check.rank("q", q, "(B, H, S, D)")
+    batch, _, length, width = q.shape
+    if k is not None:
+        check.same_dtype("k", k, "q", q)
+        check.same_device("k", k, "q", q)
+        check.rank("k", k, "(B, Hkv, S, D)")
+        check.shape("k", k, "(B, Hkv, S, D)", (batch, k.size(1), length, width))
+    check.dtype("cos", cos, (torch.float32,) if q.dtype == torch.float32 else (torch.float32, q.dtype))
+    check.same_dtype("sin", sin, "cos", cos)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check.same_device(name, table, "q", q)
+        check.rank(name, table, "(length, R/2)")
+    check.shape("sin", sin, "(length, R/2)", tuple(cos.shape))
+    if 2 * cos.size(1) > width:
+        raise ValueError(f"cos: expected (length, R/2) with R <= D = {width} of q, got shape {tuple(cos.shape)}")
+    if position_ids is None:
+        if length > cos.size(0):
+            raise ValueError(
+                f"q: expected (B, H, S, D) with S <= length = {cos.size(0)} of cos, got shape {tuple(q.shape)}"
+            )
+    else:
+        check.dtype("position_ids", position_ids, (torch.int64, torch.int32))
+        check.same_device("position_ids", position_ids, "q", q)
+        if tuple(position_ids.shape) not in ((length,), (batch, length)):
+            raise ValueError(
+                f"position_ids: expected (S,) = {(length,)} or (B, S) = {(batch, length)}, "
+                f"got shape {tuple(position_ids.shape)}"
+            )
+
+
+def check_positions(position_ids: Tensor, cos: Tensor) -> None:
+    """Raises ValueError for a position outside the tables, where its value can be read without waiting for a device."""
+    if position_ids.device.type != "cpu" or type(position_ids) is not Tensor or not position_ids.numel():
+        return
+    if torch.compiler.is_compiling() or _functorch.is_functorch_wrapped_tensor(position_ids):
+        return
+    low, high = (int(x) for x in position_ids.aminmax())
+    if low < 0 or high >= cos.size(0):
+        raise ValueError(
+            f"position_ids: expected values in [0, length) with length = {cos.size(0)} of cos and sin, "
+            f"got {low if low < 0 else high}"
+        )
+
+
 def rotary_table(max_len: int, dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin of position * base^(-2 j / dim), each (max_len, dim/2), float32; angles formed in float64."""
     frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -103,10 +157,19 @@ class PositionalEncoding(nn.Module):
         self.register_buffer("pe", sinusoidal_table(max_len, d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (S, B, d_model), S <= max_len."""
-        if x.size(0) > self.max_len:
-            raise ValueError(f"x: expected (S, B, d_model) with S <= max_len = {self.max_len}, got {tuple(x.shape)}")
+        """x (S, B, d_model), S <= max_len, floating. Returns its shape, in the dtype of the sum.
+
+        Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
+        """
+        self._check_input(x, check.PLAIN_FLOATS)
         return x + self.pe[: x.size(0), :]
+
+    def _check_input(self, x: Tensor, floats: tuple[torch.dtype, ...]) -> None:
+        check.dtype("x", x, floats)
+        if x.dim() != 3 or x.size(0) > self.max_len or x.size(2) != self.d_model:
+            expected = f"(S, B, d_model) with S <= max_len = {self.max_len} and d_model = {self.d_model}"
+            raise ValueError(f"x: expected {expected}, got shape {tuple(x.shape)}")
+        check.same_device("x", x, "pe", self.pe)
 
 
 class RotaryEmbedding(nn.Module):
@@ -121,8 +184,13 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, max_len: int = 5000, base: float = 10000.0, interleaved: bool = False) -> None:
         check.positive("max_len", max_len)
+        check.integer("dim", dim)
         if dim < 2 or dim % 2:
             raise ValueError(f"dim: expected a positive even number, got {dim}")
+        check.number("base", base)
+        if not 0.0 < base < math.inf:
+            raise ValueError(f"base: expected a positive number, got {base}")
+        check.flag("interleaved", interleaved)
         super().__init__()
         self.dim, self.max_len, self.base, self.interleaved = dim, max_len, base, interleaved
         cos, sin = rotary_table(max_len, dim, base)
@@ -132,7 +200,27 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor | None = None, position_ids: Tensor | None = None, *, offset: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """q (B, H, S, D), k (B, Hkv, S, D) or None -> (q, k). position_ids: (S,) or (B, S); offset is added to all."""
-        if position_ids is None:
-            position_ids = torch.arange(q.size(2), device=q.device)
-        return rotary(q, k, self.cos, self.sin, interleaved=self.interleaved, position_ids=position_ids + offset)
+        """q (B, H, S, D), k (B, Hkv, S, D) or None -> (q, k). position_ids: (S,) or (B, S); offset is added to all.
+
+        Raises TypeError for a wrong dtype, ValueError for a wrong shape or a position outside the tables.
+        """
+        cos, sin, position_ids = self._tables(q, position_ids, offset)
+        check_rotary(q, k, cos, sin, position_ids, check.PLAIN_FLOATS)
+        if position_ids is not None:
+            check_positions(position_ids, cos)
+        return rotary(q, k, cos, sin, interleaved=self.interleaved, position_ids=position_ids)
+
+    def _tables(self, q: Tensor, position_ids: Tensor | None, offset: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cos, sin and the positions in them, with the offset in one of the two."""
+        check.is_tensor("q", q)
+        check.rank("q", q, "(B, H, S, D)")
+        check.integer("offset", offset)
+        if position_ids is not None:
+            check.dtype("position_ids", position_ids, (torch.int64, torch.int32))
+            return self.cos, self.sin, position_ids + offset if offset else position_ids
+        if offset == 0:
+            return self.cos, self.sin, None
+        if offset < 0 or offset + q.size(-2) > self.max_len:
+            expected = f"0 <= offset <= max_len - S = {self.max_len - q.size(-2)}"
+            raise ValueError(f"offset: expected {expected}, got {offset}")
+        return self.cos[offset:], self.sin[offset:], None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from llmkern import check
@@ -18,8 +19,7 @@ class Transformer(nn.Module):
 
     def __init__(self, d_model: int = 512, nhead: int = 8, num_layers: int = 6) -> None:
         for name, value in (("d_model", d_model), ("nhead", nhead), ("num_layers", num_layers)):
-            if value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value}")
+            check.positive(name, value)
         if d_model % nhead:
             raise ValueError(f"nhead: expected a divisor of d_model = {d_model}, got {nhead}")
         super().__init__()
@@ -49,15 +49,17 @@ class Transformer(nn.Module):
         src (S, B, d_model), tgt (T, B, d_model), or both without B; masks and flags as torch.nn.Transformer has them: a
         boolean mask is True where attention is forbidden, a floating one is added to the scores.
 
-        Raises TypeError for what is no tensor, ValueError for a wrong rank, width or batch.
+        Raises TypeError for what is no tensor or of another dtype than the parameters, ValueError for a wrong shape or
+        device; masks are bool or of src's dtype.
         """
-        for name, value in (("src", src), ("tgt", tgt)):
-            check.is_tensor(name, value)
-            if value.dim() not in (2, 3) or value.size(-1) != self.d_model:
-                expected = f"(length, batch, d_model) or (length, d_model) with d_model = {self.d_model}"
-                raise ValueError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
-        if src.dim() != tgt.dim() or (src.dim() == 3 and src.size(1) != tgt.size(1)):
-            raise ValueError(f"tgt: expected the batch of src, {tuple(src.shape)}, got shape {tuple(tgt.shape)}")
+        self._check_sequences(src, tgt)
+        lengths = {"src": src.size(0), "tgt": tgt.size(0), "memory": src.size(0)}
+        for name, mask, rows in (("src", src_mask, "src"), ("tgt", tgt_mask, "tgt"), ("memory", memory_mask, "tgt")):
+            self._check_mask(f"{name}_mask", mask, src, (lengths[rows], lengths[name]))
+        for name, mask in (
+            ("src", src_key_padding_mask), ("tgt", tgt_key_padding_mask), ("memory", memory_key_padding_mask),
+        ):  # fmt: skip
+            self._check_padding(f"{name}_key_padding_mask", mask, src, lengths[name])
         memory = self.encoder(
             src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal
         )  # fmt: skip
@@ -72,3 +74,36 @@ class Transformer(nn.Module):
             memory_is_causal=memory_is_causal,
         )
         return output
+
+    def _check_sequences(self, src: Tensor, tgt: Tensor) -> None:
+        weight = self.encoder.layers[0].norm1.weight  # a parameter also where the linear layers are quantised
+        device = weight.device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        for name, value in (("src", src), ("tgt", tgt)):
+            check.is_tensor(name, value)
+            if value.dim() not in (2, 3) or value.size(-1) != self.d_model:
+                expected = f"(length, batch, d_model) or (length, d_model) with d_model = {self.d_model}"
+                raise ValueError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
+            check.same_device(name, value, "the parameters", weight)
+            if not casts:
+                check.same_dtype(name, value, "the parameters", weight)
+        if src.dim() != tgt.dim() or (src.dim() == 3 and src.size(1) != tgt.size(1)):
+            raise ValueError(f"tgt: expected the batch of src, {tuple(src.shape)}, got shape {tuple(tgt.shape)}")
+
+    def _check_mask(self, name: str, mask: Tensor | None, src: Tensor, sizes: tuple[int, int]) -> None:
+        if mask is None:
+            return
+        check.dtype(name, mask, (torch.bool, src.dtype))
+        check.same_device(name, mask, "src", src)
+        heads = (src.size(1) if src.dim() == 3 else 1) * self.nhead
+        if tuple(mask.shape) not in (sizes, (heads, *sizes)):
+            expected = f"(queries, keys) = {sizes} or (batch * nhead, queries, keys) = {(heads, *sizes)}"
+            raise ValueError(f"{name}: expected {expected}, got shape {tuple(mask.shape)}")
+
+    def _check_padding(self, name: str, mask: Tensor | None, src: Tensor, keys: int) -> None:
+        if mask is None:
+            return
+        check.dtype(name, mask, (torch.bool, src.dtype))
+        check.same_device(name, mask, "src", src)
+        dimensions, shape = ("(batch, keys)", (src.size(1), keys)) if src.dim() == 3 else ("(keys,)", (keys,))
+        check.shape(name, mask, dimensions, shape)

@@ -18,7 +18,7 @@ def test_int8_linear(changed, error, words, mode):
     arguments = {"x": t(2, 8), "weight": t(4, 8, dtype=torch.int8), "weight_scale": t(4), **changed}
     if mode == "fake":
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        arguments = {k: v if v is None else fake.from_tensor(v) for k, v in arguments.items()}
+        arguments = {k: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     with pytest.raises(error) as raised:
         int8_linear(**arguments)
     assert all(word in str(raised.value) for word in words), str(raised.value)
@@ -34,6 +34,13 @@ def test_module(room):
     ]:
         with pytest.raises(error, match=message):
             layer(x)
+    for arguments, error, message in [
+        (("a", 4), TypeError, "in_features: expected an integer, got 'a'"),
+        ((4, -1), ValueError, "out_features: expected 0 or more, got -1"),
+        ((4, 4, True, None, torch.float64), TypeError, "dtype: expected float32 .* got torch.float64"),
+    ]:
+        with pytest.raises(error, match=message):
+            room.Int8Linear(*arguments)
 
 
 def test_float64_is_the_plain_versions_alone():

@@ -280,7 +280,32 @@ def test_bad_input_is_named(function):
         function([])
 
 
+@pytest.mark.parametrize("function", [quantize_model, reference.quantize_model])
+def test_weights_that_cannot_be_quantised_are_named_before_any_is(function):
+    for broken, error, words in [
+        (
+            nn.Linear(4, 4).double(),
+            TypeError,
+            "layer '1': expected a weight of float32 or bfloat16 or float16, got float64",
+        ),
+        (
+            nn.Linear(4, 4, device="meta"),
+            ValueError,
+            "layer '1': expected a weight with values, got one on the device meta",
+        ),
+    ]:
+        model = nn.Sequential(nn.Linear(4, 4), broken)
+        with pytest.raises(error, match=words):
+            function(model)
+        assert type(model[0]) is nn.Linear
+    lazy = function(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)))
+    assert type(lazy[1]) is nn.LazyLinear and "a LazyLinear" in str(lazy.quantization_report)
+
+
 def test_bad_names_in_skip():
+    for skip in (None, 3, [1]):
+        with pytest.raises(TypeError, match="skip: expected a sequence of names, got"):
+            quantize_model(Model(), skip=skip)
     with pytest.raises(
         ValueError, match=r"skip: expected names of linear layers .*lm_head.* got 'head', which fits none"
     ):

@@ -10,7 +10,7 @@ import llmkern
 from llmkern import reference
 from llmkern.functional import rotary
 from llmkern.positional.op import sinusoidal_add
-from tests.positional.bad_inputs import ROTARY, SINUSOIDAL, t
+from tests.positional.bad_inputs import CONSTRUCTORS, ENCODING, ROTARY, ROTARY_MODULE, SINUSOIDAL, t
 
 MODES = pytest.mark.parametrize("mode", ["eager", "fake"])
 
@@ -47,18 +47,33 @@ def test_a_position_outside_the_tables(position, inplace, isa):
     assert torch.equal(q, torch.ones(1, 1, 2, 8))
 
 
-@pytest.mark.parametrize("room", [llmkern, reference])
-def test_modules(room):
-    with pytest.raises(ValueError, match="dim: expected a positive even number, got 7"):
-        room.RotaryEmbedding(7)
-    with pytest.raises(ValueError, match="d_model: expected a positive integer, got 0"):
-        room.PositionalEncoding(0)
-    with pytest.raises(TypeError, match=r"max_len: expected a positive integer, got 2\.5"):
-        room.PositionalEncoding(8, 2.5)
-    encoding = room.PositionalEncoding(8, max_len=4)
-    with pytest.raises(ValueError, match=r"x: expected .* max_len = 4"):
-        encoding(t(5, 2, 8))
-    with pytest.raises((ValueError, IndexError)):
-        room.RotaryEmbedding(8, max_len=4)(t(1, 1, 3, 8), offset=2)
+ROOMS = pytest.mark.parametrize("room", [llmkern, reference])
+
+
+@ROOMS
+@pytest.mark.parametrize(("changed", "error", "words"), ROTARY_MODULE.values(), ids=ROTARY_MODULE)
+def test_rotary_embedding(changed, error, words, room):
+    raises(
+        room.RotaryEmbedding(8, max_len=6), {"q": t(2, 4, 5, 8), "k": t(2, 2, 5, 8), **changed}, "eager", error, words
+    )
+
+
+@ROOMS
+@pytest.mark.parametrize(("x", "error", "words"), ENCODING.values(), ids=ENCODING)
+def test_positional_encoding(x, error, words, room):
+    raises(room.PositionalEncoding(8, max_len=4), {"x": x}, "eager", error, words)
+
+
+@ROOMS
+@pytest.mark.parametrize(("name", "arguments", "error", "words"), CONSTRUCTORS)
+def test_constructors(name, arguments, error, words, room):
+    raises(lambda: getattr(room, name)(*arguments), {}, "eager", error, words)
+
+
+@pytest.mark.parametrize("argument", ["dropout", "scale"])
+@pytest.mark.parametrize("value", [None, "a", True])
+def test_what_the_drop_in_takes_besides(argument, value):
+    with pytest.raises(TypeError, match=f"{argument}: expected a number, got {value!r}"):
+        llmkern.PositionalEncoding(8, **{argument: value})
     with pytest.raises(ValueError, match=r"dropout: expected a probability in \[0, 1\], got 2"):
         llmkern.PositionalEncoding(8, dropout=2)

@@ -13,7 +13,9 @@ from llmkern import check
 from llmkern.backend import Operator, reference_backend
 from llmkern.operator import (
     call_key,
+    check_types,
     define,
+    dispatch,
     is_compiling,
     needs_grad,
     short_autograd,
@@ -48,7 +50,8 @@ def rotary(
     the tables; on a GPU the rotated elements of such a row become NaN. Source: Su et al. 2021, "RoFormer", section 3.4.
     """
     args = (q, k, cos, sin, position_ids, interleaved, False)
-    if inplace:
+    if inplace is not False:
+        check.flag("inplace", inplace)
         return _rotary_inplace(*args)
     found = None if is_compiling() else call_key(*args)
     if found is not None and not found[0]:
@@ -57,7 +60,7 @@ def rotary(
     if found is not None:
         q_out, k_out = _Rotary.apply(*args)
     else:
-        q_out, k_out = torch.ops.llmkern.rotary(*args)
+        q_out, k_out = dispatch("rotary", *args)
     return q_out, None if k is None else k_out
 
 
@@ -67,8 +70,13 @@ def _rotary_inplace(
     args = (q, k, cos, sin, position_ids, interleaved, inverse, True)
     found = None if is_compiling() else call_key(*args)
     if found is not None and not found[0]:
-        launch = _ROTARY.short.get(found) or _ROTARY.short.keep(found, _launch_inplace(*args))
+        launch = _ROTARY.short.get(found)
+        if launch is None:
+            check_types("rotary", args)
+            launch = _ROTARY.short.keep(found, _launch_inplace(*args))
         return launch(*args)
+    if not is_compiling():
+        check_types("rotary", args)
     # Torch cannot resolve a negated view for an optional argument, and shows the gradients that are asked for to the
     # innermost transform of torch.func alone; there is neither under compile, which cannot ask.
     direct = is_compiling() or not (_functorch.maybe_current_level() or q.is_neg() or (k is not None and k.is_neg()))
@@ -142,35 +150,7 @@ def _check_rotary(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool,
     inverse: bool, inplace: bool,
 ) -> None:  # fmt: skip
-    check.dtype("q", q, check.FLOATS)
-    check.rank("q", q, "(B, H, S, D)")
-    batch, _, length, width = q.shape
-    if k is not None:
-        check.same_dtype("k", k, "q", q)
-        check.same_device("k", k, "q", q)
-        check.rank("k", k, "(B, Hkv, S, D)")
-        check.shape("k", k, "(B, Hkv, S, D)", (batch, k.size(1), length, width))
-    check.dtype("cos", cos, (torch.float32, q.dtype) if q.dtype != torch.float32 else (torch.float32,))
-    check.same_dtype("sin", sin, "cos", cos)
-    for name, table in (("cos", cos), ("sin", sin)):
-        check.same_device(name, table, "q", q)
-        check.rank(name, table, "(length, R/2)")
-    check.shape("sin", sin, "(length, R/2)", tuple(cos.shape))
-    if 2 * cos.size(1) > width:
-        raise ValueError(f"cos: expected (length, R/2) with R <= D = {width} of q, got shape {tuple(cos.shape)}")
-    if position_ids is None:
-        if length > cos.size(0):
-            raise ValueError(
-                f"q: expected (B, H, S, D) with S <= length = {cos.size(0)} of cos, got shape {tuple(q.shape)}"
-            )
-    else:
-        check.dtype("position_ids", position_ids, (torch.int64, torch.int32))
-        check.same_device("position_ids", position_ids, "q", q)
-        if tuple(position_ids.shape) not in ((length,), (batch, length)):
-            raise ValueError(
-                f"position_ids: expected (S,) = {(length,)} or (B, S) = {(batch, length)}, "
-                f"got shape {tuple(position_ids.shape)}"
-            )
+    reference.check_rotary(q, k, cos, sin, position_ids)
     if inplace:
         _check_inplace("q", q)
         _check_inplace("k", k)
@@ -180,13 +160,8 @@ def _plain_rotary(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool,
     inverse: bool, inplace: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    if position_ids is not None and position_ids.device.type == "cpu" and position_ids.numel():
-        low, high = (int(x) for x in position_ids.aminmax())
-        if low < 0 or high >= cos.size(0):
-            raise ValueError(
-                f"position_ids: expected values in [0, length) with length = {cos.size(0)} of cos and sin, "
-                f"got {low if low < 0 else high}"
-            )
+    if position_ids is not None:
+        reference.check_positions(position_ids, cos)
     sin = -sin if inverse else sin
     q_out, k_out = reference.rotary(q, k, cos, sin, interleaved=interleaved, position_ids=position_ids)
     if not inplace:

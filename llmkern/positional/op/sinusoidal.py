@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmkern import check
 from llmkern.backend import Operator, reference_backend
-from llmkern.operator import call_key, define, is_compiling, short_autograd
+from llmkern.operator import call_key, define, dispatch, is_compiling, short_autograd
 from llmkern.positional import reference
 from llmkern.positional.compiled import CPU_SINUSOIDAL_ADD, CPU_SINUSOIDAL_DROPOUT
 from llmkern.positional.cuda import CUDA_SINUSOIDAL_ADD, CUDA_SINUSOIDAL_DROPOUT
@@ -33,13 +33,17 @@ def sinusoidal_add(
     CPU int64 tensor (); without one it is drawn from torch's CPU generator.
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or probability.
     """
-    key = seed_tensor("seed", seed) if dropout_p > 0.0 else None
+    try:
+        key = seed_tensor("seed", seed) if dropout_p > 0.0 else None
+    except TypeError:
+        check.probability("dropout_p", dropout_p)
+        raise
     args = (x, pe, key, scale, dropout_p)
     found = None if is_compiling() else call_key(*args)
     if found is not None:
         launch = _SINUSOIDAL_ADD.short.get(found) or _SINUSOIDAL_ADD.short_call(found, _SinusoidalAdd.apply, *args)
         return launch(*args)
-    return torch.ops.llmkern.sinusoidal_add(*args)
+    return dispatch("sinusoidal_add", *args)
 
 
 def _check_sinusoidal_add(x: Tensor, pe: Tensor, seed: Tensor | None, scale: float, dropout_p: float) -> None:
