@@ -165,11 +165,14 @@ class Operator:
             every = {b.name: b for listed in self.by_device.values() for b in listed}
             if _forced not in every:
                 raise BackendError(f"{self.name}: there is no {_forced} kernel of this operator")
-            if reason := every[_forced].unsupported(*args):
+            reason = every[_forced].unsupported(*args)
+            if reason is None and all(b.name != _forced for b in self._listed(args[0].device.type)):
+                reason = f"the tensors are on {args[0].device}"  # whose addresses another device's kernel cannot read
+            if reason:
                 raise BackendError(f"{self.name}: the backend {_forced} was asked for by name, but {reason}")
             return every[_forced]
         reasons: list[str] = []
-        for backend in self.by_device.get(args[0].device.type) or self.by_device["other"]:
+        for backend in self._listed(args[0].device.type):
             reason = backend.unsupported(*args)
             if reason is None:
                 self._warn(backend, reasons or [f"there is no kernel for {args[0].device.type} yet"])
@@ -177,13 +180,16 @@ class Operator:
             reasons.append(f"{backend.name}: {reason}")
         raise BackendError(f"{self.name}: no backend can serve this call ({'; '.join(reasons)})")
 
+    def _listed(self, device: str) -> list[Backend]:
+        return self.by_device.get(device) or self.by_device["other"]
+
     def reasons(self, device: str, dtype: torch.dtype) -> list[tuple[str, str | None]]:
         """Each backend for this device with the reason why it cannot serve the typical call, or None where it can."""
         if self.example is None:
             return []
         with FakeTensorMode():  # describes tensors of devices that are not there
             args = self.example(device, dtype)
-            return [(b.name, b.unsupported(*args)) for b in self.by_device.get(device) or self.by_device["other"]]
+            return [(b.name, b.unsupported(*args)) for b in self._listed(device)]
 
     def _warn(self, backend: Backend, reasons: list[str]) -> None:
         message = "; ".join(reasons)

@@ -79,6 +79,14 @@ def test_a_backend_asked_for_by_name_never_falls_back(operator):
     assert operator.run(x)[0] == "cpu"
 
 
+def test_a_backend_asked_for_by_name_serves_its_own_device_alone(operator):
+    with (
+        backend.use("cpu"),
+        pytest.raises(BackendError, match="cpu was asked for by name, but the tensors are on meta"),
+    ):
+        operator.run(torch.ones(2, device="meta"))
+
+
 def test_unknown_backend_names_the_choices():
     message = "backend: expected one of cpu, cuda, triton, reference, got 'gpu'"
     with pytest.raises(ValueError, match=message), backend.use("gpu"):
