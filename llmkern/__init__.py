@@ -5,13 +5,15 @@ The modules here have the constructor, forward and state_dict of their plain ver
 outputs and gradients are as accurate as the plain version's. `python -m llmkern` prints what serves each operator here.
 """
 
-from llmkern import functional, reference
+from llmkern import flops, functional, reference
 from llmkern.attention.module import MultiHeadAttention
 from llmkern.int8.module import Int8Linear
 from llmkern.models.quantize import quantize_model
 from llmkern.positional.module import PositionalEncoding, RotaryEmbedding
 from llmkern.transformer import Transformer
 from llmkern.verify import verify
+
+flops.register()
 
 __version__ = "0.1.0"
 

@@ -277,9 +277,9 @@ LLMKERN_INLINE void pack_row(float* to, const T* from, int64_t n, int64_t units)
   }
 }
 
-// kWidth rows of one vector of units each, of which `rows` are there, the others zero, and `count` units of each.
+// kWidth rows of one vector of units each: `rows` are there, the others zero, and of each row `elements`.
 template <bool kPair, class T>
-LLMKERN_INLINE void load_square(Float* to, const T* from, int64_t step, int rows, int count, int64_t elements) {
+LLMKERN_INLINE void load_square(Float* to, const T* from, int64_t step, int rows, int elements) {
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; i++) {
     if (i >= rows) {
@@ -287,7 +287,7 @@ LLMKERN_INLINE void load_square(Float* to, const T* from, int64_t step, int rows
     } else if constexpr (kPair) {
       const float* p = reinterpret_cast<const float*>(from + i * step);
       __builtin_prefetch(from + (i + 2 * kAhead) * step, 0, 2);
-      if (count == kWidth) {
+      if (elements == 2 * kWidth) {
         to[i] = load(p);
       } else {  // an odd row ends in half a unit
         alignas(64) float units[kWidth] = {};
@@ -295,7 +295,7 @@ LLMKERN_INLINE void load_square(Float* to, const T* from, int64_t step, int rows
         to[i] = load(units);
       }
     } else {
-      to[i] = count == kWidth ? load(from + i * step) : load_first(from + i * step, count);
+      to[i] = elements == kWidth ? load(from + i * step) : load_first(from + i * step, elements);
       __builtin_prefetch(from + (i + 2 * kAhead) * step, 0, 2);
     }
   }
@@ -314,16 +314,16 @@ void pack_panels(float* panels, const T* from, int64_t step, int64_t begin, int6
     for (; (u + kWidth) * kElements <= n; u += kWidth) {
       Float square[kWidth];
       if (rows == kWidth)
-        load_square<kPair>(square, source + u * kElements, step, kWidth, kWidth, 0);
+        load_square<kPair>(square, source + u * kElements, step, kWidth, kWidth * kElements);
       else
-        load_square<kPair>(square, source + u * kElements, step, rows, kWidth, 0);
+        load_square<kPair>(square, source + u * kElements, step, rows, kWidth * kElements);
       transpose(square);
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; i++) store(to + (u + i) * kPanel, square[i]);
     }
     if (u < units) {
       Float square[kWidth];
-      load_square<kPair>(square, source + u * kElements, step, rows, static_cast<int>(units - u), n - u * kElements);
+      load_square<kPair>(square, source + u * kElements, step, rows, static_cast<int>(n - u * kElements));
       transpose(square);
       for (int i = 0; i < units - u; i++) store(to + (u + i) * kPanel, square[i]);
     }

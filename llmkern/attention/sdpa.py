@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern import check
+from llmkern import autocast, check
 from llmkern.attention.arrange import arranged
 from llmkern.attention.mask import Mask, window
 from llmkern.attention.op import attention, short_attention
@@ -84,7 +84,9 @@ def scaled_dot_product_attention(
         launch = _SHORT.get(found)
         if launch is not None:
             return launch(query, key, value, attn_mask, key_lengths, alibi_slopes, learnable_sink, seed)
-    query, key, value = _as_autocast(query, key, value)
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        check.is_tensor(name, t)
+    query, key, value = autocast.cast(query, key, value)
     _check(query, key, value, attn_mask, is_causal, scale, enable_gqa, causal_alignment)
     for name, given in (("alibi_slopes", alibi_slopes), ("learnable_sink", learnable_sink)):
         if given is not None:
@@ -108,18 +110,6 @@ def scaled_dot_product_attention(
     if len(shape) != 4:
         output, logsumexp = output.reshape(*shape[:-1], value.size(3)), logsumexp.reshape(shape[:-1])
     return (output, logsumexp) if return_logsumexp else output
-
-
-def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in autocast's dtype where it is on, as torch's own attention takes them then."""
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        check.is_tensor(name, t)
-    device = query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return query, key, value
-    dtype = torch.get_autocast_dtype(device)
-    cast = [t.to(dtype) if t.dtype in check.FLOATS else t for t in (query, key, value)]
-    return cast[0], cast[1], cast[2]
 
 
 def _check(

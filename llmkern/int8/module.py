@@ -36,6 +36,8 @@ class Int8Linear(reference.Int8Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., out_features) in x's dtype from x (..., in_features), float32, bfloat16 or float16.
 
+        Under autocast in autocast's dtype, as nn.Linear.
+
         Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
         """
         return int8_linear(x, self.weight, self.weight_scale, self.bias)

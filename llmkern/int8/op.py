@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern import autocast, check
 from llmkern.backend import Operator, reference_backend
 from llmkern.int8 import reference
 from llmkern.int8.compiled import CPU_INT8_LINEAR
@@ -17,9 +18,9 @@ def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
     """x @ (weight_scale[:, None] * weight)^T + bias, x quantised to 8 bits for each row on the fly.
 
     x (..., K), float32, bfloat16 or float16. weight (N, K) int8. weight_scale (N,) float32. bias (N,), floating.
-    Returns (..., N) in x's dtype. The integers are exact on every backend: llmkern.int8.reference defines them. A row
-    that holds inf or NaN gives NaN. The gradient of x is that of the dequantised weight (straight through the
-    rounding).
+    Returns (..., N) in x's dtype, under autocast in autocast's. The integers are exact on every backend:
+    llmkern.int8.reference defines them. A row that holds inf or NaN gives NaN. The gradient of x is that of the
+    dequantised weight (straight through the rounding).
 
     Raises TypeError for a wrong dtype, ValueError for a wrong shape or device, or a weight_scale that requires a
     gradient. Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
@@ -29,7 +30,8 @@ def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
     if key is not None:
         launch = _SHORT.get(key) or _OPERATOR.short_call(key, _Int8Linear.apply, x, weight, weight_scale, bias)
         return launch(x, weight, weight_scale, bias)
-    return dispatch("int8_linear", x, weight, weight_scale, bias)
+    check.is_tensor("x", x)
+    return dispatch("int8_linear", *autocast.cast(x), weight, weight_scale, bias)
 
 
 def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern import check
+from llmkern import autocast, check
 from llmkern.int8.replace import replace_linears
 
 #: A scale below the smallest normal number has no float32 inverse.
@@ -136,12 +136,12 @@ class Int8Linear(nn.Module):
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., out_features) in x's dtype from x (..., in_features), floating.
+        """(..., out_features) in x's dtype, under autocast in autocast's, from x (..., in_features), floating.
 
         Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
         """
         check_linear(x, self.weight, self.weight_scale, self.bias, check.PLAIN_FLOATS)
-        return int8_linear(x, self.weight, self.weight_scale, self.bias)
+        return int8_linear(*autocast.cast(x), self.weight, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmkern import check
+from llmkern import autocast, check
 
 
 class Transformer(nn.Module):
@@ -77,15 +77,13 @@ class Transformer(nn.Module):
 
     def _check_sequences(self, src: Tensor, tgt: Tensor) -> None:
         weight = self.encoder.layers[0].norm1.weight  # a parameter also where the linear layers are quantised
-        device = weight.device.type
-        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         for name, value in (("src", src), ("tgt", tgt)):
             check.is_tensor(name, value)
             if value.dim() not in (2, 3) or value.size(-1) != self.d_model:
                 expected = f"(length, batch, d_model) or (length, d_model) with d_model = {self.d_model}"
                 raise ValueError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
             check.same_device(name, value, "the parameters", weight)
-            if not casts:
+            if not autocast.is_on(weight.device):
                 check.same_dtype(name, value, "the parameters", weight)
         if src.dim() != tgt.dim() or (src.dim() == 3 and src.size(1) != tgt.size(1)):
             raise ValueError(f"tgt: expected the batch of src, {tuple(src.shape)}, got shape {tuple(tgt.shape)}")

@@ -39,6 +39,24 @@ def test_strides(layout, dtype, isa):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 7, 8, 15, 16, 17, 31, 33, 63, 95])
+@pytest.mark.parametrize("length", [3, 67])
+def test_what_lies_around_the_rows_is_not_read(length, width, dtype, isa):
+    def between_nan(t):
+        whole = t.new_full((*t.shape[:2], t.shape[2] + 2, t.shape[3] + 2), torch.nan)
+        whole[..., 1:-1, 1:-1] = t
+        return whole[..., 1:-1, 1:-1]
+
+    plain = [t.requires_grad_() for t in tensors((1, 2, 2, length, length, width, width), dtype)]
+    within = [between_nan(t.detach()).requires_grad_() for t in plain]
+    expected, output = (attend()(*t, causal=True) for t in (plain, within))
+    assert torch.equal(output, expected)
+    grad = torch.randn_like(expected)
+    expected, grads = (torch.autograd.grad(o, t, grad) for o, t in ((expected, plain), (output, within)))
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
 def test_broadcast_heads_and_batches(isa):
     q, k, v = tensors((2, 4, 4, 9, 11, 16, 16))
     k, v = k[:1, :1].expand(2, 4, -1, -1), v[:, :1].expand(-1, 4, -1, -1)

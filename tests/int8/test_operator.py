@@ -38,11 +38,19 @@ def test_export():
     assert torch.equal(torch.export.export(module, (x,)).module()(x), module(x))
 
 
-def test_autocast_leaves_the_dtype():
-    module, x = llmkern.Int8Linear(24, 17), torch.randn(5, 24)
+def test_autocast_is_torchs():
+    module, plain, linear = llmkern.Int8Linear(24, 17), llmkern.reference.Int8Linear(24, 17), torch.nn.Linear(24, 17)
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(5, 24, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert module(x).dtype == torch.float32
-        assert module(x.bfloat16()).dtype == torch.bfloat16
+        out = module(x)
+        assert out.dtype == plain(x).dtype == linear(x).dtype == torch.bfloat16
+        assert torch.compile(module, fullgraph=True, backend="aot_eager")(x).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match="^x: expected a"):
+            module([1.0])
+    assert torch.equal(out, module(x.bfloat16()))
+    out.sum().backward()
+    assert x.grad.dtype == torch.float32
 
 
 def test_forward_mode_is_refused():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmkern import check
+from llmkern import autocast, check
 
 
 class MultiHeadAttention(nn.Module):
@@ -63,8 +63,7 @@ def check_inputs(
         if t.size(2) != d_model:
             raise ValueError(f"{name}: expected (B, {length}, d_model) with d_model = {d_model}, got {tuple(t.shape)}")
         check.same_device(name, t, "the parameters", weight)
-        device = weight.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if autocast.is_on(weight.device):
             pass  # it casts what comes
         elif weight.is_floating_point():
             check.same_dtype(name, t, "the parameters", weight)
