@@ -46,7 +46,7 @@ def test_autocast_is_torchs():
         out = module(x)
         assert out.dtype == plain(x).dtype == linear(x).dtype == torch.bfloat16
         assert torch.compile(module, fullgraph=True, backend="aot_eager")(x).dtype == torch.bfloat16
-        with pytest.raises(TypeError, match="^x: expected a"):
+        with pytest.raises(TypeError, match="x: expected"):
             module([1.0])
     assert torch.equal(out, module(x.bfloat16()))
     out.sum().backward()
