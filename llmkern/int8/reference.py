@@ -141,7 +141,8 @@ class Int8Linear(nn.Module):
         Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
         """
         check_linear(x, self.weight, self.weight_scale, self.bias, check.PLAIN_FLOATS)
-        return int8_linear(*autocast.cast(x), self.weight, self.weight_scale, self.bias)
+        (x,) = autocast.cast(x)
+        return int8_linear(x, self.weight, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
