@@ -47,15 +47,15 @@ struct Backward {
   int64_t group() const { return p.heads / p.kv_heads; }
 
   // The weights of a strip in a block, and the gradient of them: the number of keys that the strip sees.
-  int gradient_of_weights(const HeadMask& mask, const Block<T>& block, Work<T>& work, int64_t b, int64_t h, int64_t row,
-                          int count, int64_t begin) const {
+  int gradient_of_weights(const HeadMask& mask, const Block<T>& block, Work<T>& work, const Sequence& s, int64_t h,
+                          int64_t row, int count, int64_t begin) const {
     int keys = static_cast<int>(at_most(kBlockKeys, mask.limit(row + count - 1) - begin));
     if (keys <= 0 || !sees_some(mask, row, count, begin, begin + keys)) return 0;
-    work.query.pack(rows_of<T>(p.query, b, h) + row * p.query.row, p.query.row, count, p.width);
-    probabilities(p, sizes, mask, block, work.query, p.logsumexp + (b * p.heads + h) * p.queries, row, count, begin,
-                  keys, work.weights, work.slopes);
+    work.query.pack(queries_of<T>(p.query, s, h) + row * p.query.row, p.query.row, count, p.width);
+    probabilities(p, sizes, mask, block, work.query, p.logsumexp + s.row(p, h), row, count, begin, keys, work.weights,
+                  work.slopes);
     if (of_weights) {
-      const T* from = rows_of<T>(p.weights, b, h) + row * p.weights.row + begin;
+      const T* from = queries_of<T>(p.weights, s, h) + row * p.weights.row + begin;
       for (int i = 0; i < count; i++, from += p.weights.row) {
         float* to = work.grad_scores + i * kBlockKeys;
         int c = 0;
@@ -63,7 +63,7 @@ struct Backward {
         if (c < keys) store(to + c, load_first(from + c, keys - c));
       }
     } else {
-      work.grad_output.pack(rows_of<T>(p.grad_output, b, h) + row * p.grad_output.row, p.grad_output.row, count,
+      work.grad_output.pack(queries_of<T>(p.grad_output, s, h) + row * p.grad_output.row, p.grad_output.row, count,
                             p.value_width);
       times_panels<kPairs<T>>(count, work.grad_output.along, work.grad_output.step, block.values, sizes.value_depth,
                               keys, work.grad_scores, kBlockKeys, 1);
@@ -100,11 +100,11 @@ struct Backward {
   // Whether delta comes from the output and its gradient, which is quick. From the weights themselves it has the
   // rounding of the gradients that it is subtracted from: so where the gradient of the scores is asked for, and where
   // few queries leave an error nothing to hide in, for little more work.
-  bool delta_from_output() const { return !of_weights && !p.grad_scores && p.queries > kStrip; }
+  bool delta_from_output(const Sequence& s) const { return !of_weights && !p.grad_scores && s.queries > kStrip; }
 
   // Whether delta need not be known beforehand: all that it sums is at hand, and without the rounding of the output.
   bool sees_one_block(const HeadMask& mask, int64_t row) const { return mask.limit(row) <= kBlockKeys; }
-  bool sees_one_block(int64_t b, int64_t h) const { return sees_one_block(HeadMask(p, b, h), p.queries - 1); }
+  bool sees_one_block(const Sequence& s, int64_t h) const { return sees_one_block(HeadMask(p, s, h), s.queries - 1); }
 
   // The sum of weights times gradients over a row; a masked key has no part, whatever its value is.
   static float dot(const float* weights, const float* grads, int keys) {
@@ -117,14 +117,14 @@ struct Backward {
   }
 
   // Adds what a strip and a block give to the sums of the keys and values (null: not wanted) and of the queries.
-  void step(const HeadMask& mask, const Block<T>& block, Work<T>& work, int64_t b, int64_t h, int64_t row,
+  void step(const HeadMask& mask, const Block<T>& block, Work<T>& work, const Sequence& s, int64_t h, int64_t row,
             int64_t begin, float* key_sums, float* value_sums, float* query_sums) const {
-    int count = static_cast<int>(at_most(kStrip, p.queries - row));
-    int keys = gradient_of_weights(mask, block, work, b, h, row, count, begin);
+    int count = static_cast<int>(at_most(kStrip, s.queries - row));
+    int keys = gradient_of_weights(mask, block, work, s, h, row, count, begin);
     if (!keys) return;
     float *weights = work.weights, *grads = work.grad_scores;
     bool whole_rows = sees_one_block(mask, row + count - 1);
-    const float* of_rows = delta + (b * p.heads + h) * p.queries + row;
+    const float* of_rows = delta + s.row(p, h) + row;
     for (int i = 0; i < count; i++) {
       Float d = broadcast(whole_rows ? dot(weights + i * kBlockKeys, grads + i * kBlockKeys, keys) : of_rows[i]);
       Float none = zero();
@@ -137,7 +137,7 @@ struct Backward {
     // The gradients of the scores are written once, on the way to the keys.
     if (p.grad_scores && key_sums)
       for (int i = 0; i < count; i++)
-        std::memcpy(p.grad_scores + ((b * p.heads + h) * p.queries + row + i) * p.keys + begin, grads + i * kBlockKeys,
+        std::memcpy(p.grad_scores + (s.row(p, h) + row + i) * s.keys + begin, grads + i * kBlockKeys,
                     4 * static_cast<size_t>(keys));
     if (mask.caps())
       for (int i = 0; i < count * kBlockKeys; i += kWidth)
@@ -177,46 +177,47 @@ struct Backward {
 
   // The gradients of one block of keys and values; with query_sums, zeroed and (group, Sq, width), those of the
   // queries are added up too.
-  void keys_and_values(const Block<T>& block, Work<T>& work, int64_t b, int64_t kv_head, int64_t index,
+  void keys_and_values(const Block<T>& block, Work<T>& work, const Sequence& s, int64_t kv_head, int64_t index,
                        float* query_sums) const {
-    int64_t begin = index * kBlockKeys, keys = at_most(kBlockKeys, p.keys - begin);
+    int64_t begin = index * kBlockKeys, keys = at_most(kBlockKeys, s.keys - begin);
     std::memset(work.key_sums, 0, static_cast<size_t>(4 * kBlockKeys * sizes.width));
     float* value_sums = of_weights ? nullptr : work.value_sums;
     if (value_sums) std::memset(value_sums, 0, static_cast<size_t>(4 * kBlockKeys * sizes.value_width));
     for (int64_t g = 0; g < group(); g++) {
       int64_t h = kv_head * group() + g;
-      HeadMask mask(p, b, h);
-      int64_t limit = at_most(p.queries, mask.row_limit(begin + keys - 1));
+      HeadMask mask(p, s, h);
+      int64_t limit = at_most(s.queries, mask.row_limit(begin + keys - 1));
       for (int64_t row = mask.first_row(begin) / kStrip * kStrip; row < limit; row += kStrip)
-        step(mask, block, work, b, h, row, begin, work.key_sums, value_sums,
-             query_sums ? query_sums + (g * p.queries + row) * sizes.width : nullptr);
+        step(mask, block, work, s, h, row, begin, work.key_sums, value_sums,
+             query_sums ? query_sums + (g * s.queries + row) * sizes.width : nullptr);
     }
-    write(p.dkey, b, kv_head, begin, keys, work.key_sums, sizes.width, p.width, p.scale, nullptr);
+    write(keys_of<T>(p.dkey, s, kv_head) + begin * p.dkey.row, p.dkey.row, keys, work.key_sums, sizes.width, p.width,
+          p.scale, nullptr);
     if (of_weights) return;
-    bool uniform = p.uniform_empty_rows && !p.sink && empty_rows(b, kv_head, work.average);
-    write(p.dvalue, b, kv_head, begin, keys, value_sums, sizes.value_width, p.value_width, 1,
-          uniform ? work.average : nullptr);
+    bool uniform = p.uniform_empty_rows && !p.sink && empty_rows(s, kv_head, work.average);
+    write(keys_of<T>(p.dvalue, s, kv_head) + begin * p.dvalue.row, p.dvalue.row, keys, value_sums, sizes.value_width,
+          p.value_width, 1, uniform ? work.average : nullptr);
   }
 
   // What each value gets from the rows without any key, which attend to all alike. False: there are none.
-  bool empty_rows(int64_t b, int64_t kv_head, float* to) const {
+  bool empty_rows(const Sequence& s, int64_t kv_head, float* to) const {
     bool found = false;
     std::memset(to, 0, static_cast<size_t>(4 * sizes.value_width));
     for (int64_t h = kv_head * group(); h < (kv_head + 1) * group(); h++)
-      for (int64_t row = 0; row < p.queries; row++) {
-        if (p.logsumexp[(b * p.heads + h) * p.queries + row] != minus_infinity()) continue;
+      for (int64_t row = 0; row < s.queries; row++) {
+        if (p.logsumexp[s.row(p, h) + row] != minus_infinity()) continue;
         found = true;
-        const T* from = rows_of<T>(p.grad_output, b, h) + row * p.grad_output.row;
-        for (int64_t d = 0; d < p.value_width; d++) to[d] += load_one(from + d) / static_cast<float>(p.keys);
+        const T* from = queries_of<T>(p.grad_output, s, h) + row * p.grad_output.row;
+        for (int64_t d = 0; d < p.value_width; d++) to[d] += load_one(from + d) / static_cast<float>(s.keys);
       }
     return found;
   }
 
-  void write(const AttentionTensor& t, int64_t b, int64_t h, int64_t begin, int64_t count, const float* from,
-             int64_t step, int64_t width, float factor, const float* plus) const {
-    T* to = const_cast<T*>(rows_of<T>(t, b, h)) + begin * t.row;
+  void write(const T* rows, int64_t row, int64_t count, const float* from, int64_t step, int64_t width, float factor,
+             const float* plus) const {
+    T* to = const_cast<T*>(rows);
     Float f = broadcast(factor);
-    for (int64_t i = 0; i < count; i++, to += t.row, from += step)
+    for (int64_t i = 0; i < count; i++, to += row, from += step)
       for (int64_t d = 0; d < width; d += kWidth) {
         Float x = mul(load(from + d), f);
         if (plus) x = add(x, load(plus + d));
@@ -227,74 +228,78 @@ struct Backward {
       }
   }
 
-  // delta of the rows [row, row + total) of (b, h): from the output and its gradient. Summed in the order in which
+  // delta of the rows [row, row + total) of (s, h): from the output and its gradient. Summed in the order in which
   // times_panels sums the gradient of a weight, so that the two cancel exactly where a query sees one key alone, and
   // nearly where one key outweighs the others.
-  void delta_of_output(Work<T>& work, int64_t b, int64_t h, int64_t row, int64_t total) const {
+  void delta_of_output(Work<T>& work, const Sequence& s, int64_t h, int64_t row, int64_t total) const {
     Rows<T>&x = work.grad_output, &y = work.output;
     for (int64_t end = row + total; row < end; row += kStrip) {
       int count = static_cast<int>(at_most(kStrip, end - row));
-      x.pack(rows_of<T>(p.grad_output, b, h) + row * p.grad_output.row, p.grad_output.row, count, p.value_width);
-      y.pack(rows_of<T>(p.output, b, h) + row * p.output.row, p.output.row, count, p.value_width);
+      x.pack(queries_of<T>(p.grad_output, s, h) + row * p.grad_output.row, p.grad_output.row, count, p.value_width);
+      y.pack(queries_of<T>(p.output, s, h) + row * p.output.row, p.output.row, count, p.value_width);
       for (int i = 0; i < count; i++)
-        delta[(b * p.heads + h) * p.queries + row + i] =
+        delta[s.row(p, h) + row + i] =
             times_row<kPairs<T>>(x.along + i * x.step, y.along + i * y.step, sizes.value_depth);
     }
   }
 
-  // The same from the weights and their gradient; `blocks` are those of this (b, kv head).
-  void delta_of_weights(const float* blocks, Work<T>& work, int64_t b, int64_t h, int64_t row, int64_t total) const {
-    HeadMask mask(p, b, h);
-    float* sums = delta + (b * p.heads + h) * p.queries;
+  // The same from the weights and their gradient; `blocks` are those of this (s, kv head).
+  void delta_of_weights(const float* blocks, Work<T>& work, const Sequence& s, int64_t h, int64_t row,
+                        int64_t total) const {
+    HeadMask mask(p, s, h);
+    float* sums = delta + s.row(p, h);
     for (int64_t end = row + total; row < end; row += kStrip) {
       int count = static_cast<int>(at_most(kStrip, end - row));
       for (int i = 0; i < count; i++) sums[row + i] = 0;
       for (int64_t index = 0; index < sizes.blocks; index++) {
         Block<T> block(sizes, const_cast<float*>(blocks) + index * sizes.block_units());
-        int keys = gradient_of_weights(mask, block, work, b, h, row, count, index * kBlockKeys);
+        int keys = gradient_of_weights(mask, block, work, s, h, row, count, index * kBlockKeys);
         for (int i = 0; i < count; i++)
           sums[row + i] += dot(work.weights + i * kBlockKeys, work.grad_scores + i * kBlockKeys, keys);
       }
     }
   }
 
-  void queries(const float* blocks, Work<T>& work, int64_t b, int64_t h, int64_t row, int64_t total,
+  void queries(const float* blocks, Work<T>& work, const Sequence& s, int64_t h, int64_t row, int64_t total,
                float* sums) const {
-    HeadMask mask(p, b, h);
+    HeadMask mask(p, s, h);
     std::memset(sums, 0, static_cast<size_t>(4 * total * sizes.width));
-    for (int64_t index = 0; index < sizes.blocks; index++) {
+    for (int64_t index = 0; index * kBlockKeys < s.keys; index++) {
       Block<T> block(sizes, const_cast<float*>(blocks) + index * sizes.block_units());
       for (int64_t i = 0; i < total; i += kStrip)
-        step(mask, block, work, b, h, row + i, index * kBlockKeys, nullptr, nullptr, sums + i * sizes.width);
+        step(mask, block, work, s, h, row + i, index * kBlockKeys, nullptr, nullptr, sums + i * sizes.width);
     }
-    write(p.dquery, b, h, row, total, sums, sizes.width, p.width, p.scale, nullptr);
+    write(queries_of<T>(p.dquery, s, h) + row * p.dquery.row, p.dquery.row, total, sums, sizes.width, p.width, p.scale,
+          nullptr);
   }
 };
 
 constexpr int64_t kRowsOfTask = 16 * kStrip;
 
-// Every (b, kv head) by one thread, its keys packed block by block: each weight is made once.
+// Every (sequence, kv head) by one thread, its keys packed block by block: each weight is made once.
 template <class T>
 void by_head(const Backward<T>& backward, int threads) {
   const AttentionParams& p = backward.p;
   const Sizes<T>& sizes = backward.sizes;
+  int64_t group = backward.group();
   Counter counter;
   auto body = [&](int, int) {
-    int64_t units = backward.group() * p.queries * sizes.width;
+    int64_t units = group * p.queries * sizes.width;
     Work<T> work(sizes, units);
     float* query_sums = work.memory.take(units);
     for (int64_t i = counter.take(); i < p.batch * p.kv_heads; i = counter.take()) {
-      int64_t b = i / p.kv_heads, kv_head = i % p.kv_heads;
+      Sequence s(p, i / p.kv_heads);
+      int64_t kv_head = i % p.kv_heads;
       std::memset(query_sums, 0, static_cast<size_t>(4 * units));
-      for (int64_t h = kv_head * backward.group(); h < (kv_head + 1) * backward.group(); h++)
-        if (!backward.sees_one_block(b, h)) backward.delta_of_output(work, b, h, 0, p.queries);
-      for (int64_t index = 0; index < sizes.blocks; index++) {
-        work.block.pack(p, sizes, b, kv_head, index);
-        backward.keys_and_values(work.block, work, b, kv_head, index, query_sums);
+      for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h++)
+        if (s.queries && !backward.sees_one_block(s, h)) backward.delta_of_output(work, s, h, 0, s.queries);
+      for (int64_t index = 0; index * kBlockKeys < s.keys; index++) {
+        work.block.pack(p, sizes, s, kv_head, index);
+        backward.keys_and_values(work.block, work, s, kv_head, index, query_sums);
       }
-      for (int64_t g = 0; g < backward.group(); g++)
-        backward.write(p.dquery, b, kv_head * backward.group() + g, 0, p.queries,
-                       query_sums + g * p.queries * sizes.width, sizes.width, p.width, p.scale, nullptr);
+      for (int64_t g = 0; g < group; g++)
+        backward.write(queries_of<T>(p.dquery, s, kv_head * group + g), p.dquery.row, s.queries,
+                       query_sums + g * s.queries * sizes.width, sizes.width, p.width, p.scale, nullptr);
     }
   };
   parallel(threads, body);
@@ -303,53 +308,58 @@ void by_head(const Backward<T>& backward, int threads) {
 // Every block of keys, then every chunk of queries, by whichever thread is free: the weights are made twice, but few
 // heads occupy many threads. All sums are formed in the same order as by_head forms them.
 template <class T>
-void by_block(const Backward<T>& backward, float* blocks, int threads) {
+void by_block(const Backward<T>& backward, const Pieces& key_blocks, float* blocks, int threads) {
   const AttentionParams& p = backward.p;
   const Sizes<T>& sizes = backward.sizes;
-  int64_t head_units = sizes.blocks * sizes.block_units(), key_tasks = p.batch * p.kv_heads * sizes.blocks;
-  int64_t chunks = (p.queries + kRowsOfTask - 1) / kRowsOfTask, query_tasks = p.batch * p.heads * chunks;
+  int64_t each = key_blocks.count();
+  Pieces chunks(p.query_bounds, p.batch, p.queries, kRowsOfTask);
   Counter counter;
-  auto pack = [&](int, int) {
-    for (int64_t i = counter.take(); i < key_tasks; i = counter.take()) {
-      int64_t head = i / sizes.blocks;
-      Block<T> block(sizes, blocks + i * sizes.block_units());
-      block.pack(p, sizes, head / p.kv_heads, head % p.kv_heads, i % sizes.blocks);
-    }
+  // function(block, its sequence, kv head, its number in the sequence) for every block of keys.
+  auto for_keys = [&](auto function) {
+    counter.next = 0;
+    auto body = [&](int, int) {
+      Work<T> work(sizes);
+      for (int64_t i = counter.take(); i < p.kv_heads * each; i = counter.take()) {
+        Sequence s(p, key_blocks.sequence(i % each));
+        int64_t index = i % each - key_blocks.first(s.b);
+        Block<T> block(sizes, blocks + i * sizes.block_units());
+        if (index * kBlockKeys < s.keys) function(block, work, s, i / each, index);
+      }
+    };
+    parallel(threads, body);
   };
-  parallel(threads, pack);
   auto for_queries = [&](auto function) {
     counter.next = 0;
     auto body = [&](int, int) {
       Work<T> work(sizes, kRowsOfTask * sizes.width);
       float* sums = work.memory.take(kRowsOfTask * sizes.width);
-      for (int64_t i = counter.take(); i < query_tasks; i = counter.take()) {
-        int64_t b = i / chunks / p.heads, h = i / chunks % p.heads, row = (chunks - 1 - i % chunks) * kRowsOfTask;
-        function(blocks + (b * p.kv_heads + h / backward.group()) * head_units, work, b, h, row,
-                 at_most(kRowsOfTask, p.queries - row), sums);
+      for (int64_t i = counter.take(); i < chunks.count() * p.heads; i = counter.take()) {
+        int64_t chunk = chunks.count() - 1 - i / p.heads, h = i % p.heads;
+        Sequence s(p, chunks.sequence(chunk));
+        int64_t row = (chunk - chunks.first(s.b)) * kRowsOfTask;
+        if (row < s.queries)
+          function(blocks + (h / backward.group() * each + key_blocks.first(s.b)) * sizes.block_units(), work, s, h,
+                   row, at_most(kRowsOfTask, s.queries - row), sums);
       }
     };
     parallel(threads, body);
   };
-  for_queries([&](const float* of_head, Work<T>& work, int64_t b, int64_t h, int64_t row, int64_t count, float*) {
-    if (backward.sees_one_block(b, h)) return;
-    if (!backward.delta_from_output())
-      backward.delta_of_weights(of_head, work, b, h, row, count);
-    else
-      backward.delta_of_output(work, b, h, row, count);
+  for_keys([&](Block<T>& block, Work<T>&, const Sequence& s, int64_t kv_head, int64_t index) {
+    block.pack(p, sizes, s, kv_head, index);
   });
-  counter.next = 0;
-  auto keys = [&](int, int) {
-    Work<T> work(sizes);
-    for (int64_t i = counter.take(); i < key_tasks; i = counter.take()) {
-      int64_t head = i / sizes.blocks;
-      Block<T> block(sizes, blocks + i * sizes.block_units());
-      backward.keys_and_values(block, work, head / p.kv_heads, head % p.kv_heads, i % sizes.blocks, nullptr);
-    }
-  };
-  parallel(threads, keys);
-  for_queries([&](const float* of_head, Work<T>& work, int64_t b, int64_t h, int64_t row, int64_t count, float* sums) {
-    backward.queries(of_head, work, b, h, row, count, sums);
+  for_queries(
+      [&](const float* of_head, Work<T>& work, const Sequence& s, int64_t h, int64_t row, int64_t count, float*) {
+        if (backward.sees_one_block(s, h)) return;
+        if (backward.delta_from_output(s))
+          backward.delta_of_output(work, s, h, row, count);
+        else
+          backward.delta_of_weights(of_head, work, s, h, row, count);
+      });
+  for_keys([&](Block<T>& block, Work<T>& work, const Sequence& s, int64_t kv_head, int64_t index) {
+    backward.keys_and_values(block, work, s, kv_head, index, nullptr);
   });
+  for_queries([&](const float* of_head, Work<T>& work, const Sequence& s, int64_t h, int64_t row, int64_t count,
+                  float* sums) { backward.queries(of_head, work, s, h, row, count, sums); });
 }
 
 template <class T>
@@ -357,18 +367,22 @@ void run(const AttentionParams& p, bool of_weights) {
   if (p.batch * p.kv_heads == 0) return;
   Sizes<T> sizes(p);
   constexpr int64_t kMostSums = int64_t(1) << 24;  // units of memory that a thread keeps for the sums of its queries
-  int64_t heads = p.batch * p.kv_heads, rows = p.batch * p.heads * p.queries;
+  int64_t heads = p.batch * p.kv_heads;
+  int64_t rows = p.heads * (p.query_bounds.data ? p.query_bounds.total : p.batch * p.queries);
   int threads = static_cast<double>(rows) * static_cast<double>(p.keys * p.width) < 32768 ? 1 : p.threads;
-  bool whole_heads = (Backward<T>{p, sizes, of_weights, nullptr}.delta_from_output() || p.keys <= kBlockKeys) &&
-                     (heads % threads == 0 || heads >= 4 * threads) &&
+  bool quick = true;  // delta is from the output, or not needed
+  for (int64_t b = 0; b < (p.query_bounds.data ? p.batch : 1) && p.keys > kBlockKeys; b++)
+    quick = quick && Backward<T>{p, sizes, of_weights, nullptr}.delta_from_output(Sequence(p, b));
+  bool whole_heads = quick && (heads % threads == 0 || heads >= 4 * threads) &&
                      p.heads / p.kv_heads * p.queries * sizes.width <= kMostSums;
-  int64_t packed = whole_heads ? 0 : heads * sizes.blocks * sizes.block_units();
+  Pieces key_blocks(p.key_bounds, p.batch, p.keys, kBlockKeys);
+  int64_t packed = whole_heads ? 0 : p.kv_heads * key_blocks.count() * sizes.block_units();
   Memory memory{static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * (rows + packed + 32))))};
   Backward<T> backward{p, sizes, of_weights, memory.take(rows)};
   if (whole_heads)
     by_head(backward, threads);
   else
-    by_block(backward, memory.take(packed), threads);
+    by_block(backward, key_blocks, memory.take(packed), threads);
 }
 
 void run(const AttentionParams& p, bool of_weights) {

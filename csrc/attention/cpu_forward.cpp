@@ -6,6 +6,7 @@
 // share it, and the splits are merged at the end.
 #include "../common/parallel.h"
 #include "online.h"
+#include "source.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
@@ -18,33 +19,58 @@ struct Forward {
   Sizes<T> sizes;
 
   int64_t group() const { return p.heads / p.kv_heads; }
+  Pieces key_blocks() const { return {p.key_bounds, p.batch, p.keys, kBlockKeys}; }
+  Pieces query_blocks() const { return {p.query_bounds, p.batch, p.queries, kBlockQueries}; }
 
-  void pack_keys(float* keys, int64_t b, int64_t kv_head, int64_t begin, int64_t end) const {
-    pack_panels<kPairs<T>>(keys, rows_of<T>(p.key, b, kv_head) + begin * p.key.row, p.key.row, 0, end - begin, p.width,
-                           sizes.depth);
+  Source<T> keys_of_head(const Sequence& s, int64_t kv_head) const {
+    return {p, p.key, p.key_scales, s, kv_head, p.width};
   }
-  void pack_values(float* values, int64_t b, int64_t kv_head, int64_t begin, int64_t end) const {
-    pack_rows<kPairs<T>>(values, rows_of<T>(p.value, b, kv_head) + begin * p.value.row, p.value.row, 0, end - begin,
-                         p.value_width, sizes.value_width);
+  Source<T> values_of_head(const Sequence& s, int64_t kv_head) const {
+    return {p, p.value, p.value_scales, s, kv_head, p.value_width};
+  }
+  // function(first, past): [begin, end) as a whole, or in pieces that can be gathered.
+  template <class Function>
+  static void pieces(const Source<T>& source, int64_t begin, int64_t end, Function function) {
+    if (!source.scattered()) return function(begin, end);
+    for (int64_t r = begin; r < end; r += Source<T>::kGather) function(r, at_most(r + Source<T>::kGather, end));
+  }
+  // The rows [begin, end); begin is a multiple of kGather or all is one piece.
+  void pack_keys(float* keys, const Source<T>& source, int64_t begin, int64_t end, float* space) const {
+    pieces(source, begin, end, [&](int64_t first, int64_t past) {
+      Slice<T> rows = source.rows(first, past, space);
+      pack_panels<kPairs<T>>(keys + (first - begin) * sizes.depth, rows.data, rows.step, 0, past - first, p.width,
+                             sizes.depth);
+    });
+  }
+  void pack_values(float* values, const Source<T>& source, int64_t begin, int64_t end, float* space) const {
+    pieces(source, begin, end, [&](int64_t first, int64_t past) {
+      Slice<T> rows = source.rows(first, past, space);
+      pack_rows<kPairs<T>>(values + (first - begin) / (kPairs<T> ? 2 : 1) * sizes.value_width, rows.data, rows.step, 0,
+                           past - first, p.value_width, sizes.value_width);
+    });
+  }
+  int64_t gathered_units() const {
+    bool any = p.pages.table || p.key_scales.data;
+    return any ? Source<T>::units(at_least(p.width, p.value_width)) : 0;
   }
   // Queries [begin, begin + count) of the heads [h, h + heads) into rows.
-  void pack_queries(float* to, int64_t b, int64_t h, int64_t heads, int64_t begin, int64_t count) const {
+  void pack_queries(float* to, const Sequence& s, int64_t h, int64_t heads, int64_t begin, int64_t count) const {
     for (int64_t head = h; head < h + heads; head++) {
-      const T* from = rows_of<T>(p.query, b, head) + begin * p.query.row;
+      const T* from = queries_of<T>(p.query, s, head) + begin * p.query.row;
       for (int64_t i = 0; i < count; i++, to += sizes.depth)
         pack_row<kPairs<T>>(to, from + i * p.query.row, p.width, sizes.depth);
     }
   }
   // The average of all values, made when it is asked for first.
-  auto average(float* to, int64_t b, int64_t kv_head) const {
-    return [this, to, b, kv_head, made = false]() mutable -> const float* {
+  auto average(float* to, const Sequence& s, int64_t kv_head) const {
+    return [this, to, &s, kv_head, made = false]() mutable -> const float* {
       if (made) return to;
       made = true;
       std::memset(to, 0, static_cast<size_t>(4 * sizes.value_width));
-      const T* values = rows_of<T>(p.value, b, kv_head);
-      for (int64_t k = 0; k < p.keys; k++)
+      const T* values = keys_of<T>(p.value, s, kv_head);
+      for (int64_t k = 0; k < s.keys; k++)
         for (int64_t d = 0; d < p.value_width; d++) to[d] += load_one(values + k * p.value.row + d);
-      for (int64_t d = 0; d < p.value_width; d++) to[d] /= static_cast<float>(p.keys);
+      for (int64_t d = 0; d < p.value_width; d++) to[d] /= static_cast<float>(s.keys);
       return to;
     };
   }
@@ -52,35 +78,38 @@ struct Forward {
   // --- many queries
   int64_t block_units() const { return round_up(sizes.key_units() + sizes.value_units(), 16); }
 
-  void pack_block(float* to, int64_t b, int64_t kv_head, int64_t block) const {
-    int64_t begin = block * kBlockKeys, end = at_most(begin + kBlockKeys, p.keys);
-    pack_keys(to, b, kv_head, begin, end);
-    pack_values(to + sizes.key_units(), b, kv_head, begin, end);
+  void pack_block(float* to, const Sequence& s, int64_t kv_head, int64_t block, float* space) const {
+    int64_t begin = block * kBlockKeys, end = at_most(begin + kBlockKeys, s.keys);
+    if (begin >= end) return;
+    pack_keys(to, keys_of_head(s, kv_head), begin, end, space);
+    pack_values(to + sizes.key_units(), values_of_head(s, kv_head), begin, end, space);
   }
 
   struct Work {
-    explicit Work(const Sizes<T>& sizes)
+    explicit Work(const Forward& run)
         : memory{static_cast<float*>(scratch(
-              Scratch::work, static_cast<size_t>(4 * (kBlockQueries * sizes.depth + Tile::kUnits + sizes.value_width +
-                                                      64 + 2 * State::units(kBlockQueries, sizes.value_width)))))},
-          queries(memory.take(kBlockQueries * sizes.depth)),
+              Scratch::work, static_cast<size_t>(4 * (kBlockQueries * run.sizes.depth + Tile::kUnits +
+                                                      run.sizes.value_width + run.gathered_units() + 64 +
+                                                      2 * State::units(kBlockQueries, run.sizes.value_width)))))},
+          queries(memory.take(kBlockQueries * run.sizes.depth)),
           tile(memory),
-          state(memory, kBlockQueries, sizes.value_width),
-          total(memory, kBlockQueries, sizes.value_width),
-          average(memory.take(sizes.value_width)) {}
+          state(memory, kBlockQueries, run.sizes.value_width),
+          total(memory, kBlockQueries, run.sizes.value_width),
+          average(memory.take(run.sizes.value_width)),
+          space(memory.take(run.gathered_units())) {}
     Memory memory;
     float* queries;
     Tile tile;
     State state, total;
-    float* average;
+    float *average, *space;
   };
 
-  // A block of queries of (b, h) from `begin` on, with the packed blocks of its keys.
-  void attend(const float* blocks, int64_t b, int64_t h, int64_t begin, const Work& work) const {
-    HeadMask mask(p, b, h);
-    int64_t rows = at_most(kBlockQueries, p.queries - begin), width = sizes.value_width;
+  // A block of queries of (s, h) from `begin` on, with the packed blocks of its keys.
+  void attend(const float* blocks, const Sequence& s, int64_t h, int64_t begin, const Work& work) const {
+    HeadMask mask(p, s, h);
+    int64_t rows = at_most(kBlockQueries, s.queries - begin), width = sizes.value_width;
     Queries queries{work.queries, &mask, begin, rows, rows};
-    pack_queries(work.queries, b, h, 1, begin, rows);
+    pack_queries(work.queries, s, h, 1, begin, rows);
     int64_t first = mask.start(begin), limit = mask.limit(begin + rows - 1);
     auto through_the_keys = [&](bool careful) -> const State& {
       work.state.clear(rows, width);
@@ -91,7 +120,7 @@ struct Forward {
           const float* block = blocks + key / kBlockKeys * block_units();
           auto panel = [&](int64_t c) { return block + c * sizes.depth; };
           for (int64_t row = 0; row < rows; row += kTileRows)
-            meet<T>(p, sizes, queries, Strip(queries, row), row, key, at_most(kBlockKeys, p.keys - key), panel,
+            meet<T>(p, sizes, queries, Strip(queries, row), row, key, at_most(kBlockKeys, s.keys - key), panel,
                     block + sizes.key_units(), width, work.tile, work.state, careful);
         }
         if (sizes.splits == 1) break;
@@ -102,102 +131,114 @@ struct Forward {
     };
     const State* state = &through_the_keys(false);
     if (!finite(*state, rows, width)) state = &through_the_keys(true);
-    auto of_values = average(work.average, b, h / group());
-    for (int64_t i = 0; i < rows; i++) finish(p, sizes, *state, i, b, h, begin + i, of_values);
+    auto of_values = average(work.average, s, h / group());
+    for (int64_t i = 0; i < rows; i++) finish(p, sizes, *state, i, s, h, begin + i, of_values);
   }
 
   void many_queries(int threads) const {
-    int64_t kv_total = p.batch * p.kv_heads, query_blocks = (p.queries + kBlockQueries - 1) / kBlockQueries;
-    int64_t head_units = sizes.blocks * block_units();
+    int64_t kv_total = p.batch * p.kv_heads, head_units = sizes.blocks * block_units();
+    Pieces keys = key_blocks(), queries = query_blocks();
     Counter counter;
     if (kv_total % threads == 0 || kv_total >= 8 * threads) {
       // Enough heads for all threads: each packs a head when it comes to it, while it is warm in its cache.
       auto body = [&](int, int) {
         auto* blocks = static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * head_units)));
-        Work work(sizes);
+        Work work(*this);
         for (int64_t i = counter.take(); i < kv_total; i = counter.take()) {
-          int64_t b = i / p.kv_heads, kv_head = i % p.kv_heads;
-          for (int64_t block = 0; block < sizes.blocks; block++)
-            pack_block(blocks + block * block_units(), b, kv_head, block);
+          Sequence s(p, i / p.kv_heads);
+          int64_t kv_head = i % p.kv_heads;
+          for (int64_t block = 0; block * kBlockKeys < s.keys; block++)
+            pack_block(blocks + block * block_units(), s, kv_head, block, work.space);
           for (int64_t h = kv_head * group(); h < (kv_head + 1) * group(); h++)
-            for (int64_t q = 0; q < query_blocks; q++) attend(blocks, b, h, q * kBlockQueries, work);
+            for (int64_t q = 0; q < s.queries; q += kBlockQueries) attend(blocks, s, h, q, work);
         }
       };
       return parallel(threads, body);
     }
-    auto* packed = static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * kv_total * head_units)));
+    int64_t each = keys.count();
+    auto* packed =
+        static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * p.kv_heads * each * block_units())));
     auto pack = [&](int, int) {
-      for (int64_t i = counter.take(); i < kv_total * sizes.blocks; i = counter.take()) {
-        int64_t head = i / sizes.blocks;
-        pack_block(packed + i * block_units(), head / p.kv_heads, head % p.kv_heads, i % sizes.blocks);
+      Work work(*this);
+      for (int64_t i = counter.take(); i < p.kv_heads * each; i = counter.take()) {
+        Sequence s(p, keys.sequence(i % each));
+        pack_block(packed + i * block_units(), s, i / each, i % each - keys.first(s.b), work.space);
       }
     };
     parallel(threads, pack);
     counter.next = 0;
     auto body = [&](int, int) {
-      Work work(sizes);
-      for (int64_t i = counter.take(); i < p.batch * p.heads * query_blocks; i = counter.take()) {
+      Work work(*this);
+      int64_t all = queries.count() * p.heads;
+      for (int64_t i = counter.take(); i < all; i = counter.take()) {
         // The last blocks first: with a causal mask they are the longest.
-        int64_t q = query_blocks - 1 - i / (p.batch * p.heads), head = i % (p.batch * p.heads);
-        int64_t b = head / p.heads, h = head % p.heads;
-        attend(packed + (b * p.kv_heads + h / group()) * head_units, b, h, q * kBlockQueries, work);
+        int64_t piece = queries.count() - 1 - i / p.heads, h = i % p.heads;
+        Sequence s(p, queries.sequence(piece));
+        int64_t q = (piece - queries.first(s.b)) * kBlockQueries;
+        if (q < s.queries) attend(packed + (h / group() * each + keys.first(s.b)) * block_units(), s, h, q, work);
       }
     };
     parallel(threads, body);
   }
 
   // --- few queries
-  // Whether values need no packing: whole vectors of floats as they lie.
-  bool plain_values() const { return std::is_same<T, float>::value && p.value_width % kWidth == 0; }
-
   struct Split {
-    Split(const Sizes<T>& sizes, int64_t rows)
+    Split(const Forward& run, int64_t rows)
         : memory{static_cast<float*>(scratch(
-              Scratch::work, static_cast<size_t>(4 * (rows * sizes.depth + sizes.key_units() + sizes.value_units() +
-                                                      Tile::kUnits + sizes.value_width + 96))))},
-          queries(memory.take(rows * sizes.depth)),
-          keys(memory.take(sizes.key_units())),
-          values(memory.take(sizes.value_units())),
+              Scratch::work,
+              static_cast<size_t>(4 * (rows * run.sizes.depth + run.sizes.key_units() + run.sizes.value_units() +
+                                       Tile::kUnits + run.sizes.value_width + run.gathered_units() + 128))))},
+          queries(memory.take(rows * run.sizes.depth)),
+          keys(memory.take(run.sizes.key_units())),
+          values(memory.take(run.sizes.value_units())),
           tile(memory),
-          average(memory.take(sizes.value_width)) {}
+          average(memory.take(run.sizes.value_width)),
+          space(memory.take(run.gathered_units())) {}
     Memory memory;
     float *queries, *keys, *values;
     Tile tile;
-    float* average;
+    float *average, *space;
   };
 
+  // Whether values need no packing: whole vectors of floats as they lie.
+  bool plain_values(const Source<T>& values) const {
+    return std::is_same<T, float>::value && p.value_width % kWidth == 0 && !values.scattered();
+  }
+
   // All queries of the heads that share kv_head meet the keys of one split.
-  void attend_split(int64_t b, int64_t kv_head, int64_t split, const Split& work, const State& state) const {
-    int64_t rows = group() * p.queries, width = sizes.value_width;
+  void attend_split(const Sequence& s, int64_t kv_head, int64_t split, const Split& work, const State& state) const {
+    int64_t rows = group() * s.queries, width = sizes.value_width;
     HeadMask masks[kFewRows];
     int64_t first = INT64_MAX, limit = 0;
     for (int64_t g = 0; g < group(); g++) {
-      masks[g] = HeadMask(p, b, kv_head * group() + g);
-      first = at_most(first, masks[g].start(0)), limit = at_least(limit, masks[g].limit(p.queries - 1));
+      masks[g] = HeadMask(p, s, kv_head * group() + g);
+      first = at_most(first, masks[g].start(0)), limit = at_least(limit, masks[g].limit(s.queries - 1));
     }
-    Queries queries{work.queries, masks, 0, p.queries, rows};
-    pack_queries(work.queries, b, kv_head * group(), group(), 0, p.queries);
+    Queries queries{work.queries, masks, 0, s.queries, rows};
+    pack_queries(work.queries, s, kv_head * group(), group(), 0, s.queries);
+    Source<T> keys = keys_of_head(s, kv_head), all_values = values_of_head(s, kv_head);
     int64_t end = at_most((split + 1) * kSplitKeys, limit);
     auto through_the_keys = [&](bool careful) {
       state.clear(rows, width);
       for (int64_t key = at_least(split * kSplitKeys, first / kBlockKeys * kBlockKeys); key < end; key += kBlockKeys) {
         int64_t last = at_most(key + kBlockKeys, end), ldv = width;
         const float* values = work.values;
-        if (plain_values())
-          values = reinterpret_cast<const float*>(rows_of<T>(p.value, b, kv_head) + key * p.value.row),
-          ldv = p.value.row;
-        else
-          pack_values(work.values, b, kv_head, key, last);
+        if (plain_values(all_values)) {
+          Slice<T> rows_of_values = all_values.rows(key, last, nullptr);
+          values = reinterpret_cast<const float*>(rows_of_values.data), ldv = rows_of_values.step;
+        } else {
+          pack_values(work.values, all_values, key, last, work.space);
+        }
         if (rows <= kTileRows) {  // each panel is used once: it need not outlive that, and unseen ones are not read
           auto panel = [&](int64_t c) -> const float* {
-            pack_keys(work.keys, b, kv_head, key + c, at_most(key + c + kPanel, last));
+            pack_keys(work.keys, keys, key + c, at_most(key + c + kPanel, last), work.space);
             return work.keys;
           };
           meet<T>(p, sizes, queries, Strip(queries, 0), 0, key, last - key, panel, values, ldv, work.tile, state,
                   careful);
           continue;
         }
-        pack_keys(work.keys, b, kv_head, key, last);
+        pack_keys(work.keys, keys, key, last, work.space);
         auto panel = [&](int64_t c) { return work.keys + c * sizes.depth; };
         for (int64_t row = 0; row < rows; row += kTileRows)
           meet<T>(p, sizes, queries, Strip(queries, row), row, key, last - key, panel, values, ldv, work.tile, state,
@@ -209,41 +250,44 @@ struct Forward {
   }
 
   void few_queries(int threads) const {
-    int64_t rows = group() * p.queries, width = sizes.value_width, kv_total = p.batch * p.kv_heads;
-    int64_t state_units = round_up(State::units(rows, width), 16);
+    int64_t most = group() * p.queries, width = sizes.value_width, kv_total = p.batch * p.kv_heads;
+    int64_t state_units = round_up(State::units(most, width), 16);
     auto* memory =
         static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * kv_total * sizes.splits * state_units)));
     auto state_of = [&](int64_t task) {
       Memory m{memory + task * state_units};
-      return State(m, rows, width);
+      return State(m, most, width);
     };
     auto finish_head = [&](int64_t head, float* of_average) {
-      int64_t b = head / p.kv_heads, kv_head = head % p.kv_heads;
+      Sequence s(p, head / p.kv_heads);
+      int64_t kv_head = head % p.kv_heads;
       State total = state_of(head * sizes.splits);
-      auto of_values = average(of_average, b, kv_head);
-      for (int64_t i = 0; i < rows; i++) {
+      auto of_values = average(of_average, s, kv_head);
+      for (int64_t i = 0; i < group() * s.queries; i++) {
         for (int64_t split = 1; split < sizes.splits; split++)
           total.merge(i, state_of(head * sizes.splits + split), i, width);
-        finish(p, sizes, total, i, b, kv_head * group() + i / p.queries, i % p.queries, of_values);
+        finish(p, sizes, total, i, s, kv_head * group() + i / s.queries, i % s.queries, of_values);
       }
     };
     Counter counter;
     auto body = [&](int, int) {
-      Split work(sizes, rows);
+      Split work(*this, most);
       for (int64_t i = counter.take(); i < kv_total * sizes.splits; i = counter.take()) {
         int64_t head = i / sizes.splits;
-        attend_split(head / p.kv_heads, head % p.kv_heads, i % sizes.splits, work, state_of(i));
+        Sequence s(p, head / p.kv_heads);
+        if (!s.queries) continue;
+        attend_split(s, head % p.kv_heads, i % sizes.splits, work, state_of(i));
         if (sizes.splits == 1) finish_head(head, work.average);
       }
     };
     parallel(threads, body);
     if (sizes.splits == 1) return;
     auto merge = [&](int thread, int count) {
-      Split work(sizes, rows);
+      Split work(*this, most);
       Range heads = share(kv_total, 1, thread, count);
       for (int64_t head = heads.begin; head < heads.end; head++) finish_head(head, work.average);
     };
-    parallel(kv_total * sizes.splits * rows * width < 65536 ? 1 : threads, merge);
+    parallel(kv_total * sizes.splits * most * width < 65536 ? 1 : threads, merge);
   }
 };
 

@@ -6,7 +6,7 @@
 #include "../common/exp.h"
 #include "../common/philox.h"
 #include "../common/simd.h"
-#include "params.h"
+#include "sequence.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
@@ -35,15 +35,12 @@ enum class Seen { none, some, all };
 class HeadMask {
  public:
   HeadMask() = default;
-  HeadMask(const AttentionParams& p, int64_t b, int64_t h) : mask_(p.mask), keys_(p.keys) {
+  HeadMask(const AttentionParams& p, const Sequence& s, int64_t h) : mask_(p.mask), keys_(s.keys) {
     const AttentionMask& m = mask_;
-    if (m.lengths) {
-      int64_t at = b * m.lengths_step;
-      int64_t length = m.lengths_64 ? reinterpret_cast<const int64_t*>(m.lengths)[at]
-                                    : reinterpret_cast<const int32_t*>(m.lengths)[at];
-      keys_ = at_least(0, at_most(length, keys_));
-    }
-    diagonal_ = m.bottom_right ? keys_ - p.queries : 0;
+    int64_t b = s.b;
+    if (m.lengths)
+      keys_ = at_least(0, at_most(integer(m.lengths, m.lengths_64, b * m.lengths_step) + m.lengths_more, keys_));
+    diagonal_ = m.bottom_right ? keys_ - s.queries : 0;
     softcap_ = p.softcap;
     slope_ = p.alibi ? p.alibi[b * p.alibi_b + h * p.alibi_h] : 0;
     has_alibi_ = p.alibi != nullptr;

@@ -263,11 +263,11 @@ inline bool finite(const State& state, int64_t rows, int64_t value_width) {
   return sum(broken) == 0;
 }
 
-// The result of row i of the state, query `row` of (b, h), and its log-sum-exp. `average` gives the average of the
+// The result of row i of the state, query `row` of (s, h), and its log-sum-exp. `average` gives the average of the
 // values.
 template <class T, class Average>
-void finish(const AttentionParams& p, const Sizes<T>& sizes, const State& state, int64_t i, int64_t b, int64_t h,
-            int64_t row, Average average) {
+void finish(const AttentionParams& p, const Sizes<T>& sizes, const State& state, int64_t i, const Sequence& s,
+            int64_t h, int64_t row, Average average) {
   const float* from = state.output + i * sizes.value_width;
   double largest = state.largest[i], total = static_cast<double>(sum(load(state.sums + i * kWidth)));
   double logsumexp = total == 0 ? -__builtin_inf() : largest + __builtin_log(total);
@@ -277,12 +277,12 @@ void finish(const AttentionParams& p, const Sizes<T>& sizes, const State& state,
     // So much above the scores that nothing is left of them: it is the sum.
     logsumexp = empty || with_sink == __builtin_inf() ? sink : largest + __builtin_log(with_sink);
     total = with_sink;
-  } else if (empty && p.uniform_empty_rows && p.keys) {
+  } else if (empty && p.uniform_empty_rows && s.keys) {
     from = average();
   }
   if (empty) total = 1;
-  p.logsumexp[(b * p.heads + h) * p.queries + row] = logsumexp;
-  T* to = const_cast<T*>(rows_of<T>(p.output, b, h)) + row * p.output.row;
+  p.logsumexp[s.row(p, h) + row] = logsumexp;
+  T* to = const_cast<T*>(queries_of<T>(p.output, s, h)) + row * p.output.row;
   Float by = broadcast(static_cast<float>(total)), kept = broadcast(p.keep_scale);
   auto result = [&](int64_t d) {
     Float x = div(load(from + d), by);

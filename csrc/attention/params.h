@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../common/rotation.h"
 #include "../common/types.h"
 
 namespace llmkern {
@@ -20,7 +21,7 @@ struct AttentionMask {
   int64_t b, h, row, key;
   const char* lengths;  // null: none
   bool lengths_64;
-  int64_t lengths_step;
+  int64_t lengths_step, lengths_more;  // more: what is added to each length
   // Key j is seen by query i from i + diagonal - left to i + diagonal + right, where the diagonal is 0 or, with
   // bottom_right, the number of keys less that of queries. Causal is right = 0.
   int64_t left, right;
@@ -29,11 +30,29 @@ struct AttentionMask {
 // What left and right are where that side is open.
 constexpr int64_t kUnbounded = int64_t{1} << 48;
 
+// Sequences that lie end to end: sequence b has the rows from bounds[b] to bounds[b + 1], which rise from 0 to `total`.
+struct AttentionBounds {
+  const char* data;  // null: none
+  bool is_64;
+  int64_t total;
+};
+// Row r of sequence b lies in row r % size of page table[b * step + r / size].
+struct AttentionPages {
+  const char* table;  // null: none
+  bool is_64;
+  int64_t step, size, count;
+};
+// What int8 elements of (b, h, row) are multiplied by.
+struct AttentionScales {
+  const float* data;  // null: the elements are not int8
+  int64_t b, h, row;
+};
+
 struct AttentionParams {
   AttentionTensor query, key, value, output;  // (B, H, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv), (B, H, Sq, Dv)
   AttentionTensor grad_output, dquery, dkey, dvalue;
   AttentionTensor weights;  // (B, H, Sq, Sk): of the weights kernels, what they write; backward, the gradient
-  double* logsumexp;        // (B, H, Sq) contiguous
+  double* logsumexp;        // (B, H, Sq) contiguous, with query_bounds (H, total)
   float* grad_scores;       // (B, H, Sq, Sk) contiguous, zeroed; null: not asked for
   AttentionMask mask;
   int64_t batch, heads, kv_heads, queries, keys, width, value_width;
@@ -49,6 +68,36 @@ struct AttentionParams {
   const int64_t* seed;
   bool uniform_empty_rows;  // without a sink: a row with every key masked attends to all alike; else it is zeros
   DType dtype;
+  int threads;
+  // With bounds, queries and keys are those of the longest sequence, and the tensors' steps of b are 0. With pages, b
+  // is the page of keys and values.
+  AttentionBounds query_bounds, key_bounds;
+  AttentionPages pages;
+  AttentionScales key_scales, value_scales;
+};
+
+// How many tokens a cache holds of each sequence.
+struct CacheLengths {
+  const char* data;  // null: all that it has room for
+  bool is_64;
+  int64_t step;
+};
+
+// New keys and values go behind those that the cache holds, which `lengths` counts; with angles, the keys are rotated
+// to the positions where they come to stand and the queries into `rotated`: where `ordered`, query i to the place of
+// new key i, else all to that of the first.
+struct CacheParams {
+  AttentionTensor query, rotated;          // (B, H, Sq, D)
+  AttentionTensor key, value;              // (B, Hkv, added, D), (B, Hkv, added, Dv)
+  AttentionTensor key_cache, value_cache;  // (B or pages, Hkv, room, D), (.., Dv); int8 with scales, else of `dtype`
+  float *key_scales, *value_scales;        // of (B or pages, Hkv, room); null: none
+  int64_t key_scale_steps[3], value_scale_steps[3];
+  AttentionPages pages;
+  CacheLengths lengths;
+  RotationTables rotation;  // without cos: none
+  int64_t batch, heads, kv_heads, queries, added, capacity, width, value_width;
+  DType dtype;
+  bool ordered;
   int threads;
 };
 

@@ -39,7 +39,7 @@ struct Memory {
   }
 };
 
-// One block of the keys and values of a (b, kv head).
+// One block of the keys and values of a (sequence, kv head).
 template <class T>
 struct Block {
   Block(const Sizes<T>& sizes, float* memory) {
@@ -53,13 +53,13 @@ struct Block {
   float* key_rows;
   float* special;  // not 0: the keys are not all finite
 
-  void pack(const AttentionParams& p, const Sizes<T>& sizes, int64_t b, int64_t h, int64_t block) {
-    int64_t begin = block * kBlockKeys, count = at_most(kBlockKeys, p.keys - begin);
-    const T* from = rows_of<T>(p.key, b, h) + begin * p.key.row;
+  void pack(const AttentionParams& p, const Sizes<T>& sizes, const Sequence& s, int64_t h, int64_t block) {
+    int64_t begin = block * kBlockKeys, count = at_most(kBlockKeys, s.keys - begin);
+    const T* from = keys_of<T>(p.key, s, h) + begin * p.key.row;
     pack_panels<kPairs<T>>(keys, from, p.key.row, 0, count, p.width, sizes.depth);
     *special = pack_rows<kPairs<T>>(key_rows, from, p.key.row, 0, count, p.width, sizes.width);
     if (p.value.data)
-      pack_panels<kPairs<T>>(values, rows_of<T>(p.value, b, h) + begin * p.value.row, p.value.row, 0, count,
+      pack_panels<kPairs<T>>(values, keys_of<T>(p.value, s, h) + begin * p.value.row, p.value.row, 0, count,
                              p.value_width, sizes.value_depth);
   }
 };

@@ -19,11 +19,6 @@ constexpr int kPanel = kVectors * kWidth;
 template <class T>
 constexpr bool kPairs = kBf16Dot && std::is_same<T, Bf16>::value;
 
-template <class T>
-const T* rows_of(const AttentionTensor& t, int64_t b, int64_t h) {
-  return reinterpret_cast<const T*>(t.data) + b * t.b + h * t.h;
-}
-
 LLMKERN_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // The 32 bits of a unit.

@@ -43,6 +43,7 @@ def attend(
     if rotary_cos is not None and rotary_sin is not None and key is not None:
         # Without an order among the queries, all of them stand where the cache ended.
         ordered = window_left >= 0 or window_right >= 0
+        _check_positions(before, max(key.size(1), queries if ordered else 1), rotary_cos)
         steps = torch.arange(queries, device=query.device) * int(ordered)
         query = _rotated(query, before, steps, rotary_cos, rotary_sin, rotary_interleaved)
         steps = torch.arange(key.size(1), device=key.device)
@@ -79,12 +80,15 @@ def _check_lengths(k_cache: Tensor, block_table: Tensor | None, before: Tensor, 
             raise ValueError(f"block_table: expected {expected}, got {wrong}")
 
 
+def _check_positions(before: Tensor, steps: int, cos: Tensor) -> None:
+    if before.device.type == "cpu" and before.numel() and int(before.max()) + steps > cos.size(0):
+        expected = f"(length, R/2) with a row for position {int(before.max()) + steps - 1}"
+        raise ValueError(f"rotary_cos: expected {expected}, got shape {tuple(cos.shape)}")
+
+
 def _rotated(x: Tensor, before: Tensor, steps: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (B, S, H, D) turned by the angles of the positions before + steps."""
     position = before.unsqueeze(1) + steps
-    if position.device.type == "cpu" and position.numel() and int(position.max()) >= cos.size(0):
-        expected = f"(length, R/2) with a row for position {int(position.max())}"
-        raise ValueError(f"rotary_cos: expected {expected}, got shape {tuple(cos.shape)}")
     return rotate(x, cos[position].unsqueeze(2), sin[position].unsqueeze(2), interleaved)
 
 

@@ -78,6 +78,40 @@ def test_static_and_paged(name, dtype, isa):
     assert torch.equal(pools[0][table].flatten(1, 2), keys) and torch.equal(pools[1][table].flatten(1, 2), values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "page"), [(1, 16), (3, 256), (16, 24), (90, 16), (90, 100)])
+@pytest.mark.parametrize("int8", [False, True])
+def test_long_caches(queries, page, int8, dtype, isa):
+    """Static and paged bit for bit; also as the dense operator has it, of which int8 is read into its dtype."""
+    size, lengths = 1800, torch.tensor([1290, 37, 700])
+    q, k, v = (torch.randn(B, queries, h, d).to(dtype) for h, d in ((H, 24), (HKV, 24), (HKV, 20)))
+    caches = [torch.randn(B, size, HKV, d).to(dtype) for d in (24, 20)]
+    scales = {}
+    if int8:
+        caches = [(c.float() * 40).clamp(-127, 127).to(torch.int8) for c in caches]
+        scales = {name: torch.rand(B, size, HKV) / 40 for name in ("k_scale", "v_scale")}
+    paged_size = -(-size // page) * page
+    table = torch.randperm(B * paged_size // page).view(B, -1).int()
+
+    def in_pages(t):
+        t = torch.cat([t, t.new_full((B, paged_size - size, *t.shape[2:]), 55)], 1)
+        pool = torch.empty(B * paged_size // page, page, *t.shape[2:], dtype=t.dtype)
+        pool[table.long()] = t.view(B, -1, page, *t.shape[2:])
+        return pool
+
+    pools, pool_scales = [in_pages(c) for c in caches], {n: in_pages(s) for n, s in scales.items()}
+    options = {"cache_seqlens": lengths, "causal": True}
+    found = attention_with_kvcache(q, *caches, k, v, **options, **scales)
+    again = attention_with_kvcache(q, *pools, k, v, block_table=table, **options, **pool_scales)
+    assert torch.equal(found, again)
+    dense = [c.float() * scales[n][..., None] for c, n in zip(caches, scales, strict=True)] if int8 else caches
+    plain = scaled_dot_product_attention(
+        q.transpose(1, 2), *(c.to(dtype).transpose(1, 2) for c in dense), enable_gqa=True, is_causal=True,
+        key_lengths=lengths + queries, causal_alignment="bottom_right",
+    )  # fmt: skip
+    assert torch.equal(found, plain.transpose(1, 2))
+
+
 def test_contract_against_float64(isa):
     q, _, _, k_cache, v_cache = inputs(queries=1)
 
@@ -228,7 +262,7 @@ BAD = {
     "one table": ({"rotary_cos": t(24, 4)}, ValueError, ["rotary_sin", "since rotary_cos is given"]),
     "tables without k": ({"k": None, "v": None, **TABLES}, ValueError, ["rotary_cos", "None without k"]),
     "wide tables": ({"rotary_cos": t(24, 9), "rotary_sin": t(24, 9)}, ValueError, ["rotary_cos", "R <= D = 16"]),
-    "short tables": ({"rotary_cos": t(9, 4), "rotary_sin": t(9, 4)}, ValueError, ["rotary_cos", "position 17"]),
+    "short tables": ({"rotary_cos": t(9, 4), "rotary_sin": t(9, 4)}, ValueError, ["rotary_cos", "position 19"]),
     "tables dtype": ({"rotary_cos": t(9, 4).half(), "rotary_sin": t(9, 4)}, TypeError, ["rotary_cos", "float16"]),
     "one scale": ({"k_scale": t(B, SIZE, HKV)}, ValueError, ["v_scale", "since k_scale is given"]),
     "scales without int8": (SCALES, TypeError, ["k_cache", "int8", "float32"]),

@@ -137,6 +137,47 @@ def test_bits_do_not_depend_on_neighbours(isa):
         assert torch.equal(output[a], alone[0].transpose(0, 1))
 
 
+LONG = [700, 3, 0, 97, 1030, 200]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window_size": (130, 40)}], ids=str)
+def test_long_sequences_are_those_alone(options, dtype, isa):
+    ends_of = ends(LONG, torch.int64)
+    q, k, v = (torch.randn(sum(LONG), h, d).to(dtype).requires_grad_() for h, d in ((4, 20), (2, 20), (2, 24)))
+    output = attention_varlen(q, k, v, ends_of, ends_of, **options)
+    grad = torch.randn_like(output)
+    grads = torch.autograd.grad(output, (q, k, v), grad)
+    for n in range(len(LONG)):
+        at = slice(*ends_of[n : n + 2].tolist())
+        alone = [t[at].detach().transpose(0, 1)[None].requires_grad_() for t in (q, k, v)]
+        expected = scaled_dot_product_attention(*alone, enable_gqa=True, **options)
+        assert torch.equal(output[at], expected[0].transpose(0, 1))
+        of_one = torch.autograd.grad(expected, alone, grad[at].transpose(0, 1)[None])
+        for found, one in zip(grads, of_one, strict=True):
+            torch.testing.assert_close(found[at], one[0].transpose(0, 1))
+
+
+def test_strides_and_threads():
+    ends_of = ends(LONG)
+    fused = torch.randn(sum(LONG), 3, 2, 24, requires_grad=True)
+    apart = [t.contiguous().detach().requires_grad_() for t in fused.unbind(1)]
+    found = attention_varlen(*fused.unbind(1), ends_of, ends_of, is_causal=True)
+    expected = attention_varlen(*apart, ends_of, ends_of, is_causal=True)
+    assert torch.equal(found, expected)
+    grad = torch.randn(24, 2, sum(LONG)).permute(2, 1, 0)
+    (together,) = torch.autograd.grad(found, fused, grad)
+    for t, g in zip(together.unbind(1), torch.autograd.grad(expected, apart, grad), strict=True):
+        assert torch.equal(t, g)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(attention_varlen(*apart, ends_of, ends_of, is_causal=True), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_batches_hold_little_padding():
     assert list(groups([0, 5, 6, 15], [0, 5, 6, 15])) == [(0, 3)]
     bounds = ends([2] * 12 + [90]).tolist()

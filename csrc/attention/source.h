@@ -1,0 +1,73 @@
+// The rows of keys or values that a sequence has: as they lie, or out of the pages and the 8 bits of a cache.
+#pragma once
+#include "sequence.h"
+#include "tile.h"
+
+namespace llmkern::LLMKERN_ISA {
+namespace {
+
+template <class T>
+struct Slice {
+  const T* data;
+  int64_t step;
+};
+
+// Of (sequence, key head).
+template <class T>
+class Source {
+ public:
+  Source(const AttentionParams& p, const AttentionTensor& t, const AttentionScales& scales, const Sequence& s,
+         int64_t h, int64_t width)
+      : tensor_(t), scales_(scales), pages_(p.pages), b_(s.b), h_(h), width_(width) {
+    if (!scattered()) rows_ = keys_of<T>(t, s, h);
+  }
+  // Whether rows must be gathered, at most kGather at a time.
+  bool scattered() const { return pages_.table || scales_.data; }
+  static constexpr int64_t kGather = 64;
+
+  // The rows [begin, end). Gathered ones lie in `space`, kGather rows of units(width).
+  Slice<T> rows(int64_t begin, int64_t end, float* space) const {
+    if (!scattered()) return {rows_ + begin * tensor_.row, tensor_.row};
+    if (!scales_.data && begin / pages_.size == (end - 1) / pages_.size)
+      return {reinterpret_cast<const T*>(tensor_.data) + at(tensor_, begin), tensor_.row};
+    T* to = reinterpret_cast<T*>(space);
+    for (int64_t r = begin; r < end; r++, to += width_) {
+      if (scales_.data)
+        widen(to, reinterpret_cast<const int8_t*>(tensor_.data) + at(tensor_, r), scales_.data[at(scales_, r)]);
+      else
+        std::memcpy(to, reinterpret_cast<const T*>(tensor_.data) + at(tensor_, r), sizeof(T) * size_t(width_));
+    }
+    return {reinterpret_cast<const T*>(space), width_};
+  }
+  static int64_t units(int64_t width) { return kGather * width; }
+
+ private:
+  // Where row r is, in a tensor or its scales.
+  template <class Strides>
+  int64_t at(const Strides& t, int64_t r) const {
+    if (!pages_.table) return b_ * t.b + h_ * t.h + r * t.row;
+    int64_t page = integer(pages_.table, pages_.is_64, b_ * pages_.step + r / pages_.size);
+    return page * t.b + h_ * t.h + r % pages_.size * t.row;
+  }
+  void widen(T* to, const int8_t* from, float scale) const {
+    Float by = broadcast(scale);
+    alignas(64) float some[kWidth];
+    for (int64_t d = 0; d < width_; d += kWidth) {
+      int n = width_ - d < kWidth ? static_cast<int>(width_ - d) : kWidth;
+      for (int i = 0; i < n; i++) some[i] = from[d + i];
+      if (n == kWidth)
+        store(to + d, mul(load(some), by));
+      else
+        store_first(to + d, mul(load_first(some, n), by), n);
+    }
+  }
+
+  const AttentionTensor& tensor_;
+  const AttentionScales& scales_;
+  const AttentionPages& pages_;
+  int64_t b_, h_, width_;
+  const T* rows_ = nullptr;
+};
+
+}  // namespace
+}  // namespace llmkern::LLMKERN_ISA
