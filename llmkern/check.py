@@ -24,6 +24,17 @@ def is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
+def has_memory(name: str, value: Tensor) -> None:
+    """Raises for a tensor whose storage was resized to nothing, as sharding does between uses; what wraps others has
+    no memory of its own."""
+    if type(value) is not Tensor and type(value) is not torch.nn.Parameter:
+        return
+    if value.device.type == "meta" or not value.numel() or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return
+    if value.layout is torch.strided and value.untyped_storage().nbytes() == 0:
+        raise ValueError(f"{name}: expected a tensor with memory, got one whose storage was released")
+
+
 def positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a positive integer, got {value!r}")

@@ -75,6 +75,8 @@ def check_types(name: str, args: tuple[Any, ...]) -> None:
     for (argument, kind), value in zip(_signatures[name], args, strict=False):
         if not (value is None and kind.startswith("Optional")):
             _KINDS[kind.removeprefix("Optional[").removesuffix("]")](argument, value)
+        if isinstance(value, Tensor):
+            check.has_memory(argument, value)
 
 
 def dispatch(name: str, *args: Any) -> Any:

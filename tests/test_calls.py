@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llmkern
 from llmkern import extension
-from llmkern.functional import int8_linear, scaled_dot_product_attention
+from llmkern.functional import int8_linear, rotary, scaled_dot_product_attention, sinusoidal_add
 from llmkern.operator import call_key, is_plain
 from tests.attention.cases import tensors
 
@@ -151,3 +151,31 @@ def test_kernels_refuse_what_is_no_plan_and_a_wrong_count():
         extension._C.int8_linear(None, 1, None, None, None, None, None)
     with pytest.raises(TypeError, match="5 tensors, got 1"):
         extension._C.int8_linear(None)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 10**6])
+def test_released_memory_is_not_read(offset):
+    """As sharded training leaves parameters between uses, views into one storage that is gone."""
+
+    def released(t):
+        t = torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view(t.shape)
+        t.untyped_storage().resize_(0)
+        return t
+
+    x, table = torch.randn(1, 1, 4, 8), torch.randn(4, 4)
+    layer, gone = llmkern.Int8Linear(8, 4), llmkern.Int8Linear(8, 4)
+    gone.weight = released(gone.weight)
+    errors = []
+    for call in (
+        lambda: scaled_dot_product_attention(released(x), x, x),
+        lambda: rotary(released(x), None, table, table),
+        lambda: sinusoidal_add(released(x[0]), torch.randn(1, 8)),
+        lambda: layer(released(x)),
+        lambda: gone(x),
+    ):
+        try:  # no tensor may be left for pytest to print, which torch does not survive
+            call()
+        except ValueError as e:
+            errors.append("storage was released" in str(e))
+    assert errors == [True] * 5
+    assert layer(released(x[:0])).shape == (0, 1, 4, 4)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -95,6 +98,20 @@ def test_int8_linear():
     layer, x = llmkern.Int8Linear(16, 5), torch.randn(2, 3, 16, requires_grad=True)
     assert counted(layer, x) == 2 * 6 * 16 * 5
     assert counted(lambda: layer(x).sum().backward()) == 2 * 2 * 6 * 16 * 5
+
+
+def test_the_formulas_are_told_whenever_the_counter_is_loaded():
+    """Also where its module was looked for before, and where it is loaded anew."""
+    script = """
+import importlib, importlib.util, torch, llmkern
+assert importlib.util.find_spec("torch.utils.flop_counter")
+import torch.utils.flop_counter as counter
+importlib.reload(counter)
+with counter.FlopCounterMode(display=False) as mode:
+    llmkern.Int8Linear(4, 3)(torch.ones(2, 4))
+assert mode.get_total_flops() == 2 * 2 * 4 * 3
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
 def test_elementwise_operators_count_nothing():

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -63,6 +64,27 @@ inline PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (api && api->describe) t.api = api;
   }
   return PyBool_FromLong(t.api != nullptr);
+}
+
+// The lowest address that this process has memory at: that of the program itself, on Linux.
+inline uintptr_t lowest_address() {
+  uintptr_t lowest = 4096;
+  if (FILE* maps = std::fopen("/proc/self/maps", "r")) {
+    unsigned long long first;
+    if (std::fscanf(maps, "%llx", &first) == 1) lowest = static_cast<uintptr_t>(first);
+    std::fclose(maps);
+  }
+  return lowest;
+}
+
+// Whether it has elements, but its memory was given back (a storage resized to nothing, as sharding does): its address
+// is then the offset into the storage alone.
+inline bool released(const Description& d) {
+  static const uintptr_t lowest = lowest_address();
+  if (reinterpret_cast<uintptr_t>(d.data) + d.byte_offset >= lowest) return false;
+  for (int i = 0; i < d.dimensions; i++)
+    if (d.shape[i] == 0) return false;
+  return true;
 }
 
 inline bool is_tensor(PyObject* x) { return Py_TYPE(x) == torch().tensor || Py_TYPE(x) == torch().parameter; }
@@ -134,7 +156,7 @@ class Key {
   bool tensor(PyObject* x, bool grad_enabled) {
     const Torch& t = torch();
     Description d;
-    if (!t.api || t.api->describe(x, &d) != 0) return false;
+    if (!t.api || t.api->describe(x, &d) != 0 || released(d)) return false;
     // A view that negates when it is read keeps other numbers in memory.
     if (d.type_code == 2 && truth(PyObject_CallMethodNoArgs(x, t.is_neg)) != 0) return false;
     if (grad_enabled && !grad_) {
@@ -187,6 +209,10 @@ inline bool address(PyObject* x, void** out) {
   if (torch().api && is_tensor(x)) {
     Description d;
     if (torch().api->describe(x, &d) != 0) return false;
+    if (released(d)) {
+      PyErr_SetString(PyExc_ValueError, "expected tensors with memory, got one whose storage was released");
+      return false;
+    }
     *out = static_cast<char*>(d.data) + d.byte_offset;
     return true;
   }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern import overlap
 from llmkern.attention.mask import Mask
 from llmkern.rotation import rotate
 
@@ -23,6 +24,16 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 def capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
     """How many tokens a sequence can have."""
     return k_cache.size(1) * (1 if block_table is None else block_table.size(1))
+
+
+def check_apart(k_cache: Tensor, v_cache: Tensor) -> None:
+    """Raises where a new key or value would be written over another element of the caches."""
+    for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if overlap.within(t.shape, t.stride()):
+            expected = "a cache whose elements have memory of their own, to be written to"
+            raise ValueError(f"{name}: expected {expected}, got shape {tuple(t.shape)} with strides {t.stride()}")
+    if overlap.between(k_cache, v_cache):
+        raise ValueError("v_cache: expected memory apart from k_cache's, since both are written to; they overlap")
 
 
 def attend(
@@ -49,6 +60,7 @@ def attend(
         steps = torch.arange(key.size(1), device=key.device)
         key = _rotated(key, before, steps, rotary_cos, rotary_sin, rotary_interleaved)
     if key is not None and value is not None:
+        check_apart(k_cache, v_cache)
         _write(k_cache, k_scale, block_table, before, key)
         _write(v_cache, v_scale, block_table, before, value)
     used = int(lengths.max()) if lengths.numel() and lengths.device.type == "cpu" else capacity(k_cache, block_table)

@@ -10,7 +10,6 @@ Inference", section 2.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -159,35 +158,28 @@ class Int8Linear(nn.Module):
         if isinstance(loaded, Tensor) and loaded.is_floating_point() and loaded.dim() == 2:
             # Assigned, what layers share must be one tensor; copied, it goes into the one that they share already.
             assigned = metadata.get("assign_to_params_buffers", False)
-            values, scale = (_quantized_once if assigned else quantize_weight)(loaded)
-            state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = values, scale
+            made = self._taken_by_another(loaded) if assigned else quantize_weight(loaded)
+            state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = made
+        scale = state_dict.get(f"{prefix}weight_scale")
+        if isinstance(scale, Tensor) and scale.is_floating_point():
+            state_dict[f"{prefix}weight_scale"] = scale.float()
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
+    def _taken_by_another(self, loaded: Tensor) -> tuple[Tensor, Tensor]:
+        """The quantised weight; that of the layer which shared this one's weight until it was loaded just before.
 
-# By id: a checkpoint's weight that layers took as their own, how it lay in memory, and what they took, for as long as
-# the former lives.
-_taken: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], tuple[Tensor, Tensor]]] = {}
-
-
-def _quantized_once(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """quantize_weight, with one result for a weight that stands in a checkpoint under the names of several layers.
-
-    Each name has a tensor of its own there, of the same memory.
-    """
-    if weight.is_inference() or not weight.data_ptr():  # no version to know it by, or no memory
-        return quantize_weight(weight)
-    layout = _layout(weight)
-    for _, taken, made in _taken.values():
-        if taken == layout:
+        A checkpoint has a tensor of its own for each name of a tied weight, of the same memory. What was made of it
+        is noted on the weight that is given up, and goes with that.
+        """
+        given_up: Any = self.weight
+        layout = (loaded.data_ptr(), loaded.dtype, loaded.device, loaded.shape, loaded.stride())
+        noted = getattr(given_up, "_llmkern_replaced_by", None)
+        if noted is not None and noted[0] == layout:
+            made: tuple[Tensor, Tensor] = noted[1]
             return made
-    key, made = id(weight), quantize_weight(weight)
-    _taken[key] = (weakref.ref(weight, lambda gone: _taken.pop(key, None)), layout, made)
-    return made
-
-
-def _layout(weight: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are one in memory, unchanged since."""
-    return weight.data_ptr(), weight._version, weight.dtype, weight.device, weight.shape, weight.stride()
+        made = quantize_weight(loaded)
+        given_up._llmkern_replaced_by = (layout, made)
+        return made
 
 
 def check_linear(

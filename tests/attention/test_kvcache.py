@@ -227,6 +227,23 @@ def test_opcheck_and_compile():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_caches_that_overlap_are_not_written_to(name):
+    q, k, v, k_cache, _ = inputs()
+    v = torch.randn(B, 3, HKV, D)
+    both = torch.zeros(B, SIZE, HKV, 2 * D)
+    with backend.use(name):
+        for wrong, caches in (
+            ("k_cache", (k_cache[:, :, :1].expand(-1, -1, HKV, -1), k_cache.clone())),
+            ("v_cache", (k_cache, k_cache)),
+            ("v_cache", (both[..., :D], both[..., 1 : D + 1])),
+        ):
+            with pytest.raises(ValueError, match=f"^{wrong}: expected"):
+                attention_with_kvcache(q, *caches, k, v, cache_seqlens=BEFORE)
+            attention_with_kvcache(q, *caches, cache_seqlens=BEFORE)
+        attention_with_kvcache(q, both[..., :D], both[..., D:], k, v, cache_seqlens=BEFORE)
+
+
 def test_there_is_no_gradient():
     q, k, v, k_cache, v_cache = inputs()
     with pytest.raises(RuntimeError, match="has no gradient: call it under"):

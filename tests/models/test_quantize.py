@@ -166,15 +166,27 @@ def test_layers_stay_tied_when_a_checkpoint_is_assigned(function):
     assert model["a"].weight is model["b"].weight and model["a"].weight_scale is model["b"].weight_scale
     x = torch.randn(3, 16)
     assert all(torch.equal(model[name](x), expected[name](x)) for name in "abc")
-    with torch.no_grad():
-        checkpoint["a.weight"].mul_(-1)  # of both; what was quantised before is no longer it
+    checkpoint["a.weight"].data.mul_(-1)  # of both; what was quantised before is no longer it
     model.load_state_dict(checkpoint, assign=True)
     assert not torch.equal(model["b"](x), expected["b"](x)) and model["a"].weight is model["b"].weight
     with torch.inference_mode():
         made_inside = {name: value.clone() for name, value in checkpoint.items()}
         model.load_state_dict(made_inside, assign=True)
-    del checkpoint, before
-    assert not int8_reference._taken
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, int8_reference.Int8Linear])
+def test_layers_that_share_a_checkpoint_alone_stay_apart(kind):
+    checkpoint, x = nn.Linear(8, 8, bias=False).state_dict(), torch.randn(2, 8)
+    first, second = kind(8, 8, bias=False), kind(8, 8, bias=False)
+    first.load_state_dict(checkpoint, assign=True)
+    expected = first(x)
+    first.load_state_dict(nn.Linear(8, 8, bias=False).state_dict())
+    second.load_state_dict(checkpoint, assign=True)
+    assert torch.equal(second(x), expected) and second.weight is not first.weight
+    half = {name: value.half() if value.is_floating_point() else value for name, value in second.state_dict().items()}
+    second.load_state_dict({**second.state_dict(), "weight_scale": half["weight_scale"]}, assign=True)
+    assert second.weight_scale.dtype == torch.float32
+    second(x)
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkern.positional.overlap import at_distance, between, extent, within
+from llmkern.overlap import at_distance, between, extent, within
 
 
 def places(sizes, strides, start=0, width=1):

@@ -54,6 +54,7 @@ def _kvcache(
         sink: Tensor | None, *rest: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if append is not None:
+            cache.check_apart(k_cache, v_cache)
             rotated = query if rotary_cos is None else torch.empty(query.shape, dtype=query.dtype)
             tables = (cache_seqlens, block_table, k_scale, v_scale, rotary_cos, rotary_sin)
             extension._C.cache_append(append, threads(), *tables, query, rotated, key, value, k_cache, v_cache)

@@ -20,10 +20,10 @@ from llmkern.operator import (
     needs_grad,
     short_autograd,
 )
+from llmkern.overlap import between, extent, within
 from llmkern.positional import reference
 from llmkern.positional.compiled import CPU_ROTARY, rotary_output
 from llmkern.positional.cuda import CUDA_ROTARY
-from llmkern.positional.overlap import between, extent, within
 from llmkern.positional.triton_launch import TRITON_ROTARY
 
 
