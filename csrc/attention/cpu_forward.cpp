@@ -5,6 +5,7 @@
 // them. Few queries (decoding): each split of the keys is packed block by block, met by all queries of the heads that
 // share it, and the splits are merged at the end.
 #include "../common/parallel.h"
+#include "in_place.h"
 #include "online.h"
 #include "source.h"
 
@@ -119,9 +120,12 @@ struct Forward {
         for (int64_t key = at_least(split, first / kBlockKeys * kBlockKeys); key < end; key += kBlockKeys) {
           const float* block = blocks + key / kBlockKeys * block_units();
           auto panel = [&](int64_t c) { return block + c * sizes.depth; };
-          for (int64_t row = 0; row < rows; row += kTileRows)
-            meet<T>(p, sizes, queries, Strip(queries, row), row, key, at_most(kBlockKeys, s.keys - key), panel,
-                    block + sizes.key_units(), width, work.tile, work.state, careful);
+          for (int64_t row = 0; row < rows; row += kTileRows) {
+            Strip strip(queries, row);
+            meet<T>(p, strip, row, key, at_most(kBlockKeys, s.keys - key), work.tile, work.state,
+                    packed_scores(sizes, queries, strip, row, work.tile, panel),
+                    packed_sums(sizes, strip, row, work.tile, work.state, block + sizes.key_units(), width, careful));
+          }
         }
         if (sizes.splits == 1) break;
         for (int64_t i = 0; i < rows; i++) work.total.merge(i, work.state, i, width);
@@ -205,6 +209,15 @@ struct Forward {
     return std::is_same<T, float>::value && p.value_width % kWidth == 0 && !values.scattered();
   }
 
+  // Whether values are paired as they are read: whole vectors of pairs as they lie.
+  bool pairs_as_they_lie(const Source<T>& values) const {
+#ifdef LLMKERN_QUADS
+    return kPairs<T> && p.value_width % (2 * kWidth) == 0 && !values.scattered();
+#else
+    return (void)values, false;
+#endif
+  }
+
   // All queries of the heads that share kv_head meet the keys of one split.
   void attend_split(const Sequence& s, int64_t kv_head, int64_t split, const Split& work, const State& state) const {
     int64_t rows = group() * s.queries, width = sizes.value_width;
@@ -223,26 +236,51 @@ struct Forward {
       for (int64_t key = at_least(split * kSplitKeys, first / kBlockKeys * kBlockKeys); key < end; key += kBlockKeys) {
         int64_t last = at_most(key + kBlockKeys, end), ldv = width;
         const float* values = work.values;
+        bool values_in_place = !careful && rows <= kTileRows && pairs_as_they_lie(all_values);
         if (plain_values(all_values)) {
-          Slice<T> rows_of_values = all_values.rows(key, last, nullptr);
-          values = reinterpret_cast<const float*>(rows_of_values.data), ldv = rows_of_values.step;
-        } else {
+          Slice<T> as_they_lie = all_values.rows(key, last, nullptr);
+          values = reinterpret_cast<const float*>(as_they_lie.data), ldv = as_they_lie.step;
+        } else if (!values_in_place) {
           pack_values(work.values, all_values, key, last, work.space);
         }
-        if (rows <= kTileRows) {  // each panel is used once: it need not outlive that, and unseen ones are not read
-          auto panel = [&](int64_t c) -> const float* {
-            pack_keys(work.keys, keys, key + c, at_most(key + c + kPanel, last), work.space);
-            return work.keys;
+        auto with_values = [&](const Strip& strip, int64_t row, auto scores) {
+#ifdef LLMKERN_QUADS
+          if constexpr (kPairs<T>)
+            if (values_in_place) {
+              Slice<T> as_they_lie = all_values.rows(key, last, nullptr);
+              auto sums = [&](const Span* spans, int span_count, const float* corrections) {
+                all_values_in_place(strip.n, work.tile.weights, as_they_lie.data, as_they_lie.step, width, spans,
+                                    span_count, last - key, state.output, corrections);
+              };
+              return meet<T>(p, strip, row, key, last - key, work.tile, state, scores, sums);
+            }
+#endif
+          meet<T>(p, strip, row, key, last - key, work.tile, state, scores,
+                  packed_sums(sizes, strip, row, work.tile, state, values, ldv, careful));
+        };
+#ifdef LLMKERN_QUADS
+        if (rows <= kTileRows) {
+          Strip strip(queries, 0);
+          auto scores = [&](int64_t c, int count, float factor) {
+            all_scores_in_place<kPairs<T>>(strip.n, queries.packed, sizes.depth,
+                                           keys.rows(key + c, key + c + count, work.space), count, p.width,
+                                           work.tile.scores + c, factor);
           };
-          meet<T>(p, sizes, queries, Strip(queries, 0), 0, key, last - key, panel, values, ldv, work.tile, state,
-                  careful);
+          with_values(strip, 0, scores);
           continue;
         }
-        pack_keys(work.keys, keys, key, last, work.space);
-        auto panel = [&](int64_t c) { return work.keys + c * sizes.depth; };
-        for (int64_t row = 0; row < rows; row += kTileRows)
-          meet<T>(p, sizes, queries, Strip(queries, row), row, key, last - key, panel, values, ldv, work.tile, state,
-                  careful);
+#endif
+        if (rows > kTileRows) pack_keys(work.keys, keys, key, last, work.space);
+        auto panel = [&](int64_t c) -> const float* {
+          if (rows > kTileRows) return work.keys + c * sizes.depth;
+          // Used once, a panel need not outlive that, and unseen ones are not read.
+          pack_keys(work.keys, keys, key + c, at_most(key + c + kPanel, last), work.space);
+          return work.keys;
+        };
+        for (int64_t row = 0; row < rows; row += kTileRows) {
+          Strip strip(queries, row);
+          with_values(strip, row, packed_scores(sizes, queries, strip, row, work.tile, panel));
+        }
       }
     };
     through_the_keys(false);

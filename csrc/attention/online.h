@@ -217,13 +217,12 @@ void drop(const Tile& tile, const Strip& strip, const Span* spans, int span_coun
     }
 }
 
-// The strip at `row` meets the keys [key, key + count) of a block: panel(c) gives the packed panel of the keys from
-// key + c on, and the rows of `values` are ldv apart. Careful: a value of weight 0 has no part, be it infinite or NaN.
-template <class T, class Panel>
-void meet(const AttentionParams& p, const Sizes<T>& sizes, const Queries& q, const Strip& strip, int64_t row,
-          int64_t key, int64_t count, Panel panel, const float* values, int64_t ldv, const Tile& tile,
-          const State& state, bool careful) {
-  constexpr int64_t kRow = kPairs<T> ? kBlockKeys / 2 : kBlockKeys;
+// The strip at `row` meets the keys [key, key + count) of a block. score(c, n, factor) gives the tile factor times the
+// products with the n keys from key + c on; add_up(spans, span_count, corrections) adds the weighted values to the
+// state, whose outputs are first multiplied by the corrections of their rows.
+template <class T, class Score, class AddUp>
+void meet(const AttentionParams& p, const Strip& strip, int64_t row, int64_t key, int64_t count, const Tile& tile,
+          const State& state, Score score, AddUp add_up) {
   Span spans[kBlockKeys / kPanel];
   bool whole[kBlockKeys / kPanel];
   int span_count = strip.panels(key, count, spans, whole);
@@ -236,8 +235,7 @@ void meet(const AttentionParams& p, const Sizes<T>& sizes, const Queries& q, con
     int begin = static_cast<int>(spans[k].begin), end = static_cast<int>(spans[k].end);
     for (int c = begin; c < end; c += kPanel) {
       int panel_count = end - c < kPanel ? end - c : kPanel;
-      times_panels<kPairs<T>>(strip.n, q.packed + row * sizes.depth, sizes.depth, panel(c), sizes.depth, panel_count,
-                              tile.scores + c, kBlockKeys, late ? 1 : p.scale);
+      score(c, panel_count, late ? 1 : p.scale);
       if (strip.masks[0]->bends())
         for (int i = 0; i < strip.n; i++)
           strip.masks[i]->bend(tile.scores + i * kBlockKeys + c, strip.queries[i], key + c, panel_count);
@@ -252,8 +250,29 @@ void meet(const AttentionParams& p, const Sizes<T>& sizes, const Queries& q, con
   if (strip.masks[0]->drops()) drop<T>(tile, strip, spans, span_count, key);
   if constexpr (kPairs<T>)
     for (int k = 0; k < span_count; k++) spans[k].begin /= 2, spans[k].end = (spans[k].end + 1) / 2;
-  times_rows<kPairs<T>, Into::correct>(strip.n, tile.weights, kRow, 1, values, ldv, sizes.value_width, spans,
-                                       span_count, state.output + row * sizes.value_width, corrections, careful);
+  add_up(spans, span_count, corrections);
+}
+
+// Scores of a strip from packed keys: panel(c) gives the panel of the keys from c on.
+template <class T, class Panel>
+auto packed_scores(const Sizes<T>& sizes, const Queries& q, const Strip& strip, int64_t row, const Tile& tile,
+                   Panel panel) {
+  return [&sizes, &q, &strip, row, &tile, panel](int64_t c, int count, float factor) {
+    times_panels<kPairs<T>>(strip.n, q.packed + row * sizes.depth, sizes.depth, panel(c), sizes.depth, count,
+                            tile.scores + c, kBlockKeys, factor);
+  };
+}
+
+// Sums of packed values, whose rows are ldv apart. Careful: a value of weight 0 has no part, be it infinite or NaN.
+template <class T>
+auto packed_sums(const Sizes<T>& sizes, const Strip& strip, int64_t row, const Tile& tile, const State& state,
+                 const float* values, int64_t ldv, bool careful) {
+  return [&sizes, &strip, row, &tile, &state, values, ldv, careful](const Span* spans, int span_count,
+                                                                    const float* corrections) {
+    times_rows<kPairs<T>, Into::correct>(strip.n, tile.weights, kPairs<T> ? kBlockKeys / 2 : kBlockKeys, 1, values, ldv,
+                                         sizes.value_width, spans, span_count, state.output + row * sizes.value_width,
+                                         corrections, careful);
+  };
 }
 
 // Whether all of the sums are finite: where not, a masked value may have had a part, and it is done again carefully.

@@ -46,15 +46,14 @@ constexpr int64_t kAhead = 16;  // how many rows ahead of its use memory is aske
 
 // What becomes of the sums of a tile.
 enum class Into {
-  set,      // c = factor * sum
-  add,      // c = factor * (c + sum)
+  add,      // c = c + sum
   correct,  // c = corrections[i] * c + sum
 };
 
 // The sum over the k in the spans of a[i * a_row + k * a_k] * b[k * ldb + j], for R rows i and V vectors of j.
 template <bool kPair, Into kInto, int R, int V>
 inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, const Span* spans,
-                 int span_count, float* c, int64_t ldc, float factor, const float* corrections) {
+                 int span_count, float* c, int64_t ldc, const float* corrections) {
   Float sum[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++)
@@ -80,16 +79,13 @@ inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int
   }
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++) {
-    Float f = broadcast(kInto == Into::correct ? corrections[i] : factor);
 #pragma GCC unroll 8
     for (int j = 0; j < V; j++) {
       float* to = c + i * ldc + j * kWidth;
-      if constexpr (kInto == Into::set)
-        store(to, factor == 1 ? sum[i][j] : mul(sum[i][j], f));
-      else if constexpr (kInto == Into::add)
-        store(to, factor == 1 ? add(load(to), sum[i][j]) : mul(add(load(to), sum[i][j]), f));
+      if constexpr (kInto == Into::add)
+        store(to, add(load(to), sum[i][j]));
       else
-        store(to, fma(load(to), f, sum[i][j]));
+        store(to, fma(load(to), broadcast(corrections[i]), sum[i][j]));
     }
   }
 }
@@ -97,31 +93,30 @@ inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int
 // The same for any number of rows up to kTileRows and of vectors up to kVectors.
 template <bool kPair, Into kInto, int V = kVectors>
 void tile_rows(int rows, int vectors, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb,
-               const Span* spans, int span_count, float* c, int64_t ldc, float factor, const float* corrections) {
+               const Span* spans, int span_count, float* c, int64_t ldc, const float* corrections) {
   if constexpr (V > 1) {
     if (vectors < V)
-      return tile_rows<kPair, kInto, V - 1>(rows, vectors, a, a_row, a_k, b, ldb, spans, span_count, c, ldc, factor,
+      return tile_rows<kPair, kInto, V - 1>(rows, vectors, a, a_row, a_k, b, ldb, spans, span_count, c, ldc,
                                             corrections);
   }
   if (rows == kTileRows)
-    return tile<kPair, kInto, kTileRows, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, factor, corrections);
+    return tile<kPair, kInto, kTileRows, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections);
   if (rows >= 4) {
-    tile<kPair, kInto, 4, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, factor, corrections);
+    tile<kPair, kInto, 4, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections);
     a += 4 * a_row, c += 4 * ldc, corrections += corrections ? 4 : 0, rows -= 4;
   }
   if (rows >= 2) {
-    tile<kPair, kInto, 2, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, factor, corrections);
+    tile<kPair, kInto, 2, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections);
     a += 2 * a_row, c += 2 * ldc, corrections += corrections ? 2 : 0, rows -= 2;
   }
-  if (rows) tile<kPair, kInto, 1, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, factor, corrections);
+  if (rows) tile<kPair, kInto, 1, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections);
 }
 
 // How a product along a row is summed. Floats in several chains, of a quarter or half of a piece each: about as exact
 // as a dot product by vectors, which is what one query alone gets from torch, and no row's result may depend on how
 // many there are. Pairs in one chain: they round more at the end than any order of the sum does.
 constexpr int kChains = kRegisters >= 32 ? 4 : 2;
-template <bool kPair>
-constexpr int64_t kDepth = kPair ? 64 : 16 * kChains;
+constexpr int64_t kDepth = 16 * kChains;
 
 LLMKERN_INLINE Float sum_chains(const Float* chains) {
   if constexpr (kChains == 2) return add(chains[0], chains[1]);
@@ -129,7 +124,7 @@ LLMKERN_INLINE Float sum_chains(const Float* chains) {
 }
 
 // One vector of keys and R rows: c = factor * (c +) sum over d < depth of a[i * a_row + d] * panel[d * kPanel].
-template <int R>
+template <bool kPair, int R>
 inline void chained_tile(const float* a, int64_t a_row, const float* panel, int64_t depth, float* c, int64_t ldc,
                          bool first, float factor) {
   Float sum[R][kChains];
@@ -143,14 +138,14 @@ inline void chained_tile(const float* a, int64_t a_row, const float* panel, int6
     for (int j = 0; j < kChains; j++) {
       Float keys = load(panel + (d + j) * kPanel);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; i++) sum[i][j] = fma(broadcast(a[i * a_row + d + j]), keys, sum[i][j]);
+      for (int i = 0; i < R; i++) sum[i][j] = multiply_add<kPair>(a + i * a_row + d + j, keys, sum[i][j]);
     }
 #pragma GCC unroll 8
   for (int j = 0; j < kChains - 1; j++)
     if (d + j < depth) {
       Float keys = load(panel + (d + j) * kPanel);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; i++) sum[i][j] = fma(broadcast(a[i * a_row + d + j]), keys, sum[i][j]);
+      for (int i = 0; i < R; i++) sum[i][j] = multiply_add<kPair>(a + i * a_row + d + j, keys, sum[i][j]);
     }
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++) {
@@ -168,28 +163,21 @@ void times_panels(int rows, const float* a, int64_t a_row, const float* panels, 
     int left = count - j, vectors = left >= kPanel ? kVectors : (left + kWidth - 1) / kWidth;
     for (int i = 0; i < rows; i += kTileRows) {
       int n = rows - i < kTileRows ? rows - i : kTileRows;
-      for (int64_t d = 0; d == 0 || d < depth; d += kDepth<kPair>) {  // no width: zeros
+      for (int64_t d = 0; d == 0 || d < depth; d += kDepth) {  // no width: zeros
         const float *x = a + i * a_row + d, *y = panels + j * depth + d * kPanel;
         float* to = c + i * ldc + j;
-        bool last = depth - d <= kDepth<kPair>;
-        int64_t piece = last ? depth - d : kDepth<kPair>;
+        bool last = depth - d <= kDepth;
+        int64_t piece = last ? depth - d : kDepth;
         float f = last ? factor : 1;
-        if constexpr (kPair) {
-          Span all{0, piece};
-          if (d == 0)
-            tile_rows<true, Into::set>(n, vectors, x, a_row, 1, y, kPanel, &all, 1, to, ldc, f, nullptr);
-          else
-            tile_rows<true, Into::add>(n, vectors, x, a_row, 1, y, kPanel, &all, 1, to, ldc, f, nullptr);
-          continue;
-        }
         for (int v = 0; v < vectors; v++, y += kWidth, to += kWidth) {
           if (n == kTileRows) {
-            chained_tile<kTileRows>(x, a_row, y, piece, to, ldc, d == 0, f);
+            chained_tile<kPair, kTileRows>(x, a_row, y, piece, to, ldc, d == 0, f);
             continue;
           }
           int r = 0;
-          for (; r + 2 <= n; r += 2) chained_tile<2>(x + r * a_row, a_row, y, piece, to + r * ldc, ldc, d == 0, f);
-          if (r < n) chained_tile<1>(x + r * a_row, a_row, y, piece, to + r * ldc, ldc, d == 0, f);
+          for (; r + 2 <= n; r += 2)
+            chained_tile<kPair, 2>(x + r * a_row, a_row, y, piece, to + r * ldc, ldc, d == 0, f);
+          if (r < n) chained_tile<kPair, 1>(x + r * a_row, a_row, y, piece, to + r * ldc, ldc, d == 0, f);
         }
       }
     }
@@ -200,16 +188,15 @@ void times_panels(int rows, const float* a, int64_t a_row, const float* panels, 
 template <bool kPair>
 LLMKERN_INLINE float times_row(const float* a, const float* b, int64_t depth) {
   Float total = zero();
-  for (int64_t begin = 0; begin < depth; begin += kDepth<kPair>) {
-    constexpr int kOwn = kPair ? 1 : kChains;
+  for (int64_t begin = 0; begin < depth; begin += kDepth) {
     Float chains[kChains];
     for (int j = 0; j < kChains; j++) chains[j] = zero();
-    int64_t end = begin + kDepth<kPair> < depth ? begin + kDepth<kPair> : depth;
+    int64_t end = begin + kDepth < depth ? begin + kDepth : depth;
     for (int64_t d = begin; d < end; d++) {
-      Float& chain = chains[(d - begin) % kOwn];
+      Float& chain = chains[(d - begin) % kChains];
       chain = multiply_add<kPair>(a + d, as_float(broadcast_int(unit(b + d))), chain);
     }
-    total = add(total, kPair ? chains[0] : sum_chains(chains));
+    total = add(total, sum_chains(chains));
   }
   alignas(64) float lanes[kWidth];
   store(lanes, total);
@@ -227,7 +214,7 @@ void times_rows(int rows, const float* a, int64_t a_row, int64_t a_k, const floa
       int vectors = left >= kPanel ? kVectors : static_cast<int>(left / kWidth);
       for (int i = 0; i < rows; i += kTileRows)
         tile_rows<kPair, kInto>(rows - i < kTileRows ? rows - i : kTileRows, vectors, a + i * a_row, a_row, a_k, b + j,
-                                ldb, spans, span_count, c + i * width + j, width, 1,
+                                ldb, spans, span_count, c + i * width + j, width,
                                 corrections ? corrections + i : nullptr);
     }
     return;

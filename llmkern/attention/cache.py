@@ -26,12 +26,16 @@ def capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
     return k_cache.size(1) * (1 if block_table is None else block_table.size(1))
 
 
-def check_apart(k_cache: Tensor, v_cache: Tensor) -> None:
-    """Raises where a new key or value would be written over another element of the caches."""
+def check_within(k_cache: Tensor, v_cache: Tensor) -> None:
+    """Raises where elements of a cache that is written to share memory, from sizes and strides."""
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
         if overlap.within(t.shape, t.stride()):
             expected = "a cache whose elements have memory of their own, to be written to"
             raise ValueError(f"{name}: expected {expected}, got shape {tuple(t.shape)} with strides {t.stride()}")
+
+
+def check_apart(k_cache: Tensor, v_cache: Tensor) -> None:
+    """Raises where a new key would be written over a value; each cache is known to have none twice."""
     if overlap.between(k_cache, v_cache):
         raise ValueError("v_cache: expected memory apart from k_cache's, since both are written to; they overlap")
 
@@ -60,6 +64,7 @@ def attend(
         steps = torch.arange(key.size(1), device=key.device)
         key = _rotated(key, before, steps, rotary_cos, rotary_sin, rotary_interleaved)
     if key is not None and value is not None:
+        check_within(k_cache, v_cache)
         check_apart(k_cache, v_cache)
         _write(k_cache, k_scale, block_table, before, key)
         _write(v_cache, v_scale, block_table, before, value)

@@ -381,6 +381,12 @@ EMULATED void store_aligned(void* p, V a) {
 }
 
 // --- permutations
+EMULATED __m512i broadcast_i32x4(__m128i a) {
+  struct Quarters {
+    __m128i quarter[4];
+  };
+  return bits<__m512i>(Quarters{{a, a, a, a}});
+}
 template <class T, bool High>
 EMULATED __m512i unpack(__m512i a, __m512i b) {  // within each 128-bit quarter
   constexpr int quarter = 16 / sizeof(T), half = quarter / 2;
@@ -409,6 +415,7 @@ EMULATED __m512i shuffle_i32x4(__m512i a, __m512i b, int control) {  // quarters
 #define _mm512_add_epi32 emulated::add_epi32
 #define _mm512_add_ps emulated::add_ps
 #define _mm512_and_si512 emulated::and_si512
+#define _mm512_broadcast_i32x4 emulated::broadcast_i32x4
 #define _mm512_castps512_ps256 emulated::castps512_ps256
 #define _mm512_castps_si512 emulated::castps_si512
 #define _mm512_castsi256_si512 emulated::castsi256_si512
@@ -480,6 +487,8 @@ EMULATED __m512i shuffle_i32x4(__m512i a, __m512i b, int control) {  // quarters
 #define _mm512_storeu_si512 emulated::storeu
 #define _mm512_sub_epi32 emulated::sub_epi32
 #define _mm512_sub_ps emulated::sub_ps
+#define _mm512_unpackhi_epi16 emulated::unpack<uint16_t, true>
+#define _mm512_unpacklo_epi16 emulated::unpack<uint16_t, false>
 #define _mm512_unpackhi_epi32 emulated::unpack<uint32_t, true>
 #define _mm512_unpackhi_epi64 emulated::unpack<uint64_t, true>
 #define _mm512_unpacklo_epi32 emulated::unpack<uint32_t, false>

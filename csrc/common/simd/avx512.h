@@ -87,6 +87,43 @@ LLMKERN_INLINE void transpose(Float* rows) {
   }
 }
 
+// What works on each quarter of 128 bits, a quad of units, by itself; of the other instruction sets none has it.
+#define LLMKERN_QUADS
+LLMKERN_INLINE Float in_register(Float a) {
+#ifndef LLMKERN_EMULATE_AVX512
+  asm("" : "+v"(a));
+#endif
+  return a;
+}
+LLMKERN_INLINE Float broadcast_quad(const float* p) {
+  return as_float(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+// Vector i gets quad i of each of the four.
+LLMKERN_INLINE void transpose_quads(Float& a, Float& b, Float& c, Float& d) {
+  Int low = _mm512_shuffle_i32x4(as_int(a), as_int(b), 0x88), high = _mm512_shuffle_i32x4(as_int(a), as_int(b), 0xdd);
+  Int low2 = _mm512_shuffle_i32x4(as_int(c), as_int(d), 0x88), high2 = _mm512_shuffle_i32x4(as_int(c), as_int(d), 0xdd);
+  a = as_float(_mm512_shuffle_i32x4(low, low2, 0x88)), c = as_float(_mm512_shuffle_i32x4(low, low2, 0xdd));
+  b = as_float(_mm512_shuffle_i32x4(high, high2, 0x88)), d = as_float(_mm512_shuffle_i32x4(high, high2, 0xdd));
+}
+// Vector i gets, in each quad, element i of that quad of each of the four.
+LLMKERN_INLINE void transpose_in_quads(Float& a, Float& b, Float& c, Float& d) {
+  Int ab = _mm512_unpacklo_epi32(as_int(a), as_int(b)), ab2 = _mm512_unpackhi_epi32(as_int(a), as_int(b));
+  Int cd = _mm512_unpacklo_epi32(as_int(c), as_int(d)), cd2 = _mm512_unpackhi_epi32(as_int(c), as_int(d));
+  a = as_float(_mm512_unpacklo_epi64(ab, cd)), b = as_float(_mm512_unpackhi_epi64(ab, cd));
+  c = as_float(_mm512_unpacklo_epi64(ab2, cd2)), d = as_float(_mm512_unpackhi_epi64(ab2, cd2));
+}
+// Two rows of 32 elements as 32 pairs: in each quad of `low` the pairs of the first four elements of 128 bits, in
+// `high` those of the others. in_order puts sums over such pairs into the order of the elements.
+LLMKERN_INLINE void pair(const Bf16* x, const Bf16* y, Float& low, Float& high) {
+  Int a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(y);
+  low = as_float(_mm512_unpacklo_epi16(a, b)), high = as_float(_mm512_unpackhi_epi16(a, b));
+}
+LLMKERN_INLINE void in_order(Float& low, Float& high) {
+  Int a = _mm512_shuffle_i32x4(as_int(low), as_int(high), 0x44);
+  Int b = _mm512_shuffle_i32x4(as_int(low), as_int(high), 0xee);
+  low = as_float(_mm512_shuffle_i32x4(a, a, 0xd8)), high = as_float(_mm512_shuffle_i32x4(b, b, 0xd8));
+}
+
 LLMKERN_INLINE float sum(Float a) { return _mm512_reduce_add_ps(a); }
 LLMKERN_INLINE float largest(Float a) { return _mm512_reduce_max_ps(a); }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern import extension
+from llmkern import extension, overlap
 from llmkern.attention import cache
 from llmkern.attention.compiled.params import as_sink, params, unsupported
 from llmkern.attention.mask import Mask
@@ -38,6 +38,9 @@ def _kvcache(
         query=query.transpose(1, 2) if rotary_cos is None else rotated_by_token, key=k_cache.transpose(1, 2),
         value=v_cache.transpose(1, 2), output=by_token,
     )  # fmt: skip
+    if key is not None:
+        cache.check_within(k_cache, v_cache)
+    reach = max(overlap.extent(k_cache), overlap.extent(v_cache))
     append = _append(
         query, k_cache, v_cache, key, value, rotary_cos, rotary_sin, cache_seqlens, block_table, k_scale, v_scale, left,
         right, interleaved,
@@ -54,7 +57,8 @@ def _kvcache(
         sink: Tensor | None, *rest: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if append is not None:
-            cache.check_apart(k_cache, v_cache)
+            if abs(k_cache.data_ptr() - v_cache.data_ptr()) < reach:
+                cache.check_apart(k_cache, v_cache)
             rotated = query if rotary_cos is None else torch.empty(query.shape, dtype=query.dtype)
             tables = (cache_seqlens, block_table, k_scale, v_scale, rotary_cos, rotary_sin)
             extension._C.cache_append(append, threads(), *tables, query, rotated, key, value, k_cache, v_cache)

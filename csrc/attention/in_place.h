@@ -1,0 +1,171 @@
+// The two products of attention for few queries, from the rows of keys and values as they lie in memory: packing them
+// would cost more than it saves where a row meets a handful of queries. The sums are formed in the order in which
+// times_panels and times_rows form them on packed rows, so that the results are the same bit for bit.
+#pragma once
+#include "online.h"
+#include "source.h"
+
+#ifdef LLMKERN_QUADS
+namespace llmkern::LLMKERN_ISA {
+namespace {
+
+// Whole units: floats, or two bf16 values each.
+template <bool kPair, class T>
+LLMKERN_INLINE Float load_units(const T* p) {
+  if constexpr (kPair)
+    return load(reinterpret_cast<const float*>(p));
+  else
+    return load(p);
+}
+
+// The scores of R queries with the kWidth keys from `keys` on; without kWhole, `count` of them are there. Key i goes to
+// quad i / 4 of vector i % 4, so that a quad holds the four chains of one key (kChains) and no packed copy is needed.
+template <bool kPair, int R, bool kWhole, class T>
+LLMKERN_INLINE void scores_in_place(const float* queries, int64_t step, const T* keys, int64_t key_step, int count,
+                                    int64_t elements, float* scores, float factor) {
+  static_assert(kChains == 4 && kWidth == 16);
+  constexpr int kElements = kPair ? 2 : 1;  // of a unit
+  auto row = [&](int i) { return keys + (kWhole || i < count ? i : count - 1) * key_step; };
+  Float total[R];
+  for (int64_t begin = 0; begin == 0 || begin < elements; begin += kDepth * kElements) {
+    int64_t end = at_most(elements, begin + kDepth * kElements);
+    Float sum[4][R];
+#pragma GCC unroll 8
+    for (int j = 0; j < 4; j++)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sum[j][r] = zero();
+    // kWidth units of each key, or those that are left; q: the queries' units.
+    auto some = [&](auto is_whole, int64_t e, const float* q, int64_t q_step) {
+      constexpr bool kAll = decltype(is_whole)::value;
+      Float query[R][4];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; g++) query[r][g] = broadcast_quad(q + r * q_step + 4 * g);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        Float k[4];
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; l++) {
+          const T* at = row(4 * l + j) + e;
+          __builtin_prefetch(at + kWidth * key_step, 0, 2);
+          if constexpr (kAll) {
+            k[l] = in_register(load_units<kPair>(at));  // else g++ reads it anew for every use
+          } else if constexpr (!kPair) {
+            k[l] = load_first(at, static_cast<int>(end - e));
+          } else {
+            alignas(64) float units[kWidth] = {};
+            std::memcpy(units, at, 2 * static_cast<size_t>(end - e));
+            k[l] = load(units);
+          }
+        }
+        transpose_quads(k[0], k[1], k[2], k[3]);
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; g++)
+#pragma GCC unroll 8
+          for (int r = 0; r < R; r++) {
+            if constexpr (kPair)
+              sum[j][r] = dot_bf16(sum[j][r], as_int(query[r][g]), as_int(k[g]));
+            else
+              sum[j][r] = fma(query[r][g], k[g], sum[j][r]);
+          }
+      }
+    };
+    int64_t e = begin;
+    for (; e + kWidth * kElements <= end; e += kWidth * kElements)
+      some(std::true_type{}, e, queries + e / kElements, step);
+    if (e < end) {
+      alignas(64) float tail[R][kWidth] = {};
+      for (int r = 0; r < R; r++)
+        std::memcpy(tail[r], queries + r * step + e / kElements,
+                    4 * static_cast<size_t>((end - e + kElements - 1) / kElements));
+      some(std::false_type{}, e, tail[0], kWidth);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      Float chains[4] = {sum[0][r], sum[1][r], sum[2][r], sum[3][r]};
+      transpose_in_quads(chains[0], chains[1], chains[2], chains[3]);
+      Float of_piece = sum_chains(chains);
+      total[r] = begin == 0 ? of_piece : add(total[r], of_piece);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) store(scores + r * kBlockKeys, factor == 1 ? total[r] : mul(total[r], broadcast(factor)));
+}
+
+// The same for up to kTileRows queries and any number of keys.
+template <bool kPair, class T, int R = kTileRows>
+__attribute__((noinline)) void all_scores_in_place(int n, const float* queries, int64_t step, const Slice<T>& keys,
+                                                   int count, int64_t elements, float* scores, float factor) {
+  if constexpr (R > 1) {
+    if (n < R) return all_scores_in_place<kPair, T, R - 1>(n, queries, step, keys, count, elements, scores, factor);
+  }
+  int c = 0;
+  for (; c + kWidth <= count; c += kWidth) {
+    scores_in_place<kPair, R, true>(queries, step, keys.data + c * keys.step, keys.step, kWidth, elements, scores + c,
+                                    factor);
+  }
+  if (c < count)
+    scores_in_place<kPair, R, false>(queries, step, keys.data + c * keys.step, keys.step, count - c, elements,
+                                     scores + c, factor);
+}
+
+// 32 V columns: c = corrections[i] * c + the sum over pairs of rows, of which those from `count` on are zeros.
+template <int R, int V>
+inline void values_in_place(const float* weights, const Bf16* values, int64_t step, const Span* spans, int span_count,
+                            int64_t count, float* c, int64_t ldc, const float* corrections) {
+  alignas(64) static const Bf16 none[32 * V] = {};
+  Float sum[R][2 * V];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * V; v++) sum[i][v] = zero();
+  for (int s = 0; s < span_count; s++)
+    for (int64_t k = spans[s].begin; k < spans[s].end; k++) {
+      const Bf16 *x = values + 2 * k * step, *y = 2 * k + 1 < count ? x + step : none;
+      Float pairs[2 * V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        pair(x + 32 * v, y + 32 * v, pairs[2 * v], pairs[2 * v + 1]);
+        __builtin_prefetch(x + kAhead * step + 32 * v, 0, 2);
+        __builtin_prefetch(x + (kAhead + 1) * step + 32 * v, 0, 2);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < R; i++) {
+        Int weight = broadcast_int(unit(weights + i * (kBlockKeys / 2) + k));
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * V; v++) sum[i][v] = dot_bf16(sum[i][v], weight, as_int(pairs[v]));
+      }
+    }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++) {
+    Float by = broadcast(corrections[i]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      Float low = sum[i][2 * v], high = sum[i][2 * v + 1];
+      in_order(low, high);
+      float* to = c + i * ldc + 32 * v;
+      store(to, fma(load(to), by, low));
+      store(to + kWidth, fma(load(to + kWidth), by, high));
+    }
+  }
+}
+
+// The same for up to kTileRows rows of weights and a width that is a multiple of 32.
+template <int R = kTileRows>
+__attribute__((noinline)) void all_values_in_place(int n, const float* weights, const Bf16* values, int64_t step,
+                                                   int64_t width, const Span* spans, int span_count, int64_t count,
+                                                   float* c, const float* corrections) {
+  if constexpr (R > 1) {
+    if (n < R)
+      return all_values_in_place<R - 1>(n, weights, values, step, width, spans, span_count, count, c, corrections);
+  }
+  int64_t j = 0;
+  for (; j + 64 <= width; j += 64)
+    values_in_place<R, 2>(weights, values + j, step, spans, span_count, count, c + j, width, corrections);
+  if (j < width) values_in_place<R, 1>(weights, values + j, step, spans, span_count, count, c + j, width, corrections);
+}
+
+}  // namespace
+}  // namespace llmkern::LLMKERN_ISA
+#endif
