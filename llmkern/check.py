@@ -5,6 +5,7 @@ A message names the argument, what was expected with the names of the dimensions
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -19,9 +20,21 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _shown(value: object) -> str:
+    """As it was written, where that is short: Python refuses to print very long integers."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
+
+
 def is_tensor(name: str, value: object) -> None:
+    """A tensor whose elements lie in memory at strides, which every function here takes them to do."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    # A nested tensor may call itself strided.
+    if value.layout is not torch.strided or value.is_nested:
+        came = f"a nested tensor ({value.layout})" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got {came}")
 
 
 def has_memory(name: str, value: Tensor) -> None:
@@ -45,11 +58,21 @@ def positive(name: str, value: object) -> None:
 def integer(name: str, value: object) -> None:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an integer of 64 bits, got {_shown(value)}")
 
 
 def number(name: str, value: object) -> None:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:  # compared exactly
+        raise ValueError(f"{name}: expected a finite number that a float can hold, got {_shown(value)}")
+
+
+def finite(name: str, value: Any) -> None:
+    number(name, value)
+    if not abs(value) <= sys.float_info.max:  # NaN fails every comparison
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def probability(name: str, value: Any) -> None:
@@ -61,6 +84,11 @@ def probability(name: str, value: Any) -> None:
 def flag(name: str, value: object) -> None:
     if not isinstance(value, (bool, torch.SymBool)):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

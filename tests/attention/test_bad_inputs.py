@@ -24,6 +24,14 @@ def test_scaled_dot_product_attention(changed, error, words, mode):
     assert all(word in str(raised.value) for word in words), str(raised.value)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(layout):
+    nested = torch.nested.nested_tensor([t(4, 5, 8), t(3, 5, 8)], layout=layout)
+    with pytest.raises(TypeError, match=rf"key: expected a dense tensor .* got a nested tensor \({layout}\)"):
+        scaled_dot_product_attention(t(), nested, t())
+
+
 MODULES = [llmkern.MultiHeadAttention, reference.MultiHeadAttention]
 
 
