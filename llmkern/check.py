@@ -110,6 +110,16 @@ def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         raise TypeError(f"{name}: expected the dtype of {other_name}, {short(other.dtype)}, got {short(value.dtype)}")
 
 
+def parameters_dtype(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], is_cast: bool) -> None:
+    """dtypes: those of the parameters that meet the value. is_cast: under autocast, which casts all but float64."""
+    if is_cast and all(d in FLOATS for d in dtypes):
+        return dtype(name, value, FLOATS)
+    is_tensor(name, value)
+    for d in dtypes:
+        if value.dtype != d:
+            raise TypeError(f"{name}: expected the dtype of the parameters, {short(d)}, got {short(value.dtype)}")
+
+
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}")

@@ -56,6 +56,48 @@ def test_module(module):
         ((x, x, x, torch.ones(5, 4)), ValueError, r"mask: .*n_head, Sq, Sk\) = \(2, 2, 5, 5\), got shape \(5, 4\)"),
         ((x, x, x.tolist()), TypeError, "value: expected a torch.Tensor, got list"),
         ((x, x.to("meta"), x), ValueError, "key: expected the device"),
+        ((x, x.to_sparse(), x), TypeError, "key: expected a dense tensor .* got torch.sparse_coo"),
+        ((x, x, x, torch.ones(5, 5).to_sparse()), TypeError, "mask: expected a dense tensor .* got torch.sparse_coo"),
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
             attention(*arguments)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_under_autocast(module):
+    attention, x = module(8, 2), torch.zeros(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(x, x.bfloat16(), x.half())[0].dtype == torch.bfloat16
+        for wrong, came in ((x.long(), "int64"), (x.double(), "float64")):
+            for name, arguments in (("query", (wrong, x, x)), ("value", (x, x, wrong))):
+                with pytest.raises(TypeError, match=f"{name}: expected dtype float32 .* float16, got {came}"):
+                    attention(*arguments)
+        wide, y = reference.MultiHeadAttention(8, 2).double(), x.double()
+        assert wide(y, y, y)[0].dtype == torch.float64
+        with pytest.raises(TypeError, match="key: expected the dtype of the parameters, float64, got float32"):
+            wide(y, x, y)
+
+
+def test_a_projection_of_another_dtype():
+    attention, x = llmkern.MultiHeadAttention(8, 2), torch.zeros(2, 5, 8)
+    attention.w_o.bfloat16()
+    with pytest.raises(TypeError, match="query: expected the dtype of the parameters, bfloat16, got float32"):
+        attention(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"key_lengths": [3]}, TypeError, "key_lengths: expected a torch.Tensor, got list"),
+        ({"alibi_slopes": [1]}, TypeError, "alibi_slopes: expected a torch.Tensor, got list"),
+        ({"learnable_sink": [2]}, TypeError, "learnable_sink: expected a torch.Tensor, got list"),
+        ({"need_weights": "a"}, TypeError, "need_weights: expected True or False, got 'a'"),
+        ({"is_causal": "a"}, TypeError, "is_causal: expected True or False, got 'a'"),
+        ({"softcap": "a"}, TypeError, "softcap: expected a number, got 'a'"),
+        ({"window_size": (2**70, 0)}, ValueError, "window_size: expected .* at most"),
+    ],
+)
+def test_options_of_the_module(changed, error, message):
+    x = torch.zeros(2, 5, 8)
+    with pytest.raises(error, match=message):
+        llmkern.MultiHeadAttention(8, 2)(x, x, x, **changed)
