@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llmkern
-from llmkern import reference
+from llmkern import functional, reference
 from llmkern.functional import scaled_dot_product_attention
 from tests.attention.bad_inputs import CASES, t
 
@@ -30,6 +30,25 @@ def test_nested_tensors(layout):
     nested = torch.nested.nested_tensor([t(4, 5, 8), t(3, 5, 8)], layout=layout)
     with pytest.raises(TypeError, match=rf"key: expected a dense tensor .* got a nested tensor \({layout}\)"):
         scaled_dot_product_attention(t(), nested, t())
+
+
+def released(x):
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def test_released_storages():
+    x, sums = t(), t(2, 4, 5, dtype=torch.float64)
+    ends, tokens, q, cache = torch.tensor([0, 5]), t(5, 4, 8), t(2, 1, 4, 8), t(2, 9, 4, 8)
+    for name, call in [
+        ("attn_mask", lambda: scaled_dot_product_attention(x, x, x, released(t(5, 5)))),
+        ("attn_mask", lambda: functional.attention_column_sums(x, x, sums, released(t(5, 5)))),
+        ("key", lambda: functional.attention_column_sums(x, released(t()), sums)),
+        ("value", lambda: functional.attention_varlen(tokens, tokens, released(t(5, 4, 8)), ends, ends)),
+        ("v", lambda: functional.attention_with_kvcache(q, cache, cache.clone(), q, released(t(2, 1, 4, 8)), None)),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name}: expected a tensor with memory"):
+            call()
 
 
 MODULES = [llmkern.MultiHeadAttention, reference.MultiHeadAttention]

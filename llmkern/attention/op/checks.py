@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmkern import check
 from llmkern.attention.mask import ALIGNMENTS, WIDEST
+from llmkern.operator import is_compiling
 from llmkern.random import check_dropout
 
 
@@ -30,6 +31,8 @@ def is_mask(name: str, mask: Tensor, query: Tensor) -> None:
     """All of a mask but its shape."""
     check.dtype(name, mask, tuple(dict.fromkeys((torch.bool, torch.float32, query.dtype))))
     check.same_device(name, mask, "query", query)
+    if not is_compiling():
+        check.has_memory(name, mask)
 
 
 def query_key(query: Tensor, key: Tensor, mask: Tensor | None, key_lengths: Tensor | None, *rest: Any) -> None:

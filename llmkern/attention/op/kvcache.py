@@ -85,10 +85,11 @@ def attention_with_kvcache(
 
 
 def _check_types(*args: Any) -> None:
-    """Raises TypeError by the names of the public function, which are not those of the operator."""
+    """What llmkern.operator.check_types does, by the names of the public function."""
     for name, t in zip(_NAMES, args[:13], strict=True):
         if t is not None or name in ("q", "k_cache", "v_cache"):
             check.is_tensor(name, t)
+            check.has_memory(name, t)
     softcap, scale, rotary_interleaved = args[15:]
     check.number("softcap", softcap)
     check.finite("softmax_scale", scale)

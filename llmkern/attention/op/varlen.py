@@ -68,8 +68,8 @@ def attention_varlen(
     )  # fmt: skip
     try:
         output, logsumexp = torch.ops.llmkern.attention_varlen(*args)
-    except (RuntimeError, TypeError):
-        if not is_compiling():  # only where torch found no tensor in a tensor's place: looking at all costs every call
+    except (RuntimeError, TypeError, ValueError):
+        if not is_compiling():  # only here, since it costs as much as the checks before the kernel together
             check_types("attention_varlen", args)
         raise
     return (output, logsumexp) if return_logsumexp else output
