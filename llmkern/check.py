@@ -140,5 +140,6 @@ def broadcasts(name: str, value: Tensor, dimensions: str, target: tuple[int, ...
     """value's shape must broadcast to the target, whose dimensions are named as the message shows them."""
     sizes = tuple(value.shape)
     padded = (1,) * (len(target) - len(sizes)) + sizes
-    if len(padded) != len(target) or any(s not in (1, t) for s, t in zip(padded, target, strict=True)):
+    # Not "s not in (1, t)", which torch.compile answers wrongly for a size that it has made a symbol.
+    if len(padded) != len(target) or any(s != 1 and s != t for s, t in zip(padded, target, strict=True)):
         raise ValueError(f"{name}: expected a shape that broadcasts to {dimensions} = {target}, got shape {sizes}")

@@ -51,6 +51,17 @@ def test_released_storages():
             call()
 
 
+def test_a_mask_of_fixed_size_while_sizes_are_symbols():
+    x, mask = torch.randn(2, 4, 5, 8), torch.rand(5, 5) > 0.3
+    module, y = llmkern.MultiHeadAttention(8, 2).requires_grad_(False), torch.randn(2, 5, 8)
+    for function, argument in [
+        (lambda x: scaled_dot_product_attention(x, x, x, mask.clone()), x),
+        (lambda y: module(y, y, y, torch.ones(5, 5))[0], y),
+    ]:
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
+        torch.testing.assert_close(compiled(argument), function(argument))
+
+
 MODULES = [llmkern.MultiHeadAttention, reference.MultiHeadAttention]
 
 
