@@ -61,7 +61,9 @@ def _checked(name: str) -> str:
 
 
 if os.environ.get("LLMKERN_BACKEND"):
-    _forced = _checked(os.environ["LLMKERN_BACKEND"])
+    _forced = os.environ["LLMKERN_BACKEND"]
+    if _forced not in NAMES:
+        extension.refuse_setting("LLMKERN_BACKEND", NAMES, _forced)
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
@@ -43,6 +45,15 @@ def _load() -> Any:
     return module
 
 
+def refuse_setting(name: str, choices: Sequence[str], value: str) -> NoReturn:
+    """Raises ValueError for a value of an environment variable that is none of its choices."""
+    message = f"{name}: expected one of {', '.join(choices)}, got {value!r}"
+    # `python -m llmkern` imports the package, under this name, before any code of its own can catch what is raised.
+    if getattr(sys, "argv", [])[:1] == ["-m"]:
+        raise SystemExit(message)
+    raise ValueError(message)
+
+
 try:
     # After torch, whose OpenMP threads the library looks up and shares.
     _C = _load()
@@ -52,8 +63,10 @@ except ImportError as error:
         "with a C++17 compiler"
     )
 else:
-    if os.environ.get("LLMKERN_ISA"):
-        _C.force_isa(os.environ["LLMKERN_ISA"])
+    if _isa := os.environ.get("LLMKERN_ISA"):
+        if _isa not in _C.supported_isas():
+            refuse_setting("LLMKERN_ISA", _C.supported_isas(), _isa)
+        _C.force_isa(_isa)
     SHORT_CALLS = _C.connect(
         torch.Tensor, torch.nn.Parameter, torch.is_grad_enabled, forward_ad,
         (torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, torch._C._is_any_autocast_enabled,

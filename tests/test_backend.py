@@ -95,7 +95,8 @@ def test_unknown_backend_names_the_choices():
     wrong = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "LLMKERN_BACKEND": "gpu"}, capture_output=True, text=True
     )
-    assert wrong.returncode != 0 and "expected one of cpu, cuda" in wrong.stderr
+    message = "ValueError: LLMKERN_BACKEND: expected one of cpu, cuda, triton, reference, got 'gpu'"
+    assert wrong.returncode != 0 and wrong.stderr.endswith(f"{message}\n")
 
 
 def test_plans_do_not_grow_without_bound(operator, monkeypatch):

@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 
-from llmkern import extension
+import pytest
+
+from llmkern import backend, extension
 
 
 def status(**env: str) -> str:
@@ -44,3 +46,14 @@ def test_a_forced_backend_is_what_the_table_shows():
     rows = [line.split() for line in page.splitlines() if re.match(r"\w+ +(cpu|cuda) +", line)]
     assert rows and not {row[3] for row in rows} & {"cpu", "cuda", "reference"}
     assert "there is no such kernel of this operator" in page
+
+
+@pytest.mark.parametrize(
+    ("variable", "choices"), [("LLMKERN_ISA", extension._C.supported_isas()), ("LLMKERN_BACKEND", backend.NAMES)]
+)
+def test_a_wrong_setting_is_one_sentence(variable, choices):
+    run = subprocess.run(
+        [sys.executable, "-m", "llmkern"], env={**os.environ, variable: "foo"}, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and not run.stdout
+    assert run.stderr == f"{variable}: expected one of {', '.join(choices)}, got 'foo'\n"

@@ -121,6 +121,28 @@ BAD = {
         TypeError,
         "tgt: expected the dtype of the parameters, float32, got int64",
     ),
+    "src sparse": (
+        {"src": t(9, 3, 32).to_sparse()},
+        TypeError,
+        r"src: expected a dense tensor \(torch.strided\), got torch.sparse_coo",
+    ),
+    **{
+        f"{name} no flag": (
+            {f"{name}_is_causal": "a", f"{name}_mask": t(*sizes)},
+            TypeError,
+            rf"{name}_is_causal: expected True or False( or None)?, got 'a'",
+        )
+        for name, sizes in (("src", (9, 9)), ("tgt", (7, 7)), ("memory", (7, 9)))
+    },
+    "memory flag None": ({"memory_is_causal": None}, TypeError, "memory_is_causal: expected True or False, got None"),
+    **{
+        f"{name} flag without a mask": (
+            {f"{name}_is_causal": True},
+            ValueError,
+            f"{name}_mask: expected a mask with {name}_is_causal=True, .* got None",
+        )
+        for name in ("src", "tgt", "memory")
+    },
     "src device": (
         {"src": t(9, 3, 32, device="meta")},
         ValueError,
@@ -151,4 +173,7 @@ def test_quantised_and_under_autocast(isa):
     src, tgt = torch.randn(9, 3, 32), torch.randn(7, 3, 32)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(src.bfloat16(), tgt, src_key_padding_mask=PADDING).shape == tgt.shape
+        for name, arguments in (("src", (src.double(), tgt)), ("tgt", (src, tgt.long()))):
+            with pytest.raises(TypeError, match=f"{name}: expected dtype float32 or bfloat16 or float16, got"):
+                model(*arguments)
     assert llmkern.quantize_model(model)(src, tgt, src_key_padding_mask=PADDING).shape == tgt.shape

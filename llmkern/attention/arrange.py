@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmkern import check
+
 
 def arranged(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, has_lengths: bool
@@ -15,22 +17,28 @@ def arranged(
     is that of the heads, as torch has it, or with `has_lengths`, which belong to batches, that of the batch. A single
     head of query, key or value serves all, and key and value may have different numbers of heads.
 
-    Raises ValueError for leading dimensions that do not broadcast.
+    Raises ValueError for leading dimensions that do not broadcast, the mask's among them.
     """
     rank = query.dim()
+    at = 1 if has_lengths else 0  # where a dimension is missing in (N, S, D)
     if rank == 2:
         query, key, value = (t[None, None] for t in (query, key, value))
         shape = tuple(query.shape[2:])
     elif rank == 3:
-        at = 1 if has_lengths else 0
-        if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = attn_mask.unsqueeze(at)
         query, key, value = (t.unsqueeze(at) for t in (query, key, value))
         query, key, value = _heads(*_batches(query, key, value))
         shape = tuple(query.squeeze(at).shape)
     else:
         query, key, value = _heads(*_batches(query, key, value))
         shape = tuple(query.shape)
+    if attn_mask is not None:
+        # A mask may have the dimensions of batch and head that a query of lower rank lacks.
+        leading = shape[:-1] if attn_mask.dim() <= rank else tuple(query.shape[:-1])
+        check.broadcasts("attn_mask", attn_mask, "(..., H, Sq, Sk)", (*leading, key.size(-2)))
+    if rank == 3:
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unsqueeze(at)
+    elif rank > 3:
         if attn_mask is not None and attn_mask.dim() > 3:
             attn_mask = attn_mask.expand(*shape[:-3], *attn_mask.shape[-3:])
             attn_mask = attn_mask.flatten(0, -4) if rank > 4 else attn_mask

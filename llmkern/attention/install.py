@@ -149,6 +149,8 @@ def _reason(
         return f"there is no kernel for {query.device.type} yet"
     if not 2 <= query.dim() == key.dim() == value.dim():
         return "tensors of different ranks"
+    if not isinstance(dropout_p, (int, float)):
+        return "dropout_p is no number"
     rules = Mask(None, window_right=0 if is_causal else -1, dropout_p=float(dropout_p)).arguments()
     missing = CPU_ATTENTION.unsupported(query, key, value, *rules, 1.0, False)
     return None if missing is None else f"cpu: {missing}"

@@ -9,6 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern import check
+
+#: The two corners of the scores at which the causal rule may start.
+ALIGNMENTS = ("top_left", "bottom_right")
+#: The widest window: places may be added to it without leaving 64 bits.
+WIDEST = 2**62
+
 #: What happens to scores, and where queries stand among the keys, in the order in which every operator takes it.
 SCORE_RULES = (
     "Tensor? alibi_slopes, Tensor? learnable_sink, Tensor? dropout_seed, int window_left, int window_right, "
@@ -105,18 +112,19 @@ class Mask:
         return row + (self._lengths(keys) - queries) if self.bottom_right else row
 
 
-def window(window_size: Sequence[int], is_causal: bool) -> tuple[int, int]:
+def window(window_size: Sequence[int], is_causal: bool, causal_name: str = "is_causal") -> tuple[int, int]:
     """window_left and window_right of the public functions' arguments.
 
-    Raises ValueError for what is no pair of integers of at least -1.
+    Raises ValueError for what is no pair of integers of at least -1, TypeError for an is_causal that is no flag.
     """
     try:
         left, right = window_size
-        good = type(left) is int and type(right) is int and left >= -1 and right >= -1
+        good = type(left) is int and type(right) is int and -1 <= left <= WIDEST and -1 <= right <= WIDEST
     except (TypeError, ValueError):
         good = False
     if not good:
-        raise ValueError(
-            f"window_size: expected (left, right), integers of at least -1 (unlimited), got {window_size!r}"
-        )
+        expected = "(left, right), integers of at least -1 (unlimited) and at most 2**62"
+        raise ValueError(f"window_size: expected {expected}, got {window_size!r}")
+    if is_causal is not False and is_causal is not True:
+        check.flag(causal_name, is_causal)
     return left, (0 if is_causal else right)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from llmkern import check
 from llmkern.attention import reference
 from llmkern.attention.mask import Mask, window
 from llmkern.attention.op import attention, attention_weights
@@ -52,12 +53,15 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         row sum to less than 1; it has a gradient.
 
         Raises TypeError for what is no floating tensor or not of the parameters' dtype, ValueError for wrong shapes.
+        Under autocast, which casts them, query, key and value may be float32, bfloat16 or float16.
         """
-        reference.check_inputs(self.d_model, self.n_head, self.w_q.weight, query, key, value, mask)
+        w_q, w_k, w_v, w_o = projections = self.w_q, self.w_k, self.w_v, self.w_o
+        reference.check_inputs(self.d_model, self.n_head, projections, query, key, value, mask, check.FLOATS)
+        check.flag("need_weights", need_weights)
         heads = (self.n_head, self.d_k)
-        q = self.w_q(query).unflatten(2, heads).transpose(1, 2)
-        k = self.w_k(key).unflatten(2, heads).transpose(1, 2)
-        v = self.w_v(value).unflatten(2, heads).transpose(1, 2)
+        q = w_q(query).unflatten(2, heads).transpose(1, 2)
+        k = w_k(key).unflatten(2, heads).transpose(1, 2)
+        v = w_v(value).unflatten(2, heads).transpose(1, 2)
         dense = None
         if mask is not None:
             dense = (mask if mask.dtype == torch.bool else mask != 0)[(None,) * (4 - mask.dim())]
@@ -69,4 +73,4 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         output, logsumexp = attention(q, k, v, described, scale, True)
         weights = attention_weights(q, k, logsumexp, described, scale, True) if need_weights else None
         # The output has the memory order of q, (B, Sq, n_head, d_k): this is a view.
-        return self.w_o(output.transpose(1, 2).flatten(2)), weights
+        return w_o(output.transpose(1, 2).flatten(2)), weights

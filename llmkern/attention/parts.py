@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from llmkern import check
 from llmkern.attention import op
 from llmkern.attention.mask import Mask, window
+from llmkern.attention.op import checks
 
 
 def merge_attention(outputs: Sequence[Tensor], logsumexps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -22,9 +22,12 @@ def merge_attention(outputs: Sequence[Tensor], logsumexps: Sequence[Tensor]) -> 
     a part has there the log-sum-exp -inf and takes nothing from it; one that sees none at all gets zeros and -inf.
     Parts are added in the order given. Gradients flow through both.
 
-    Raises TypeError for what are no tensors of such dtypes, ValueError for no parts or other shapes and devices.
-    Source: Dao 2023, "FlashAttention-2", section 3.1 (the rescaling of partial results).
+    Raises TypeError for what are no sequences of tensors of such dtypes, ValueError for no parts or other shapes and
+    devices. Source: Dao 2023, "FlashAttention-2", section 3.1 (the rescaling of partial results).
     """
+    for name, parts in (("outputs", outputs), ("logsumexps", logsumexps)):
+        if not isinstance(parts, Sequence):
+            raise TypeError(f"{name}: expected a sequence of tensors, one for each part, got {type(parts).__name__}")
     if len(outputs) != len(logsumexps) or not outputs:
         expected = f"as many as outputs, {len(outputs)}, at least one"
         raise ValueError(f"logsumexps: expected {expected}, got {len(logsumexps)}")
@@ -77,20 +80,25 @@ def attention_column_sums(
     key, a floating attn_mask and learnable_sink, from the weights as functions of these alone (not through logsumexp);
     on the CPU they too need no matrix of the weights.
 
-    Raises TypeError for a wrong dtype, ValueError for wrong shapes, devices or options.
+    Raises TypeError for a wrong type or dtype, ValueError for wrong shapes, devices or options. Source: Zhang et al.
+    2023, "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", section 4 (the sums,
+    accumulated over the queries, as the score of a key).
     """
     for name, t in (("query", query), ("key", key), ("logsumexp", logsumexp)):
         check.is_tensor(name, t)
+    check.rank("query", query, "(B, H, Sq, D)")
+    check.rank("key", key, "(B, Hkv, Sk, D)")
+    left, right = window(window_size, is_causal)
     if attn_mask is not None:
-        check.is_tensor("attn_mask", attn_mask)
+        checks.is_mask("attn_mask", attn_mask, query)
         if is_causal:
             raise ValueError("attn_mask: expected None with is_causal=True, got a mask")
+        check.broadcasts("attn_mask", attn_mask, "(B, H, Sq, Sk)", (*query.shape[:3], key.size(2)))
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(f"causal_alignment: expected one of top_left, bottom_right, got {causal_alignment!r}")
     if scale is None:
-        scale = 1.0 / math.sqrt(max(query.size(-1), 1))
+        scale = checks.default_scale("query", query, "(B, H, Sq, D)")
+    checks.scores(causal_alignment, scale, softcap)
     bottom_right = causal_alignment == "bottom_right"
-    rules = (*window(window_size, is_causal), bottom_right, softcap)
+    rules = (left, right, bottom_right, softcap)
     mask = Mask(attn_mask, key_lengths, alibi_slopes, learnable_sink, None, *rules)
     return op.attention_column_sums(query, key, logsumexp, mask, scale)

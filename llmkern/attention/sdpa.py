@@ -6,18 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmkern import autocast, check
 from llmkern.attention.arrange import arranged
 from llmkern.attention.mask import Mask, window
-from llmkern.attention.op import attention, short_attention
+from llmkern.attention.op import attention, checks, short_attention
 from llmkern.backend import Plans
 from llmkern.operator import call_key, is_compiling
 from llmkern.random import seed_tensor
-
-ALIGNMENTS = ("top_left", "bottom_right")
 
 
 def scaled_dot_product_attention(
@@ -44,9 +41,10 @@ def scaled_dot_product_attention(
 
     query (..., H, Sq, D), key (..., Hkv, Sk, D), value (..., Hkv, Sk, Dv), all float32, bfloat16 or float16; with
     enable_gqa Hkv may be a divisor of H. attn_mask broadcasts against (..., H, Sq, Sk): boolean, True takes part, or
-    floating, added to the scaled scores. scale: 1 / sqrt(D) by default. key_lengths (B,): in batch b only the first
-    key_lengths[b] keys exist; here and below B is the product of all leading dimensions. Returns (..., H, Sq, Dv); a
-    row with every key masked is zeros.
+    floating, added to the scaled scores. scale: 1 / sqrt(D) by default. key_lengths (B,) int32 or int64: in batch b
+    only the first key_lengths[b] keys exist; here and below B is the product of all leading dimensions. Returns
+    (..., H, Sq, Dv) in query's dtype, under autocast in autocast's, to which query, key and value are cast as torch
+    casts them; a row with every key masked is zeros.
 
     The place of query i among the keys is p = i, or with causal_alignment "bottom_right" p = i + Sk - Sq (with
     key_lengths, their number in place of Sk). is_causal: it sees the keys j <= p. window_size (left, right): it sees
@@ -64,12 +62,16 @@ def scaled_dot_product_attention(
     log-sum-exp of each row's scores and sink, (..., H, Sq) float64, through which gradients flow; -inf where there is
     nothing to sum.
 
-    Raises TypeError for a wrong dtype, ValueError for wrong shapes, devices or options. Sources: Dao 2023,
+    Raises TypeError for a wrong type or dtype, ValueError for wrong shapes, devices or options. Sources: Dao 2023,
     "FlashAttention-2", section 3; Press et al. 2022, "Train Short, Test Long", section 3 (the slopes); Gemma Team 2024,
     "Gemma 2", section 2 (the cap); Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks",
     section 3.
     """
-    seed = None if dropout_p == 0.0 else seed_tensor("dropout_seed", dropout_seed)
+    try:
+        seed = None if dropout_p == 0.0 else seed_tensor("dropout_seed", dropout_seed)
+    except RuntimeError:  # of a tensor that is neither true nor false
+        check.probability("dropout_p", dropout_p)
+        raise
     try:
         left, right = window_size
     except (TypeError, ValueError):
@@ -78,7 +80,7 @@ def scaled_dot_product_attention(
     if not is_compiling():
         found = call_key(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths, causal_alignment, left,
-            right, softcap, alibi_slopes, learnable_sink, seed, return_logsumexp,
+            right, softcap, alibi_slopes, learnable_sink, seed, return_logsumexp, deterministic,
         )  # fmt: skip
     if found is not None:
         launch = _SHORT.get(found)
@@ -87,12 +89,21 @@ def scaled_dot_product_attention(
     for name, t in (("query", query), ("key", key), ("value", value)):
         check.is_tensor(name, t)
     query, key, value = autocast.cast(query, key, value)
-    _check(query, key, value, attn_mask, is_causal, scale, enable_gqa, causal_alignment)
-    for name, given in (("alibi_slopes", alibi_slopes), ("learnable_sink", learnable_sink)):
+    for name, flag in (
+        ("is_causal", is_causal), ("enable_gqa", enable_gqa), ("deterministic", deterministic),
+        ("return_logsumexp", return_logsumexp),
+    ):  # fmt: skip
+        check.flag(name, flag)
+    _check(query, key, value, attn_mask, is_causal, enable_gqa)
+    for name, given in (
+        ("key_lengths", key_lengths), ("alibi_slopes", alibi_slopes), ("learnable_sink", learnable_sink),
+    ):  # fmt: skip
         if given is not None:
             check.is_tensor(name, given)
     if scale is None:
         scale = 1.0 / math.sqrt(max(query.size(-1), 1))
+    checks.scores(causal_alignment, scale, softcap)
+    check.probability("dropout_p", dropout_p)
     rules = (*window(window_size, is_causal), causal_alignment == "bottom_right", softcap, dropout_p)
     as_they_are = query.dim() == 4 and query.size(0) == key.size(0) == value.size(0) and key.size(1) == value.size(1)
     if (
@@ -102,6 +113,8 @@ def scaled_dot_product_attention(
         and (attn_mask is None or attn_mask.dim() == 4)
     ):
         # Nothing is to be arranged: calls like this one go straight to the operator from now on.
+        if attn_mask is not None:  # which the operator calls by another name
+            check.broadcasts("attn_mask", attn_mask, "(B, H, Sq, Sk)", (*query.shape[:3], key.size(2)))
         tensors = (query, key, value, attn_mask, key_lengths, alibi_slopes, learnable_sink, seed)
         return _SHORT.keep(found, _launcher(found, tensors, (*rules, scale, False), return_logsumexp))(*tensors)
     query, key, value, attn_mask, shape = arranged(query, key, value, attn_mask, key_lengths is not None)
@@ -113,9 +126,8 @@ def scaled_dot_product_attention(
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: object,
-    enable_gqa: bool, causal_alignment: str,
-) -> None:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
+) -> None:
     """Raises on what the operator would name by its own arguments' names, or not see."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2 or t.dim() != query.dim():
@@ -124,27 +136,13 @@ def _check(
             )
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask: expected None with is_causal=True, got a mask; put the causal rule into the mask")
-    if causal_alignment not in ALIGNMENTS:
-        raise ValueError(f"causal_alignment: expected one of {', '.join(ALIGNMENTS)}, got {causal_alignment!r}")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
-        raise TypeError(f"scale: expected a number or None, got {scale!r}")
     for name, t in (("key", key), ("value", value)):
         heads = (t.size(-3), query.size(-3)) if query.dim() > 2 else (1, 1)
         if not enable_gqa and heads[0] != heads[1] and 1 not in heads:
             expected = f"{heads[1]} heads as in query (fewer only with enable_gqa=True)"
             raise ValueError(f"{name}: expected {expected}, got shape {tuple(t.shape)}")
-    if attn_mask is None:
-        return
-    check.is_tensor("attn_mask", attn_mask)
-    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        expected = " or ".join(dict.fromkeys(["bool", "float32", check.short(query.dtype)]))
-        raise TypeError(f"attn_mask: expected dtype {expected}, got {check.short(attn_mask.dtype)}")
-    check.same_device("attn_mask", attn_mask, "query", query)
-    sizes = (query.size(-2), key.size(-2))
-    shape = tuple(attn_mask.shape)
-    if any(n not in (1, size) for n, size in zip(shape[::-1], sizes[::-1], strict=False)):
-        raise ValueError(f"attn_mask: expected a shape that broadcasts to (..., H, Sq, Sk) = (..., {sizes[0]}, "
-                         f"{sizes[1]}), got shape {shape}")  # fmt: skip
+    if attn_mask is not None:
+        checks.is_mask("attn_mask", attn_mask, query)
 
 
 #: Launchers of calls that need no arranging.

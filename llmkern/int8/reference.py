@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import autocast, check
-from llmkern.int8.replace import replace_linears
+from llmkern.int8.replace import check_weight, replace_linears
 
 #: A scale below the smallest normal number has no float32 inverse.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -112,6 +112,7 @@ class Int8Linear(nn.Module):
         if dtype is not None and dtype not in check.FLOATS:
             expected = " or ".join(map(check.short, check.FLOATS))
             raise TypeError(f"dtype: expected {expected} or None, got {dtype}")
+        check.flag("bias", bias)
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
         self._take(linear, *quantize_weight(linear.weight))
@@ -128,7 +129,13 @@ class Int8Linear(nn.Module):
         """The quantised form of a layer, with its bias, the same parameter.
 
         quantized: its int8 values and their scales, if they are made already.
+
+        Raises TypeError for what is no nn.Linear and for a weight that is not float32, bfloat16 or float16, ValueError
+        for a weight without values (on the meta device, or of a lazy layer).
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        check_weight("linear", linear.weight)
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._take(linear, *(quantized or quantize_weight(linear.weight)))

@@ -61,14 +61,16 @@ def replace_linears(
     weight that several layers share. skip: names to leave, "lm_head" (a whole name or its last parts) or a pattern,
     "layers.0.*".
 
-    Raises TypeError for what is no module, for names that are no strings and for weights that are not float32, bfloat16
-    or float16; ValueError for bits other than 8, for a name in skip that fits no layer, and for weights without values.
-    Nothing is replaced then.
+    Raises TypeError for what is no module, for bits that are no integer, for names that are no strings and for weights
+    that are not float32, bfloat16 or float16; ValueError for bits other than 8, for a name in skip that fits no layer,
+    and for weights without values. Nothing is replaced then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"bits: expected the integer 8, got {bits!r}")
     if bits != 8:
-        raise ValueError(f"bits: expected 8, got {bits!r}")
+        raise ValueError(f"bits: expected the integer 8, got {bits}")
     if isinstance(skip, str):
         raise TypeError(f'skip: expected a sequence of names, ("{skip}",), got the string {skip!r}')
     names = list(skip) if isinstance(skip, Iterable) else None
@@ -78,7 +80,7 @@ def replace_linears(
     reasons = _reasons(model, linears, names)
     for name, linear in linears:
         if not reasons[id(linear)]:
-            _check_weight(name, linear.weight)
+            check_weight(f"model: layer {name!r}" if name else "model", linear.weight)
     quantized: dict[int, tuple[Tensor, Tensor]] = {}
     made: dict[int, nn.Module] = {}
     report = QuantizationReport()
@@ -109,13 +111,15 @@ def replace_linears(
     return result
 
 
-def _check_weight(name: str, weight: Tensor) -> None:
-    what = f"model: layer {name!r}: " if name else "model: "
+def check_weight(what: str, weight: Tensor) -> None:
+    """Raises where a layer, which the message calls `what`, has a weight that cannot be quantised."""
+    if is_lazy(weight):
+        raise ValueError(f"{what}: expected a weight with values, got one whose sizes the first input gives")
     if weight.dtype not in check.FLOATS:
         expected = " or ".join(map(check.short, check.FLOATS))
-        raise TypeError(f"{what}expected a weight of {expected}, got {check.short(weight.dtype)}")
+        raise TypeError(f"{what}: expected a weight of {expected}, got {check.short(weight.dtype)}")
     if weight.device.type == "meta":
-        raise ValueError(f"{what}expected a weight with values, got one on the device meta; load the model first")
+        raise ValueError(f"{what}: expected a weight with values, got one on the device meta; load the model first")
 
 
 def _leave_torchs_fused_layers(model: nn.Module, replaced: set[nn.Module]) -> None:

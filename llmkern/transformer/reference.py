@@ -47,12 +47,20 @@ class Transformer(nn.Module):
         """The decoder's output, (T, B, d_model) or without batches (T, d_model).
 
         src (S, B, d_model), tgt (T, B, d_model), or both without B; masks and flags as torch.nn.Transformer has them: a
-        boolean mask is True where attention is forbidden, a floating one is added to the scores.
+        boolean mask is True where attention is forbidden, a floating one is added to the scores. A flag says that the
+        mask is causal; None finds it out.
 
-        Raises TypeError for what is no tensor or of another dtype than the parameters, ValueError for a wrong shape or
-        device; masks are bool or of src's dtype.
+        Raises TypeError for what is no tensor or of another dtype than the parameters (under autocast, which casts
+        them, src and tgt may be float32, bfloat16 or float16) and for flags that are none, ValueError for a wrong shape
+        or device and for a flag without its mask; masks are bool or of src's dtype.
         """
         self._check_sequences(src, tgt)
+        for name, flag, mask, choices in (
+            ("src", src_is_causal, src_mask, (True, False, None)),
+            ("tgt", tgt_is_causal, tgt_mask, (True, False, None)),
+            ("memory", memory_is_causal, memory_mask, (True, False)),
+        ):
+            self._check_hint(name, flag, mask, choices)
         lengths = {"src": src.size(0), "tgt": tgt.size(0), "memory": src.size(0)}
         for name, mask, rows in (("src", src_mask, "src"), ("tgt", tgt_mask, "tgt"), ("memory", memory_mask, "tgt")):
             self._check_mask(f"{name}_mask", mask, src, (lengths[rows], lengths[name]))
@@ -83,10 +91,18 @@ class Transformer(nn.Module):
                 expected = f"(length, batch, d_model) or (length, d_model) with d_model = {self.d_model}"
                 raise ValueError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
             check.same_device(name, value, "the parameters", weight)
-            if not autocast.is_on(weight.device):
-                check.same_dtype(name, value, "the parameters", weight)
+            check.parameters_dtype(name, value, (weight.dtype,), autocast.is_on(weight.device))
         if src.dim() != tgt.dim() or (src.dim() == 3 and src.size(1) != tgt.size(1)):
             raise ValueError(f"tgt: expected the batch of src, {tuple(src.shape)}, got shape {tuple(tgt.shape)}")
+
+    def _check_hint(self, name: str, flag: bool | None, mask: Tensor | None, choices: tuple[bool | None, ...]) -> None:
+        if all(flag is not choice for choice in choices):
+            expected = " or ".join(map(str, choices))
+            raise TypeError(f"{name}_is_causal: expected {expected}, got {flag!r}")
+        if flag and mask is None:
+            raise ValueError(
+                f"{name}_mask: expected a mask with {name}_is_causal=True, which says that the mask is causal, got None"
+            )
 
     def _check_mask(self, name: str, mask: Tensor | None, src: Tensor, sizes: tuple[int, int]) -> None:
         if mask is None:

@@ -88,6 +88,17 @@ def test_second_derivatives_and_bad_inputs():
         ({"attn_mask": torch.zeros(5, 6), "is_causal": True}, ValueError, "attn_mask: expected None"),
         ({"causal_alignment": "x"}, ValueError, "causal_alignment: expected one of"),
         ({"softcap": -1.0}, ValueError, "softcap: expected"),
+        ({"softcap": "a"}, TypeError, "softcap: expected a number, got 'a'"),
+        ({"scale": "a"}, TypeError, "scale: expected a number, got 'a'"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+        ({"is_causal": "a"}, TypeError, "is_causal: expected True or False, got 'a'"),
+        ({"key_lengths": [1]}, TypeError, "key_lengths: expected a torch.Tensor, got list"),
+        ({"query": torch.zeros(())}, ValueError, r"query: expected \(B, H, Sq, D\), got shape \(\)"),
+        ({"attn_mask": torch.zeros(5, 7)}, ValueError, r"attn_mask: .* = \(1, 2, 5, 6\), got shape \(5, 7\)"),
+        ({"attn_mask": torch.zeros(1, 1, 2, 5, 6)}, ValueError, r"attn_mask: .* got shape \(1, 1, 2, 5, 6\)"),
+        ({"attn_mask": torch.zeros(5, 6, dtype=torch.int32)}, TypeError, "attn_mask: expected dtype bool or float32"),
+        ({"attn_mask": torch.zeros(5, 6, device="meta")}, ValueError, "attn_mask: expected the device of query, cpu"),
+        ({"attn_mask": torch.zeros(5, 6).to_sparse()}, TypeError, "attn_mask: expected a dense tensor"),
     ]:
         with pytest.raises(error, match=message):
             attention_column_sums(**{"query": q, "key": k, "logsumexp": logsumexp, **changed})

@@ -58,6 +58,8 @@ def test_what_is_not_served_goes_to_torch_and_is_told():
         torch.func.vmap(lambda q: F.scaled_dot_product_attention(q, q, q))(q)
         with pytest.raises(RuntimeError):  # torch's own error
             F.scaled_dot_product_attention(q, k[..., :5], v)
+        with pytest.raises(TypeError):
+            F.scaled_dot_product_attention(q, k, v, dropout_p="a")
         F.scaled_dot_product_attention(q[:, :, :, :0], k[:, :, :, :0], v)
     finally:
         report.undo()

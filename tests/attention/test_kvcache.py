@@ -283,6 +283,27 @@ BAD = {
     "tables dtype": ({"rotary_cos": t(9, 4).half(), "rotary_sin": t(9, 4)}, TypeError, ["rotary_cos", "float16"]),
     "one scale": ({"k_scale": t(B, SIZE, HKV)}, ValueError, ["v_scale", "since k_scale is given"]),
     "scales without int8": (SCALES, TypeError, ["k_cache", "int8", "float32"]),
+    **{
+        f"{name} no tensor": ({name: [1.0]}, TypeError, [f"{name}: expected a torch.Tensor, got list"])
+        for name in ("k_cache", "v_cache", "k", "v", "cache_seqlens", "block_table", "alibi_slopes", "learnable_sink")
+    },
+    "k no tensor but an integer": ({"k": 3}, TypeError, ["k: expected a torch.Tensor, got int"]),
+    "no scales": ({"k_scale": [1], "v_scale": [1]}, TypeError, ["k_scale: expected a torch.Tensor, got list"]),
+    "no tables": ({"rotary_cos": [1], "rotary_sin": [1]}, TypeError, ["rotary_cos: expected a torch.Tensor, got list"]),
+    "sparse": ({"v_cache": t(B, SIZE, HKV, DV).to_sparse()}, TypeError, ["v_cache: expected a dense", "sparse_coo"]),
+    **{
+        f"{flag} no flag": ({flag: "a"}, TypeError, [f"{flag}: expected True or False, got 'a'"])
+        for flag in ("causal", "rotary_interleaved", "return_softmax_lse")
+    },
+    **{
+        f"{name} {value}": ({name: value}, TypeError, [f"{name}: expected a number, got {value!r}"])
+        for name, value in (("softmax_scale", "a"), ("softmax_scale", [1.0]), ("softcap", "a"), ("softcap", None))
+    },
+    "scale NaN": ({"softmax_scale": float("nan")}, ValueError, ["softmax_scale", "finite number", "nan"]),
+    "scale too large": ({"softmax_scale": 10**400}, ValueError, ["softmax_scale", "finite number", "1329 bits"]),
+    "a number for q": ({"q": t(), "cache_seqlens": 1}, ValueError, ["q:", "(B, Sq, H, D)", "()"]),
+    "a length that is a flag": ({"cache_seqlens": True}, TypeError, ["cache_seqlens", "integer", "True"]),
+    "a length of 71 bits": ({"cache_seqlens": 2**70}, ValueError, ["cache_seqlens", "64 bits", str(2**70)]),
     "window": ({"window_size": (1,)}, ValueError, ["window_size", "(left, right)"]),
     "softcap": ({"softcap": -2.0}, ValueError, ["softcap", "-2.0"]),
     "sink": ({"learnable_sink": t(3)}, ValueError, ["learnable_sink", "(H,) = (4,)"]),

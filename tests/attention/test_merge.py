@@ -88,6 +88,9 @@ def test_bad_inputs():
         (([x, x.double()], [s, s]), TypeError, r"outputs\[1\]: .* float32, got float64"),
         (([x], [s.half()]), TypeError, r"logsumexps\[0\]: expected dtype float32 or float64, got float16"),
         (([x], [x]), ValueError, r"logsumexps\[0\]: expected \(..., Sq\) = \(2, 3\)"),
+        ((None, None), TypeError, "outputs: expected a sequence of tensors, .* got NoneType"),
+        ((x, s), TypeError, "outputs: expected a sequence of tensors, .* got Tensor"),
+        (([x], s), TypeError, "logsumexps: expected a sequence of tensors, .* got Tensor"),
         (([x.int()], [s]), TypeError, r"outputs\[0\]: expected dtype"),
     ]:
         with pytest.raises(error, match=message):

@@ -229,6 +229,22 @@ def test_its_operator_has_the_rules_of_the_dense_ones():
         ({"alibi_slopes": torch.zeros(3, 4)}, ValueError, ["alibi_slopes", "(2, 4)", "(3, 4)"]),
         ({"window_size": 3}, ValueError, ["window_size", "(left, right)", "got 3"]),
         ({"causal_alignment": "right"}, ValueError, ["causal_alignment", "top_left", "'right'"]),
+        *(
+            ({name: [1.0]}, TypeError, [f"{name}: expected a torch.Tensor, got list"])
+            for name in ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "learnable_sink")
+        ),
+        *(
+            ({name: "a"}, TypeError, [f"{name}: expected a number, got 'a'"])
+            for name in ("softcap", "scale", "dropout_p")
+        ),
+        ({"scale": True}, TypeError, ["scale", "number", "True"]),
+        ({"scale": float("nan")}, ValueError, ["scale", "finite number", "nan"]),
+        ({"max_seqlen_q": "a"}, TypeError, ["max_seqlen_q: expected an integer, got 'a'"]),
+        ({"max_seqlen_k": 2**70}, ValueError, ["max_seqlen_k", "64 bits", str(2**70)]),
+        ({"is_causal": "a"}, TypeError, ["is_causal: expected True or False, got 'a'"]),
+        ({"return_logsumexp": "a"}, TypeError, ["return_logsumexp: expected True or False, got 'a'"]),
+        ({"query": torch.zeros(())}, ValueError, ["query", "(Tq, H, D)", "()"]),
+        ({"key": torch.zeros(7, 2, 8).to_sparse()}, TypeError, ["key: expected a dense tensor", "torch.sparse_coo"]),
     ],
 )
 def test_bad_inputs(changed, error, words):

@@ -16,6 +16,10 @@ CASES = {
     "weight rank": ({"weight": t(8, dtype=torch.int8)}, ValueError, ["weight", "(N, K)", "(8,)"]),
     "no weight": ({"weight": None}, TypeError, ["weight", "torch.Tensor", "NoneType"]),
     "no scale": ({"weight_scale": None}, TypeError, ["weight_scale", "torch.Tensor", "NoneType"]),
+    "sparse x": ({"x": t(2, 8).to_sparse()}, TypeError, ["x: expected a dense tensor", "got torch.sparse_coo"]),
+    "sparse weight": (
+        {"weight": t(4, 8, dtype=torch.int8).to_sparse()}, TypeError, ["weight: expected a dense", "torch.sparse_coo"],
+    ),
     "a list for x": ({"x": [1.0]}, TypeError, ["x", "torch.Tensor", "list"]),
     "a list for weight": ({"weight": [1.0]}, TypeError, ["weight", "torch.Tensor", "list"]),
     "a list for bias": ({"bias": [1.0]}, TypeError, ["bias", "torch.Tensor", "list"]),

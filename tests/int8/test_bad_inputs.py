@@ -37,6 +37,8 @@ def test_module(room):
     for arguments, error, message in [
         (("a", 4), TypeError, "in_features: expected an integer, got 'a'"),
         ((4, -1), ValueError, "out_features: expected 0 or more, got -1"),
+        ((8, 5, "a"), TypeError, "bias: expected True or False, got 'a'"),
+        ((2**70, 4), ValueError, "in_features: expected an integer of 64 bits"),
         ((4, 4, True, None, torch.float64), TypeError, "dtype: expected float32 .* got torch.float64"),
     ]:
         with pytest.raises(error, match=message):

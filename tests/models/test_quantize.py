@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import llmkern
 from llmkern import Int8Linear, quantize_model, reference
 from llmkern.int8 import reference as int8_reference
+from llmkern.int8.replace import replace_linears
 
 
 class Block(nn.Module):
@@ -273,21 +275,45 @@ def test_our_attention(dtype, bias_dtype, isa):
             assert nn.functional.cosine_similarity(result.float(), exact, dim=-1).min() > 0.99
         with pytest.raises(TypeError, match="key: expected the dtype of query"):
             module(x, x.half(), x)
-        with pytest.raises(TypeError, match="query: expected a floating dtype, got int64"):
+        with pytest.raises(TypeError, match=r"query: expected dtype float32 .* got int64"):
             module(x.long(), x, x)
 
 
-def test_our_attention_quantised_in_part(isa):
-    module, x = quantize_model(llmkern.MultiHeadAttention(16, 4), skip=["w_q"]), torch.randn(2, 5, 16)
+@pytest.mark.parametrize("skip", ["w_q", "w_k", "w_v", "w_o"])
+@pytest.mark.parametrize("room", [llmkern, reference])
+def test_our_attention_quantised_in_part(room, skip, isa):
+    module, x = room.MultiHeadAttention(16, 4), torch.randn(2, 5, 16)
+    replace_linears(module, room.Int8Linear.from_linear, int8_reference.quantize_weight, skip=[skip])
     assert module(x, x, x)[0].dtype == torch.float32
-    with pytest.raises(TypeError, match="the parameters, float32, got bfloat16"):
-        module(x.bfloat16(), x, x)
+    for inputs in ((x.bfloat16(), x, x), (x.bfloat16(),) * 3):
+        with pytest.raises(TypeError, match="query: expected the dtype of the parameters, float32, got bfloat16"):
+            module(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x.bfloat16(), x, x.half())[0].dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"query: expected dtype float32 .* got float64"):
+            module(*(x.double(),) * 3)
+
+
+def test_our_attention_quantised_takes_float64_in_the_plain_version_alone():
+    fast = quantize_model(llmkern.MultiHeadAttention(16, 4))
+    plain = reference.quantize_model(reference.MultiHeadAttention(16, 4))
+    x = torch.randn(2, 5, 16).double()
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            assert plain(x, x, x)[0].dtype == torch.float64
+            with pytest.raises(TypeError, match="query: expected dtype float32 or bfloat16 or float16, got float64"):
+                fast(x, x, x)
+            with pytest.raises(TypeError, match="key: expected the dtype of query, float64, got float32"):
+                plain(x, x.float(), x)
 
 
 @pytest.mark.parametrize("function", [quantize_model, reference.quantize_model])
 def test_bad_input_is_named(function):
-    with pytest.raises(ValueError, match="bits: expected 8, got 7"):
+    with pytest.raises(ValueError, match="bits: expected the integer 8, got 7"):
         function(Model(), bits=7)
+    for bits, came in ((8.0, "8.0"), ("8", "'8'"), (torch.tensor([8, 7]), "tensor"), (True, "True"), (None, "None")):
+        with pytest.raises(TypeError, match=f"bits: expected the integer 8, got {came}"):
+            function(Model(), bits=bits)
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got list"):
         function([])
 
@@ -312,6 +338,19 @@ def test_weights_that_cannot_be_quantised_are_named_before_any_is(function):
         assert type(model[0]) is nn.Linear
     lazy = function(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)))
     assert type(lazy[1]) is nn.LazyLinear and "a LazyLinear" in str(lazy.quantization_report)
+
+
+@pytest.mark.parametrize("layer", [Int8Linear, reference.Int8Linear])
+def test_a_layer_that_cannot_be_quantised_is_named(layer):
+    for given, error, words in [
+        ("a", TypeError, "linear: expected a torch.nn.Linear, got str"),
+        (nn.Conv1d(4, 4, 1), TypeError, "linear: expected a torch.nn.Linear, got Conv1d"),
+        (nn.Linear(4, 4).double(), TypeError, "linear: expected a weight of float32 .* got float64"),
+        (nn.Linear(4, 4, device="meta"), ValueError, "linear: expected a weight with values, got one on the device"),
+        (nn.LazyLinear(4), ValueError, "linear: expected a weight with values, got one whose sizes"),
+    ]:
+        with pytest.raises(error, match=words):
+            layer.from_linear(given)
 
 
 def test_bad_names_in_skip():

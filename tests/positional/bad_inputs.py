@@ -23,6 +23,13 @@ ROTARY = {
     "a short table": ({"cos": t(4, 4), "sin": t(4, 4)}, ValueError, ["q", "S <= length = 4", "(2, 4, 5, 8)"]),
     "ids dtype": ({"position_ids": t(5)}, TypeError, ["position_ids", "int64 or int32", "float32"]),
     "ids shape": ({"position_ids": t(3, 5, dtype=torch.int64)}, ValueError, ["position_ids", "(B, S)", "(3, 5)"]),
+    "sparse q": ({"q": t(2, 4, 5, 8).to_sparse()}, TypeError, ["q: expected a dense tensor", "got torch.sparse_coo"]),
+    "sparse k in place": (
+        {"k": t(2, 2, 5, 8).to_sparse(), "inplace": True}, TypeError, ["k: expected a dense", "got torch.sparse_coo"],
+    ),
+    "sparse ids": (
+        {"position_ids": torch.arange(5).to_sparse()}, TypeError, ["position_ids: expected a dense", "sparse_coo"],
+    ),
     "a list for q": ({"q": [1.0]}, TypeError, ["q", "torch.Tensor", "list"]),
     "a list for k": ({"k": [1.0]}, TypeError, ["k", "torch.Tensor", "list"]),
     "a list for k, in place": ({"k": [1.0], "inplace": True}, TypeError, ["k", "torch.Tensor", "list"]),
@@ -50,6 +57,8 @@ SINUSOIDAL = {
     "a word for a probability": ({"dropout_p": "a"}, TypeError, ["dropout_p", "a number", "'a'"]),
     "a flag for a probability": ({"dropout_p": True, "seed": 1}, TypeError, ["dropout_p", "a number", "True"]),
     "a word for a scale": ({"scale": "a"}, TypeError, ["scale", "a number", "'a'"]),
+    "sparse x": ({"x": t(5, 2, 8).to_sparse()}, TypeError, ["x: expected a dense tensor", "got torch.sparse_coo"]),
+    "a scale too large": ({"scale": 10**400}, ValueError, ["scale", "finite number", "an integer of 1329 bits"]),
     "a list for x": ({"x": [1.0]}, TypeError, ["x", "torch.Tensor", "list"]),
     "a list for pe": ({"pe": [1.0]}, TypeError, ["pe", "torch.Tensor", "list"]),
     "a flag for a seed": ({"dropout_p": 0.5, "seed": True}, ValueError, ["seed", "integer", "True"]),

@@ -9,7 +9,30 @@ import torch
 from torch import Tensor
 
 from llmkern import check
+from llmkern.attention.mask import ALIGNMENTS, WIDEST
+from llmkern.operator import is_compiling
 from llmkern.random import check_dropout
+
+
+def scores(causal_alignment: str, scale: float, softcap: float, scale_name: str = "scale") -> None:
+    """Options of the public functions that their operators would not name, or not see."""
+    check.one_of("causal_alignment", causal_alignment, ALIGNMENTS)
+    check.finite(scale_name, scale)
+    check.number("softcap", softcap)
+
+
+def default_scale(name: str, query: Tensor, dimensions: str) -> float:
+    """1 / sqrt(D), once there is a D."""
+    check.rank(name, query, dimensions)
+    return 1.0 / math.sqrt(max(query.size(-1), 1))
+
+
+def is_mask(name: str, mask: Tensor, query: Tensor) -> None:
+    """All of a mask but its shape."""
+    check.dtype(name, mask, tuple(dict.fromkeys((torch.bool, torch.float32, query.dtype))))
+    check.same_device(name, mask, "query", query)
+    if not is_compiling():
+        check.has_memory(name, mask)
 
 
 def query_key(query: Tensor, key: Tensor, mask: Tensor | None, key_lengths: Tensor | None, *rest: Any) -> None:
@@ -26,10 +49,7 @@ def query_key(query: Tensor, key: Tensor, mask: Tensor | None, key_lengths: Tens
         expected = f"(B, Hkv, Sk, D) with Hkv a divisor of H = {heads}, the heads of query"
         raise ValueError(f"key: expected {expected}, got shape {tuple(key.shape)}")
     if mask is not None:
-        if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-            expected = " or ".join(dict.fromkeys(["bool", "float32", check.short(query.dtype)]))
-            raise TypeError(f"mask: expected dtype {expected}, got {check.short(mask.dtype)}")
-        check.same_device("mask", mask, "query", query)
+        is_mask("mask", mask, query)
         check.rank("mask", mask, "(B, H, Sq, Sk)")
         check.broadcasts("mask", mask, "(B, H, Sq, Sk)", (batch, heads, queries, keys))
     if key_lengths is not None:
@@ -57,9 +77,10 @@ def score_rules(
         check.dtype("learnable_sink", learnable_sink, tuple(dict.fromkeys((torch.float32, query.dtype))))
         check.same_device("learnable_sink", learnable_sink, "query", query)
         check.shape("learnable_sink", learnable_sink, "(H,)", (heads,))
-    if window_left < -1 or window_right < -1:
-        expected = "(left, right), integers of at least -1 (unlimited)"
+    if not (-1 <= window_left <= WIDEST and -1 <= window_right <= WIDEST):
+        expected = "(left, right), integers of at least -1 (unlimited) and at most 2**62"
         raise ValueError(f"window_size: expected {expected}, got {(window_left, window_right)}")
+    check.number("softcap", softcap)
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number of at least 0 (none), got {softcap}")
     check_dropout("dropout_seed", dropout_seed, dropout_p)

@@ -13,7 +13,7 @@ from llmkern.attention.layout import empty_in_order
 from llmkern.attention.mask import RULE_COUNT, RULES, Mask
 from llmkern.attention.op import checks, second
 from llmkern.backend import Operator, reference_backend
-from llmkern.operator import call_key, define, is_compiling, is_plain, refuse_forward_ad, short_autograd
+from llmkern.operator import call_key, define, dispatch, is_compiling, is_plain, refuse_forward_ad, short_autograd
 
 
 def attention(
@@ -36,7 +36,8 @@ def attention(
         return launch(*args)
     # Here and not in the operator alone: torch.func unwraps its tangents on the way there.
     refuse_forward_ad("attention", query, key, value, mask.dense, mask.learnable_sink)
-    return torch.ops.llmkern.attention(*args)
+    output, logsumexp = dispatch("attention", *args)
+    return output, logsumexp
 
 
 def short_attention(found: bytes, *args: Any) -> Callable[..., tuple[Tensor, Tensor]]:

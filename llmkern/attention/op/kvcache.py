@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from llmkern.attention import compiled, reference
 from llmkern.attention.mask import window
 from llmkern.attention.op import checks
 from llmkern.backend import Operator, reference_backend
-from llmkern.operator import define, is_plain, needs_grad, refuse_forward_ad
+from llmkern.operator import define, is_compiling, is_plain, needs_grad, refuse_forward_ad
 
 
 def attention_with_kvcache(
@@ -57,31 +56,63 @@ def attention_with_kvcache(
     An int8 cache: k_cache and v_cache int8, with k_scale and v_scale float32, a scale for each token and head, of the
     caches' shapes without the last dimension. New tokens are quantised, symmetrically, and their scales written.
 
-    There is no gradient. Raises TypeError for a wrong dtype; ValueError for wrong shapes, devices or options and, on
-    the CPU, for tokens, pages or positions outside cache, pages or tables; RuntimeError where a gradient is asked for.
+    There is no gradient. Raises TypeError for a wrong type or dtype; ValueError for wrong shapes, devices or options
+    and, on the CPU, for tokens, pages or positions outside cache, pages or tables; RuntimeError where a gradient is
+    asked for.
     Names and layouts are those of flash-attention's flash_attn_with_kvcache (Dao 2023); pages: Kwon et al. 2023,
     "Efficient Memory Management for Large Language Model Serving with PagedAttention", section 4.
     """
     check.is_tensor("q", q)
     if isinstance(cache_seqlens, int):
+        check.integer("cache_seqlens", cache_seqlens)
+        check.rank("q", q, "(B, Sq, H, D)")
         cache_seqlens = torch.full((q.size(0),), cache_seqlens, dtype=torch.int64, device=q.device)
     if softmax_scale is None:
-        softmax_scale = 1.0 / math.sqrt(max(q.size(-1), 1))
-    args = (
+        softmax_scale = checks.default_scale("q", q, "(B, Sq, H, D)")
+    if return_softmax_lse is not False:
+        check.flag("return_softmax_lse", return_softmax_lse)
+    args: tuple[Any, ...] = (
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, block_table, k_scale, v_scale, alibi_slopes,
-        learnable_sink, *window(window_size, causal), softcap, softmax_scale, rotary_interleaved,
+        learnable_sink, *window(window_size, causal, "causal"), softcap, softmax_scale, rotary_interleaved,
     )  # fmt: skip
-    run = _run if is_plain(*args[:13]) else torch.ops.llmkern.attention_kvcache
-    output, logsumexp = run(*args)
+    if is_plain(*args):
+        output, logsumexp = _run(*args)
+    else:
+        if not is_compiling():
+            _check_types(*args)
+        output, logsumexp = torch.ops.llmkern.attention_kvcache(*args)
     return (output, logsumexp) if return_softmax_lse else output
+
+
+def _check_types(*args: Any) -> None:
+    """What llmkern.operator.check_types does, by the names of the public function."""
+    for name, t in zip(_NAMES, args[:13], strict=True):
+        if t is not None or name in ("q", "k_cache", "v_cache"):
+            check.is_tensor(name, t)
+            check.has_memory(name, t)
+    softcap, scale, rotary_interleaved = args[15:]
+    check.number("softcap", softcap)
+    check.finite("softmax_scale", scale)
+    check.flag("rotary_interleaved", rotary_interleaved)
+
+
+#: The tensors among the arguments of `attention_with_kvcache`, in the order of the operator's.
+_NAMES = (
+    "q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "block_table", "k_scale",
+    "v_scale", "alibi_slopes", "learnable_sink",
+)  # fmt: skip
 
 
 def _check(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, key: Tensor | None, value: Tensor | None,
     rotary_cos: Tensor | None, rotary_sin: Tensor | None, cache_seqlens: Tensor | None, block_table: Tensor | None,
     k_scale: Tensor | None, v_scale: Tensor | None, alibi_slopes: Tensor | None, learnable_sink: Tensor | None,
-    window_left: int, window_right: int, softcap: float, *rest: Any,
+    window_left: int, window_right: int, softcap: float, scale: float, rotary_interleaved: bool,
 ) -> None:  # fmt: skip
+    _check_types(
+        query, k_cache, v_cache, key, value, rotary_cos, rotary_sin, cache_seqlens, block_table, k_scale, v_scale,
+        alibi_slopes, learnable_sink, window_left, window_right, softcap, scale, rotary_interleaved,
+    )  # fmt: skip
     check.dtype("q", query, check.FLOATS)
     check.rank("q", query, "(B, Sq, H, D)")
     batch, _, heads, width = query.shape

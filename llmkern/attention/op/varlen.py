@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from llmkern.attention import compiled, reference
 from llmkern.attention.mask import SCORE_RULES, window
 from llmkern.attention.op import checks, second
 from llmkern.backend import Operator, reference_backend
-from llmkern.operator import define, refuse_forward_ad
+from llmkern.operator import check_types, define, is_compiling, refuse_forward_ad
 from llmkern.random import seed_tensor
 
 
@@ -49,20 +48,30 @@ def attention_varlen(
     (N, H), "bottom_right" is the corner of the sequence, and dropout draws the numbers that the same sequences have as
     rows of a padded batch with causal_alignment "top_left".
 
-    Raises TypeError for a wrong dtype, ValueError for wrong shapes, devices, options or bounds. Names and layout are
-    those of flash-attention's flash_attn_varlen_func (Dao 2023).
+    Raises TypeError for a wrong type or dtype, ValueError for wrong shapes, devices, options or bounds. Names and
+    layout are those of flash-attention's flash_attn_varlen_func (Dao 2023).
     """
     refuse_forward_ad("attention_varlen", query, key, value, learnable_sink)
-    seed = None if dropout_p == 0.0 else seed_tensor("dropout_seed", dropout_seed)
     check.is_tensor("query", query)
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(f"causal_alignment: expected one of top_left, bottom_right, got {causal_alignment!r}")
+    check.probability("dropout_p", dropout_p)
+    seed = None if dropout_p == 0.0 else seed_tensor("dropout_seed", dropout_seed)
     if scale is None:
-        scale = 1.0 / math.sqrt(max(query.size(-1), 1))
-    output, logsumexp = torch.ops.llmkern.attention_varlen(
+        scale = checks.default_scale("query", query, "(Tq, H, D)")
+    checks.scores(causal_alignment, scale, softcap)
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None:
+            check.integer(name, longest)
+    check.flag("return_logsumexp", return_logsumexp)
+    args = (
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, learnable_sink, seed,
         *window(window_size, is_causal), causal_alignment == "bottom_right", softcap, dropout_p, scale,
     )  # fmt: skip
+    try:
+        output, logsumexp = torch.ops.llmkern.attention_varlen(*args)
+    except (RuntimeError, TypeError, ValueError):
+        if not is_compiling():  # only here, since it costs as much as the checks before the kernel together
+            check_types("attention_varlen", args)
+        raise
     return (output, logsumexp) if return_logsumexp else output
 
 

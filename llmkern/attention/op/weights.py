@@ -16,7 +16,7 @@ from llmkern.attention.mask import RULE_COUNT, RULES, Mask
 from llmkern.attention.op import checks, second
 from llmkern.attention.op.dense import CAUSAL, fake_mask_grad, fake_sink_grad
 from llmkern.backend import Operator, reference_backend
-from llmkern.operator import call_key, define, is_compiling, is_plain, refuse_forward_ad, short_autograd
+from llmkern.operator import call_key, define, dispatch, is_compiling, is_plain, refuse_forward_ad, short_autograd
 
 
 def attention_weights(
@@ -41,7 +41,8 @@ def attention_column_sums(
     """The sums over the queries of `attention_weights`, (B, H, Sk) float32. Raises as `attention` does."""
     args = (query, key, logsumexp, *mask.arguments(), scale, uniform_empty_rows)
     refuse_forward_ad("attention_column_sums", query, key, mask.dense, mask.learnable_sink)
-    return torch.ops.llmkern.attention_column_sums(*args)
+    sums: Tensor = dispatch("attention_column_sums", *args)
+    return sums
 
 
 def _check_weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> None:

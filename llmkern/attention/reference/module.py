@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,37 +40,48 @@ class MultiHeadAttention(nn.Module):
         False is masked. A row with every key masked attends to all keys alike.
 
         Raises TypeError for what is no floating tensor or not of the parameters' dtype, ValueError for wrong shapes.
+        Under autocast, which casts them, query, key and value may be float32, bfloat16 or float16.
         """
-        check_inputs(self.d_model, self.n_head, self.w_q.weight, query, key, value, mask)
+        w_q, w_k, w_v, w_o = projections = self.w_q, self.w_k, self.w_v, self.w_o
+        check_inputs(self.d_model, self.n_head, projections, query, key, value, mask, check.PLAIN_FLOATS)
         batch = query.size(0)
-        q = self.w_q(query).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
-        k = self.w_k(key).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
-        v = self.w_v(value).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
+        q = w_q(query).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
+        k = w_k(key).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
+        v = w_v(value).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
         scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(self.d_k)
         if mask is not None:
             scores = scores.masked_fill(mask == 0, -1e9)
         weights = F.softmax(scores, dim=-1)
         output = torch.matmul(weights, v).transpose(1, 2).contiguous().view(batch, -1, self.d_model)
-        return self.w_o(output), weights
+        return w_o(output), weights
 
 
 def check_inputs(
-    d_model: int, n_head: int, weight: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> None:
-    """Raises on what forward of a MultiHeadAttention cannot take."""
+    d_model: int, n_head: int, projections: tuple[nn.Module, ...], query: Tensor, key: Tensor, value: Tensor,
+    mask: Tensor | None, floats: tuple[torch.dtype, ...],
+) -> None:  # fmt: skip
+    """Raises on what forward of a MultiHeadAttention cannot take.
+
+    projections: all four, since any may be quantised: such a one takes all of `floats` and gives them back, and what it
+    gives meets the others.
+    """
+    # A user's own projection need not have a weight; the first one's says where the module lies.
+    weights: list[Any] = [getattr(p, "weight", None) for p in projections]
+    weight = weights[0]
+    dtypes = tuple([w.dtype for w in weights if isinstance(w, Tensor) and w.is_floating_point()])
+    is_cast = autocast.is_on(weight.device)
     for name, t, length in (("query", query, "Sq"), ("key", key, "Sk"), ("value", value, "Sk")):
         check.is_tensor(name, t)
         check.rank(name, t, f"(B, {length}, d_model)")
         if t.size(2) != d_model:
             raise ValueError(f"{name}: expected (B, {length}, d_model) with d_model = {d_model}, got {tuple(t.shape)}")
         check.same_device(name, t, "the parameters", weight)
-        if autocast.is_on(weight.device):
-            pass  # it casts what comes
-        elif weight.is_floating_point():
-            check.same_dtype(name, t, "the parameters", weight)
-        else:  # quantised projections take every floating dtype and give it back
-            check.is_floating(name, t)
-            check.same_dtype(name, t, "query", query)
+        if dtypes:
+            check.parameters_dtype(name, t, dtypes, is_cast)
+        else:
+            check.dtype(name, t, floats)
+            if t.dtype != query.dtype and not (is_cast and t.dtype in check.FLOATS and query.dtype in check.FLOATS):
+                check.same_dtype(name, t, "query", query)
         if t.size(0) != query.size(0):
             raise ValueError(f"{name}: expected the batch of query, {query.size(0)}, got shape {tuple(t.shape)}")
     if value.size(1) != key.size(1):
