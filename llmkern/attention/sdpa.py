@@ -89,6 +89,8 @@ def scaled_dot_product_attention(
     for name, t in (("query", query), ("key", key), ("value", value)):
         check.is_tensor(name, t)
     query, key, value = autocast.cast(query, key, value)
+    if isinstance(attn_mask, Tensor) and autocast.is_on(query.device) and attn_mask.dtype in check.FLOATS:
+        attn_mask = attn_mask.float()  # which kernels take with any query: no bit of the mask is lost
     for name, flag in (
         ("is_causal", is_causal), ("enable_gqa", enable_gqa), ("deterministic", deterministic),
         ("return_logsumexp", return_logsumexp),

@@ -123,6 +123,8 @@ def test_autocast_is_torchs():
     q, k, v = tensors((2, 4, 4, 5, 7, 16, 16))
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = scaled_dot_product_attention(q, k.bfloat16(), v), F.scaled_dot_product_attention(q, k, v)
+        for dtype in (torch.float16, torch.float32, torch.bfloat16):
+            assert torch.equal(scaled_dot_product_attention(q, k, v, torch.zeros(5, 7, dtype=dtype)), found)
     truth = F.scaled_dot_product_attention(*(t.bfloat16().double() for t in (q, k, v)))
     assert found.dtype == expected.dtype == torch.bfloat16
     assert judge_row("attention", "output", found, expected, truth).passed
