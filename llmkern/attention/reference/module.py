@@ -41,15 +41,16 @@ class MultiHeadAttention(nn.Module):
         Raises TypeError for what is no floating tensor or not of the parameters' dtype, ValueError for wrong shapes.
         """
         check_inputs(self.d_model, self.n_head, self.w_q.weight, query, key, value, mask)
-        batch = query.size(0)
-        q = self.w_q(query).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
-        k = self.w_k(key).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
-        v = self.w_v(value).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
+        heads = (self.n_head, self.d_k)
+        q = self.w_q(query).unflatten(2, heads).transpose(1, 2)
+        k = self.w_k(key).unflatten(2, heads).transpose(1, 2)
+        v = self.w_v(value).unflatten(2, heads).transpose(1, 2)
         scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(self.d_k)
         if mask is not None:
-            scores = scores.masked_fill(mask == 0, -1e9)
+            # -1e9, or in float16, which does not reach that far, the most negative number that it has.
+            scores = scores.masked_fill(mask == 0, max(-1e9, torch.finfo(scores.dtype).min))
         weights = F.softmax(scores, dim=-1)
-        output = torch.matmul(weights, v).transpose(1, 2).contiguous().view(batch, -1, self.d_model)
+        output = torch.matmul(weights, v).transpose(1, 2).flatten(2)
         return self.w_o(output), weights
 
 
