@@ -66,7 +66,7 @@ def number(name: str, value: object) -> None:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, int) and abs(value) > sys.float_info.max:  # compared exactly
-        raise ValueError(f"{name}: expected a finite number that a float can hold, got {_shown(value)}")
+        raise ValueError(f"{name}: expected a finite number, got {_shown(value)}")
 
 
 def finite(name: str, value: Any) -> None:

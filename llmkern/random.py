@@ -54,13 +54,16 @@ def philox_words(counter: tuple[Tensor, ...], seed: Tensor | int) -> Tensor:
 def seed_tensor(name: str, seed: int | Tensor | None) -> Tensor:
     """The seed as an int64 tensor () on the CPU; drawn from torch's CPU generator for None.
 
-    Raises ValueError, naming the argument, for what is no integer of 64 bits. A tensor is checked by `check_dropout`.
+    Raises, naming the argument, TypeError for what is no integer and ValueError for one of more than 64 bits. A tensor
+    is checked by `check_dropout`.
     """
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
     if isinstance(seed, Tensor):
         return seed
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"{name}: expected an integer of 64 bits, got {seed!r}")
+    if not -(2**63) <= seed < 2**63:
         raise ValueError(f"{name}: expected an integer of 64 bits, got {seed!r}")
     return torch.tensor(seed, dtype=torch.int64, device="cpu")
 

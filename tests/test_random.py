@@ -40,8 +40,8 @@ def test_seeds():
     torch.manual_seed(1)
     assert torch.equal(drawn, seed_tensor("seed", None)) and drawn.dtype == torch.int64
     assert int(seed_tensor("seed", -5)) == -5 and seed_tensor("seed", drawn) is drawn
-    for bad in (2**63, 1.5, "1"):
-        with pytest.raises(ValueError, match="seed: expected an integer of 64 bits, got"):
+    for bad, error in ((2**63, ValueError), (1.5, TypeError), ("1", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="seed: expected an integer of 64 bits, got"):
             seed_tensor("seed", bad)
     with pytest.raises(ValueError, match=r"dropout_p: expected a probability in \[0, 1\], got 2"):
         check_dropout("seed", None, 2.0)

@@ -37,3 +37,9 @@ def test_its_two_commands_are_targets_of_the_makefile_and_ci_calls_the_second():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_lines_of_prose_fit():
+    sections = re.findall(r"^## (?:What is supported where|Limits)\n(.*?)(?=^## )", README, re.MULTILINE | re.DOTALL)
+    assert len(sections) == 2
+    assert not [line for section in sections for line in section.splitlines() if len(line) > 120 and line[0] != "|"]

@@ -20,7 +20,8 @@ class Int8Linear(reference.Int8Linear):
     after every change that torch counts; a change through `.data` it does not count: call load_state_dict or copy_
     instead.
 
-    Source: Jacob et al. 2018, section 2 (see llmkern.functional.int8_linear).
+    Raises TypeError where in_features or out_features is no integer and for a dtype other than float32, bfloat16 or
+    float16, ValueError for a negative size. Source: Jacob et al. 2018, section 2 (see llmkern.functional.int8_linear).
     """
 
     def __init__(

@@ -92,6 +92,9 @@ class Int8Linear(nn.Module):
     in_features, out_features, bias, device, dtype: as for nn.Linear; dtype is that of the bias. Buffers: weight
     (out_features, in_features) int8, weight_scale (out_features,) float32, which keeps its dtype under half() and to().
     A state_dict of an nn.Linear loads too: its weight is quantised.
+
+    Raises TypeError where in_features or out_features is no integer and for a dtype other than float32, bfloat16 or
+    float16, ValueError for a negative size. Source: Jacob et al. 2018, section 2.
     """
 
     weight: Tensor
@@ -216,6 +219,6 @@ def quantize_model(model: nn.Module, bits: int = 8) -> nn.Module:
     """Replaces every nn.Linear by the plain Int8Linear, in place; returns the model (a lone nn.Linear's replacement).
 
     Raises TypeError for what is no module and for weights that are not float32, bfloat16 or float16; ValueError for
-    bits other than 8 and for weights on the meta device.
+    bits other than 8 and for weights on the meta device. Source of the scheme: Jacob et al. 2018, section 2.
     """
     return replace_linears(model, Int8Linear.from_linear, quantize_weight, bits)

@@ -145,8 +145,12 @@ def _reasons(model: nn.Module, linears: list[tuple[str, nn.Linear]], skip: list[
         reason = ""
         if type(linear) is not nn.Linear:
             reason = f"a {type(linear).__name__}, not an nn.Linear itself"
-        elif linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+        elif any(hooks for attribute, hooks in vars(linear).items() if attribute.endswith("_hooks")):
             reason = "it has hooks"
+        elif linear.weight._backward_hooks or linear.weight._post_accumulate_grad_hooks:
+            reason = "its weight has hooks"
+        elif "forward" in vars(linear):
+            reason = "it has a forward of its own"
         for pattern in skip:
             if fnmatchcase(name, pattern) or f".{name}".endswith(f".{pattern}"):
                 used[pattern], reason = True, "named in skip"

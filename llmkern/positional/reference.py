@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 
-from llmkern import check
+from llmkern import autocast, check
 from llmkern.random import LOW, drop_below, philox_words
 from llmkern.rotation import rotate
 
@@ -73,7 +74,9 @@ def rotary(
         cos, sin = cos[position_ids], sin[position_ids]
     if cos.dim() == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    results = [None if x is None else rotate(x, cos, sin, interleaved) for x in (q, k)]
+    # Autocast is none of this function's business, and its torch.cat fails on a CPU for float16 in bfloat16's autocast.
+    with torch.autocast(q.device.type, enabled=False) if autocast.is_on(q.device) else nullcontext():
+        results = [None if x is None else rotate(x, cos, sin, interleaved) for x in (q, k)]
     if inplace:
         results = [x if x is None or y is None else x.copy_(y) for x, y in zip((q, k), results, strict=True)]
     assert results[0] is not None
@@ -121,9 +124,11 @@ def check_rotary(
 
 def check_positions(position_ids: Tensor, cos: Tensor) -> None:
     """Raises ValueError for a position outside the tables, where its value can be read without waiting for a device."""
-    if position_ids.device.type != "cpu" or type(position_ids) is not Tensor or not position_ids.numel():
+    if torch.compiler.is_compiling():
         return
-    if torch.compiler.is_compiling() or _functorch.is_functorch_wrapped_tensor(position_ids):
+    while _functorch.is_functorch_wrapped_tensor(position_ids):  # below a transform of torch.func are its samples
+        position_ids = _functorch.get_unwrapped(position_ids)
+    if position_ids.device.type != "cpu" or type(position_ids) is not Tensor or not position_ids.numel():
         return
     low, high = (int(x) for x in position_ids.aminmax())
     if low < 0 or high >= cos.size(0):
@@ -135,7 +140,7 @@ def check_positions(position_ids: Tensor, cos: Tensor) -> None:
 
 def rotary_table(max_len: int, dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin of position * base^(-2 j / dim), each (max_len, dim/2), float32; angles formed in float64."""
-    frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    frequency = float(base) ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = torch.arange(max_len, dtype=torch.float64).unsqueeze(1) * frequency
     return angle.cos().float(), angle.sin().float()
 
@@ -143,8 +148,11 @@ def rotary_table(max_len: int, dim: int, base: float) -> tuple[Tensor, Tensor]:
 class PositionalEncoding(nn.Module):
     """Adds the sinusoidal table to embeddings: x + pe[:S].
 
-    x: (S, B, d_model), sequence first. Buffer pe: (max_len, 1, d_model), float32; an odd d_model drops the last cosine
-    column. Source: Vaswani et al. 2017, section 3.5.
+    d_model: the width. max_len: the longest sequence. x: (S, B, d_model), sequence first. Buffer pe: (max_len, 1,
+    d_model), float32; an odd d_model drops the last cosine column.
+
+    Raises TypeError where d_model or max_len is no integer, ValueError where it is not positive. Source: Vaswani et al.
+    2017, section 3.5.
     """
 
     pe: Tensor
@@ -175,8 +183,13 @@ class PositionalEncoding(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Rotary position embedding of queries and keys.
 
-    dim: the rotated part R of the head size, even. Buffers cos and sin: (max_len, dim/2), float32, not saved in the
-    state_dict. Source: Su et al. 2021, "RoFormer", section 3.4.
+    dim: the rotated part R of the head size, even. max_len: positions in the tables. base: pair j turns by base^(-2 j /
+    dim) from one position to the next. interleaved: pairs are neighbours, (2 j, 2 j + 1), instead of (j, j + R/2).
+    Buffers cos and sin: (max_len, dim/2), float32, not saved in the state_dict.
+
+    Raises TypeError for an argument of another type (integers, a number, a flag), ValueError for a dim that is not
+    positive and even, a max_len that is not positive, a base that is not positive and finite. Source: Su et al. 2021,
+    "RoFormer", section 3.4.
     """
 
     cos: Tensor
@@ -187,8 +200,8 @@ class RotaryEmbedding(nn.Module):
         check.integer("dim", dim)
         if dim < 2 or dim % 2:
             raise ValueError(f"dim: expected a positive even number, got {dim}")
-        check.number("base", base)
-        if not 0.0 < base < math.inf:
+        check.finite("base", base)
+        if base <= 0.0:
             raise ValueError(f"base: expected a positive number, got {base}")
         check.flag("interleaved", interleaved)
         super().__init__()
@@ -200,9 +213,13 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor | None = None, position_ids: Tensor | None = None, *, offset: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """q (B, H, S, D), k (B, Hkv, S, D) or None -> (q, k). position_ids: (S,) or (B, S); offset is added to all.
+        """q (B, H, S, D), k (B, Hkv, S, D) or None -> (q, k), each in its shape and dtype.
 
-        Raises TypeError for a wrong dtype, ValueError for a wrong shape or a position outside the tables.
+        q: float32, bfloat16, float16 or float64. k: the dtype of q. position_ids: (S,) or (B, S), int64 or int32,
+        0 ... S - 1 without. offset is added to all; beside position_ids it has 32 bits.
+
+        Raises TypeError for a wrong dtype or type, ValueError for a wrong shape or device, for an offset or position
+        outside the tables.
         """
         cos, sin, position_ids = self._tables(q, position_ids, offset)
         check_rotary(q, k, cos, sin, position_ids, check.PLAIN_FLOATS)
@@ -217,7 +234,10 @@ class RotaryEmbedding(nn.Module):
         check.integer("offset", offset)
         if position_ids is not None:
             check.dtype("position_ids", position_ids, (torch.int64, torch.int32))
-            return self.cos, self.sin, position_ids + offset if offset else position_ids
+            if not -(2**31) <= offset < 2**31:
+                raise ValueError(f"offset: expected an integer of 32 bits beside position_ids, got {offset}")
+            # In 64 bits, where their sum does not wrap to a valid position.
+            return self.cos, self.sin, position_ids.long() + offset if offset else position_ids
         if offset == 0:
             return self.cos, self.sin, None
         if offset < 0 or offset + q.size(-2) > self.max_len:

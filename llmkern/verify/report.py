@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,12 @@ class Row:
     scale: float  #: the largest finite magnitude of the truth
     passed: bool
     reason: str  #: why it failed; empty where it passed
+    draws: int = 1  #: of the errors; where there were several, these are their quadratic means
+
+    @property
+    def inaccurate(self) -> bool:
+        """An error is larger than the allowed one, which more draws may show to be chance."""
+        return self.max_error > self.max_allowed or self.rms_error > self.rms_allowed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +85,9 @@ class Report:
         # A truth that is another function than the reference would let everything pass.
         weak = [f"{r.name} ({r.kind})" for r in self.rows if r.max_reference > r.scale / 4 > 0]
         said = f"This says little about {', '.join(weak)}: there the reference itself is far from the truth."
-        return [text for text in (self.note, weak and said) if text]
+        drawn = [f"{r.name} ({r.kind}, {r.draws})" for r in self.rows if r.draws > 1]
+        chance = f"Errors are the quadratic means of several draws in {', '.join(drawn)}."
+        return [text for text in (self.note, drawn and chance, weak and said) if text]
 
 
 MISSING = object()
@@ -87,7 +95,11 @@ _NAN = math.nan
 Errors = tuple[float, float, float, float, float, float, float]  # the floats of Row, in its order
 
 
-def gradient_row(name: str, *runs: Mapping[str, Tensor | None]) -> Row | None:
+#: Of each further draw, the largest and the root mean square error of the candidate, then those of the reference.
+Draws = Sequence[tuple[float, float, float, float]]
+
+
+def gradient_row(name: str, *runs: Mapping[str, Tensor | None], draws: Draws = ()) -> Row | None:
     """The row of one gradient; a gradient that is None counts as zeros, and there is no row where all are None."""
     k, r, t = (run.get(name, MISSING) for run in runs)
     if k is None and r is None and t is None:
@@ -96,20 +108,20 @@ def gradient_row(name: str, *runs: Mapping[str, Tensor | None]) -> Row | None:
         return judge_row(name, "gradient", k, r, t)
     like_r = next(g for g in (r, k, t) if isinstance(g, Tensor))
     zeros = torch.zeros_like(like_r)
-    row = judge_row(
-        name, "gradient", zeros if k is None else k, zeros if r is None else r, zeros.double() if t is None else t
-    )
+    k_or_zeros, r_or_zeros = (zeros if g is None else g for g in (k, r))
+    row = judge_row(name, "gradient", k_or_zeros, r_or_zeros, zeros.double() if t is None else t, draws)
     if k is None and not row.passed:
         return dataclasses.replace(row, reason=f"no gradient came (None): {row.reason}")
     return row
 
 
-def judge_row(name: str, kind: str, k: Any, r: Any, t: Any) -> Row:
+def judge_row(name: str, kind: str, k: Any, r: Any, t: Any, draws: Draws = ()) -> Row:
+    """The verdict on k, by the quadratic means of its errors and of the reference's over this draw and `draws`."""
     shape = tuple(k.shape) if isinstance(k, Tensor) else ()
     dtype = k.dtype if isinstance(k, Tensor) else None
 
     def row(reason: str, errors: Errors = (_NAN,) * 7) -> Row:
-        return Row(name, kind, shape, dtype, *errors, not reason, reason)
+        return Row(name, kind, shape, dtype, *errors, not reason, reason, 1 + len(draws))
 
     for value, who in ((k, "the candidate"), (r, "the reference"), (t, "the truth")):
         if value is MISSING:
@@ -133,10 +145,10 @@ def judge_row(name: str, kind: str, k: Any, r: Any, t: Any) -> Row:
         return row(f"the truth came out in {short(t.dtype)} and not in float64")
     if k.numel() == 0:
         return row("", (0.0,) * 7)
-    return row(*_judge(k.double(), r.double(), t, k.dtype))
+    return row(*_judge(k.double(), r.double(), t, k.dtype, draws))
 
 
-def _judge(k: Tensor, r: Tensor, t: Tensor, dtype: torch.dtype) -> tuple[str, Errors]:
+def _judge(k: Tensor, r: Tensor, t: Tensor, dtype: torch.dtype, draws: Draws) -> tuple[str, Errors]:
     """The reason why k fails, or "", and its errors beside the reference's and the allowed ones."""
     rounded = t.to(dtype).double()
     in_truth = rounded.isfinite()
@@ -150,13 +162,35 @@ def _judge(k: Tensor, r: Tensor, t: Tensor, dtype: torch.dtype) -> tuple[str, Er
     info = torch.finfo(dtype)
     ulp = info.eps * 2.0 ** math.floor(math.log2(max(scale, info.tiny)))  # of a subnormal scale: the smallest number
     (max_k, rms_k), (max_r, rms_r) = (_errors(x, t, x.isfinite() & in_truth) for x in (k, r))
+    worst = max_k
+    max_k, rms_k, max_r, rms_r = map(_quadratic_mean, zip((max_k, rms_k, max_r, rms_r), *draws, strict=True))
     allowed = (2 * max_r + ulp, 2 * rms_r + ulp)
     if not reason and max_k > allowed[0]:
-        where = tuple(((k - t).abs().nan_to_num(nan=-1.0, posinf=-1.0) == max_k).nonzero()[0].tolist())
+        where = tuple(((k - t).abs().nan_to_num(nan=-1.0, posinf=-1.0) == worst).nonzero()[0].tolist())
         reason = f"max error {max_k:.3g} above {allowed[0]:.3g}, at {where}: {k[where]:.9g} instead of {t[where]:.9g}"
     if not reason and rms_k > allowed[1]:
         reason = f"rms error {rms_k:.3g} above {allowed[1]:.3g}"
     return reason, (max_k, max_r, allowed[0], rms_k, rms_r, allowed[1], scale)
+
+
+def draw_errors(k: Any, r: Any, t: Any) -> tuple[float, float, float, float]:
+    """One further draw of what judge_row compares; a gradient may be None."""
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        return (0.0,) * 4
+    k, r = (torch.zeros_like(t) if g is None else g for g in (k, r))
+    in_truth = t.to(r.dtype).isfinite()
+    max_r, rms_r = _errors(r.double(), t, r.isfinite() & in_truth)
+    if (r.isfinite() & in_truth & ~k.isfinite()).any():
+        return math.inf, math.inf, max_r, rms_r
+    max_k, rms_k = _errors(k.double(), t, k.isfinite() & in_truth)
+    return max_k, rms_k, max_r, rms_r
+
+
+def _quadratic_mean(values: Sequence[float]) -> float:
+    largest = max(values)  # by which they are divided first: squares of subnormal numbers would be 0
+    if largest == 0.0 or math.isinf(largest):
+        return largest
+    return largest * math.sqrt(sum((v / largest) ** 2 for v in values) / len(values))
 
 
 def _kind(x: Tensor) -> Tensor:

@@ -82,12 +82,18 @@ class Arguments:
             if isinstance(leaf, Tensor):
                 self.tensors.setdefault(id(leaf), (path, leaf))
 
-    def copies(self, cast: torch.dtype | None) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
-        """Fresh copies of the arguments, floating ones in `cast`, and the leaves to differentiate, by name."""
+    def copies(
+        self, cast: torch.dtype | None, draw: int = 0
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
+        """Fresh copies of the arguments, floating ones in `cast`, and the leaves to differentiate, by name.
+
+        draw: other than 0, floating arguments are moved to a neighbour first.
+        """
         leaves: dict[str, Tensor] = {}
         made: dict[int, Tensor] = {}
         for identity, (name, t) in self.tensors.items():
-            made[identity] = _strided_copy(t, cast if cast and t.is_floating_point() else t.dtype)
+            moved = _moved(name, draw) if draw and t.is_floating_point() else None
+            made[identity] = _strided_copy(t, cast if cast and t.is_floating_point() else t.dtype, moved)
             if identity in self.differentiated:
                 leaves[name] = made[identity].requires_grad_()
                 made[identity] = _Feed.apply(leaves[name])
@@ -113,10 +119,14 @@ def run(
     cast: torch.dtype | None = None,
     rounded: torch.dtype | None = None,
     cotangents: Mapping[str, Tensor] | None = None,
+    draw: int = 0,
 ) -> Run:
-    """Runs the function forward and backward; `rounded` rounds what came out as float32 in the end."""
+    """Runs the function forward and backward; `rounded` rounds what came out as float32 in the end.
+
+    draw: other than 0, the arguments are moved to a neighbour.
+    """
     with _buffers_kept(function):  # until after the backward, which may need them as they were left
-        return _run(function, arguments, cast, rounded, cotangents)
+        return _run(function, arguments, cast, rounded, cotangents, draw)
 
 
 def _run(
@@ -125,8 +135,9 @@ def _run(
     cast: torch.dtype | None,
     rounded: torch.dtype | None,
     cotangents: Mapping[str, Tensor] | None,
+    draw: int,
 ) -> Run:
-    args, kwargs, leaves = arguments.copies(cast)
+    args, kwargs, leaves = arguments.copies(cast, draw)
     devices = {t.device.index or 0 for _, t in arguments.tensors.values() if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
         torch.manual_seed(_SEED)
@@ -173,8 +184,11 @@ def _cotangent(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.d
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
-def _strided_copy(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in `dtype` with the strides and the storage offset of t, also where elements overlap, and no view."""
+def _strided_copy(t: Tensor, dtype: torch.dtype, moved: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """A copy in `dtype` with the strides and the storage offset of t, also where elements overlap, and no view.
+
+    moved: what to do to the values before, where t is strided.
+    """
     t = t.detach()
     if t.layout is not torch.strided:
         return t.to(dtype, copy=True)
@@ -182,7 +196,7 @@ def _strided_copy(t: Tensor, dtype: torch.dtype) -> Tensor:
     flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(
         storage, 0, (storage.nbytes() // t.element_size(),), (1,)
     )
-    copied = flat.to(dtype, copy=True).untyped_storage()
+    copied = (flat if moved is None else moved(flat)).to(dtype, copy=True).untyped_storage()
     return torch.empty(0, dtype=dtype, device=t.device).set_(copied, t.storage_offset(), t.size(), t.stride())
 
 
@@ -196,6 +210,51 @@ class _Feed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+def _moved(name: str, draw: int) -> Callable[[Tensor], Tensor]:
+    """A function that moves each element of a tensor by chance, the same for the same name and draw.
+
+    In even draws an element moves one step up or down in its own dtype, or stays: what is rare may happen again. In
+    odd ones it moves by up to an eighth: magnitudes that happen to round well for one version do so no longer. Whole
+    numbers stay: zeros, flags and counts mean something that their neighbours do not.
+    """
+
+    def move(t: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{draw} {name}".encode()))
+        values = t.detach().cpu()
+        if draw % 2:
+            moved = values * (1.0 + (torch.rand(t.shape, generator=generator) - 0.5) / 4).to(values.dtype)
+        else:
+            step = torch.randint(-1, 2, t.shape, generator=generator)
+            moved = torch.nextafter(values, torch.where(step > 0, torch.inf, -torch.inf).to(values.dtype))
+            moved = torch.where(step == 0, values, moved)
+        return torch.where((values == values.round()) | ~moved.isfinite(), values, moved).to(t.device)
+
+    return move
+
+
+def neighbour(function: Callable[..., Any], draw: int) -> Callable[..., Any]:
+    """A copy of a module, its floating parameters moved as the arguments of that draw; a function is itself."""
+    if not isinstance(function, nn.Module):
+        return function
+    function = copy.deepcopy(function)
+    with torch.no_grad():
+        for name, parameter in function.named_parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(_moved(name, draw)(parameter))
+    return function
+
+
+def same_parameters(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Both are modules with the same parameters by name, dtype and value."""
+    if not isinstance(one, nn.Module) or not isinstance(other, nn.Module):
+        return False
+    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    return ours.keys() == theirs.keys() and all(
+        p.dtype == theirs[n].dtype and p.device == theirs[n].device and torch.equal(p, theirs[n])
+        for n, p in ours.items()
+    )
 
 
 def in_dtype(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:

@@ -76,7 +76,7 @@ CASES = {
     "sink dtype": ({"learnable_sink": t(4, dtype=torch.int32)}, TypeError, ["learnable_sink", "float32", "int32"]),
     "sink device": ({"learnable_sink": t(4, device="meta")}, ValueError, ["learnable_sink", "cpu", "meta"]),
     "sink no tensor": ({"learnable_sink": 1.0}, TypeError, ["learnable_sink", "torch.Tensor", "float"]),
-    "seed no integer": ({"dropout_p": 0.5, "dropout_seed": 1.5}, ValueError, ["dropout_seed", "64 bits", "1.5"]),
+    "seed no integer": ({"dropout_p": 0.5, "dropout_seed": 1.5}, TypeError, ["dropout_seed", "64 bits", "1.5"]),
     "seed dtype": ({"dropout_p": 0.5, "dropout_seed": t(1)[0]}, TypeError, ["dropout_seed", "int64", "float32"]),
     "seed shape": (
         {"dropout_p": 0.5, "dropout_seed": t(2, dtype=torch.int64)}, ValueError, ["dropout_seed", "()", "(2,)"],

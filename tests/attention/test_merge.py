@@ -77,6 +77,7 @@ def test_a_gradient_of_a_gradient():
     sums = [torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     inputs = (*outputs, *sums)
     assert torch.autograd.gradgradcheck(lambda *t: merge_attention(t[:3], t[3:]), inputs)
+    assert torch.autograd.gradcheck(lambda *t: merge_attention(t[:3], t[3:]), inputs, check_forward_ad=True)
 
 
 def test_bad_inputs():

@@ -19,12 +19,31 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_outputs_weights_and_gradients(mask, dtype, isa):
     fast = llmkern.MultiHeadAttention(48, 4).to(dtype)
     x = torch.randn(3, 9, 48, dtype=dtype)
-    verify(fast, None, (x, x, x, mask)).raise_if_failed()
+    report = verify(fast, None, (x, x, x, mask))
+    report.raise_if_failed()
+    assert "cannot run in" not in report.note  # the plain version is judged in its own dtype
+
+
+@pytest.mark.parametrize("module", [reference.MultiHeadAttention, llmkern.MultiHeadAttention])
+def test_masked_weights_are_zero_under_autocast_in_half_precision(module):
+    layer, x = module(48, 4), torch.randn(2, 9, 48)
+    with torch.autocast("cpu", torch.float16):
+        weights = layer(x, x, x, torch.ones(9, 9).tril(-1))[1]
+    assert weights.triu(0)[..., 1:, :].abs().max() == 0
+    assert torch.allclose(weights[..., 0, :].float(), torch.tensor(1 / 9), atol=1e-4)  # a row without keys
+
+
+@pytest.mark.parametrize("module", [reference.MultiHeadAttention, llmkern.MultiHeadAttention])
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 5), (0, 0, 0), (2, 0, 3), (2, 3, 0)])
+def test_empty_batches_and_lengths(module, batch, queries, keys):
+    query, key = torch.randn(batch, queries, 48), torch.randn(batch, keys, 48)
+    output, weights = module(48, 4)(query, key, key)
+    assert output.shape == (batch, queries, 48) and weights.shape == (batch, 4, queries, keys)
 
 
 def test_without_weights_and_other_lengths(isa):

@@ -114,6 +114,42 @@ def test_a_lone_linear_and_one_quantised_already():
     assert all(before[name] is module for name, module in quantize_model(model).named_modules())
 
 
+HOOKS = {
+    "forward": lambda layer: layer.register_forward_hook(lambda *args: None),
+    "forward, with keywords": lambda layer: layer.register_forward_hook(lambda *args: None, with_kwargs=True),
+    "before forward": lambda layer: layer.register_forward_pre_hook(lambda *args: None),
+    "backward": lambda layer: layer.register_full_backward_hook(lambda *args: None),
+    "before backward": lambda layer: layer.register_full_backward_pre_hook(lambda *args: None),
+    "state_dict": lambda layer: layer.register_state_dict_post_hook(lambda *args: None),
+    "before state_dict": lambda layer: layer.register_state_dict_pre_hook(lambda *args: None),
+    "load": lambda layer: layer.register_load_state_dict_post_hook(lambda *args: None),
+    "before load": lambda layer: layer.register_load_state_dict_pre_hook(lambda *args: None),
+    "weight": lambda layer: layer.weight.register_hook(lambda grad: None),
+    "weight, once accumulated": lambda layer: layer.weight.register_post_accumulate_grad_hook(lambda weight: None),
+    "its own forward": lambda layer: setattr(layer, "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize(("what", "hook"), HOOKS.items(), ids=HOOKS)
+def test_what_hangs_on_a_layer_keeps_it(what, hook):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    hook(model[0])
+    quantize_model(model)
+    assert [type(layer) for layer in model] == [nn.Linear, Int8Linear]
+    left = model.quantization_report.layers[0].left
+    assert left == {"weight": "its weight has hooks", "its own forward": "it has a forward of its own"}.get(
+        what.partition(",")[0], "it has hooks"
+    )
+    assert left in str(model.quantization_report)
+
+
+def test_a_hook_on_the_bias_goes_with_it():
+    model, seen = nn.Sequential(nn.Linear(4, 4)), []
+    model[0].bias.register_hook(seen.append)
+    quantize_model(model)(torch.randn(2, 4)).sum().backward()
+    assert type(model[0]) is Int8Linear and len(seen) == 1
+
+
 def test_subclasses_and_layers_with_hooks_are_left():
     class Special(nn.Linear):
         pass

@@ -58,11 +58,14 @@ SINUSOIDAL = {
     "a flag for a probability": ({"dropout_p": True, "seed": 1}, TypeError, ["dropout_p", "a number", "True"]),
     "a word for a scale": ({"scale": "a"}, TypeError, ["scale", "a number", "'a'"]),
     "sparse x": ({"x": t(5, 2, 8).to_sparse()}, TypeError, ["x: expected a dense tensor", "got torch.sparse_coo"]),
-    "a scale too large": ({"scale": 10**400}, ValueError, ["scale", "finite number", "an integer of 1329 bits"]),
+    "no finite scale": ({"scale": float("nan")}, ValueError, ["scale", "a finite number", "nan"]),
+    "an infinite scale": ({"scale": float("inf")}, ValueError, ["scale", "a finite number", "inf"]),
+    "a scale beyond float64": ({"scale": 10**400}, ValueError, ["scale", "a finite number"]),
+    "a seed of 65 bits": ({"dropout_p": 0.5, "seed": 2**63}, ValueError, ["seed", "64 bits", str(2**63)]),
     "a list for x": ({"x": [1.0]}, TypeError, ["x", "torch.Tensor", "list"]),
     "a list for pe": ({"pe": [1.0]}, TypeError, ["pe", "torch.Tensor", "list"]),
-    "a flag for a seed": ({"dropout_p": 0.5, "seed": True}, ValueError, ["seed", "integer", "True"]),
-    "seed": ({"dropout_p": 0.5, "seed": 0.5}, ValueError, ["seed", "integer", "0.5"]),
+    "a flag for a seed": ({"dropout_p": 0.5, "seed": True}, TypeError, ["seed", "integer", "True"]),
+    "seed": ({"dropout_p": 0.5, "seed": 0.5}, TypeError, ["seed", "integer", "0.5"]),
     "seed dtype": ({"dropout_p": 0.5, "seed": t()}, TypeError, ["seed", "int64", "float32"]),
 }
 
@@ -87,6 +90,22 @@ ROTARY_MODULE = {
     "a fraction for an offset": ({"offset": 1.5}, TypeError, ["offset", "an integer", "1.5"]),
     "a flag for an offset": ({"offset": True}, TypeError, ["offset", "an integer", "True"]),
     "a negative offset": ({"offset": -1}, ValueError, ["offset", "max_len - S = 1", "-1"]),
+    "an offset beyond the ids' dtype": (
+        {"position_ids": torch.arange(5, dtype=torch.int32), "offset": 2**32}, ValueError,
+        ["offset", "32 bits", str(2**32)],
+    ),
+    "an offset just beyond the ids' dtype": (
+        {"position_ids": torch.arange(5, dtype=torch.int32), "offset": 2**31}, ValueError,
+        ["offset", "32 bits", str(2**31)],
+    ),
+    "a sum beyond the ids' dtype": (
+        {"position_ids": torch.full((5,), 2**31 - 1, dtype=torch.int32), "offset": 2**31 - 1}, ValueError,
+        ["position_ids", str(2**32 - 2)],
+    ),
+    "an offset beyond every integer": (
+        {"position_ids": torch.arange(5), "offset": 2**70}, ValueError, ["offset", "64 bits", str(2**70)],
+    ),
+    "such an offset without ids": ({"offset": 2**70}, ValueError, ["offset", "64 bits", str(2**70)]),
     "an offset past the table": ({"offset": 2}, ValueError, ["offset", "max_len - S = 1", "2"]),
 }  # fmt: skip
 
@@ -99,6 +118,8 @@ CONSTRUCTORS = [
     ("RotaryEmbedding", (8, 6, -1.0), ValueError, ["base", "a positive number", "-1.0"]),
     ("RotaryEmbedding", (8, 6, "a"), TypeError, ["base", "a number", "'a'"]),
     ("RotaryEmbedding", (8, 6, 1e4, "no"), TypeError, ["interleaved", "True or False", "'no'"]),
+    ("RotaryEmbedding", (8, 6, float("inf")), ValueError, ["base", "a finite number", "inf"]),
+    ("RotaryEmbedding", (8, 6, 10**400), ValueError, ["base", "a finite number"]),
     ("PositionalEncoding", (0,), ValueError, ["d_model", "a positive integer", "0"]),
     ("PositionalEncoding", (8, 2.5), TypeError, ["max_len", "a positive integer", "2.5"]),
 ]

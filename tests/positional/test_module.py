@@ -64,3 +64,34 @@ def test_decoding_one_by_one_gives_the_same(isa):
     q = torch.randn(1, 2, 6, 32)
     steps = [rotary(q[:, :, i : i + 1], offset=i)[0] for i in range(6)]
     assert torch.equal(torch.cat(steps, 2), rotary(q)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_rotary_under_autocast_is_rotary(autocast, dtype, isa):
+    fast, plain = llmkern.RotaryEmbedding(8, 20), reference.RotaryEmbedding(8, 20)
+    q, k = torch.randn(2, 4, 7, 16).to(dtype), torch.randn(2, 2, 7, 16).to(dtype)
+    expected = plain(q, k)
+    with torch.autocast("cpu", autocast):
+        assert all(torch.equal(x, y) for x, y in zip(plain(q, k), expected, strict=True))
+        verify(fast, plain, (q, k)).raise_if_failed()
+
+
+@pytest.mark.parametrize("room", [llmkern, reference])
+@pytest.mark.parametrize("bad", [-1, 20])
+def test_positions_of_samples_are_checked_too(room, bad):
+    """Under vmap their values are known, whether the samples have positions of their own or share them."""
+    rotary, q, ids = room.RotaryEmbedding(8, 20), torch.randn(3, 2, 4, 5, 8), torch.arange(5).expand(3, 5).clone()
+    turned = torch.func.vmap(lambda x, i: rotary(x, None, i)[0])(q, ids)
+    assert torch.allclose(turned, torch.stack([rotary(x, None, ids[0])[0] for x in q]))
+    ids[1, 2] = bad
+    with pytest.raises(ValueError, match=rf"position_ids: expected values in \[0, length\) .* got {bad}"):
+        torch.func.vmap(lambda x, i: rotary(x, None, i)[0])(q, ids)
+    with pytest.raises(ValueError, match=rf"position_ids: expected values in \[0, length\) .* got {bad}"):
+        torch.func.vmap(lambda x: rotary(x, None, ids[1])[0])(q)
+
+
+@pytest.mark.parametrize("scale", [float("inf"), float("nan"), 10**400])
+def test_a_scale_that_is_not_finite_is_named(scale):
+    with pytest.raises(ValueError, match="scale: expected a finite number, got"):
+        llmkern.PositionalEncoding(8, scale=scale)

@@ -44,15 +44,16 @@ class MultiHeadAttention(nn.Module):
         """
         w_q, w_k, w_v, w_o = projections = self.w_q, self.w_k, self.w_v, self.w_o
         check_inputs(self.d_model, self.n_head, projections, query, key, value, mask, check.PLAIN_FLOATS)
-        batch = query.size(0)
-        q = w_q(query).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
-        k = w_k(key).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
-        v = w_v(value).view(batch, -1, self.n_head, self.d_k).transpose(1, 2)
+        heads = (self.n_head, self.d_k)
+        q = w_q(query).unflatten(2, heads).transpose(1, 2)
+        k = w_k(key).unflatten(2, heads).transpose(1, 2)
+        v = w_v(value).unflatten(2, heads).transpose(1, 2)
         scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(self.d_k)
         if mask is not None:
-            scores = scores.masked_fill(mask == 0, -1e9)
+            # -1e9, or in float16, which does not reach that far, the most negative number that it has.
+            scores = scores.masked_fill(mask == 0, max(-1e9, torch.finfo(scores.dtype).min))
         weights = F.softmax(scores, dim=-1)
-        output = torch.matmul(weights, v).transpose(1, 2).contiguous().view(batch, -1, self.d_model)
+        output = torch.matmul(weights, v).transpose(1, 2).flatten(2)
         return w_o(output), weights
 
 

@@ -31,8 +31,11 @@ def sinusoidal_add(
     1 / (1 - dropout_p). The mask is a function of `seed` and of the element's place alone (Philox4x32-10, Salmon et
     al. 2011), the same on every backend, and is made anew in the backward instead of being kept. seed: an integer or a
     CPU int64 tensor (); without one it is drawn from torch's CPU generator.
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or probability.
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or probability and for a scale that is not
+    finite.
     """
+    if not (type(scale) is float and scale == 1.0):  # the default costs no check
+        check.finite("scale", scale)
     try:
         key = seed_tensor("seed", seed) if dropout_p > 0.0 else None
     except TypeError:
