@@ -165,7 +165,13 @@ def test_a_wrong_shape_is_refused(capsys):
     assert "expected M,K,N, got '1,2'" in capsys.readouterr().err
 
 
-SHAPE = {"attention": "1,2,33,16", "int8": "3,40,24", "overhead": "1,1,1,1", "positional": "1,2,9,16"}
+SHAPE = {
+    "attention": "1,2,33,16",
+    "decode": "2,4,2,67,16",
+    "int8": "3,40,24",
+    "overhead": "1,1,1,1",
+    "positional": "1,2,9,16",
+}
 
 
 @pytest.mark.skipif(extension._C is None, reason="the peaks are measured by the compiled library")
