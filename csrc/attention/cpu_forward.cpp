@@ -212,7 +212,7 @@ struct Forward {
   // Whether values are paired as they are read: whole vectors of pairs as they lie.
   bool pairs_as_they_lie(const Source<T>& values) const {
 #ifdef LLMKERN_QUADS
-    return kPairs<T> && p.value_width % (2 * kWidth) == 0 && !values.scattered();
+    return kPairs<T> && p.value_width % (2 * kWidth) == 0 && values.in_runs();
 #else
     return (void)values, false;
 #endif
@@ -247,10 +247,14 @@ struct Forward {
 #ifdef LLMKERN_QUADS
           if constexpr (kPairs<T>)
             if (values_in_place) {
-              Slice<T> as_they_lie = all_values.rows(key, last, nullptr);
+              Runs runs;
+              for (int64_t r = key; r < last; r += Runs::kRun) {
+                Slice<T> run = all_values.run(r);
+                runs.begin[(r - key) / Runs::kRun] = run.data, runs.step = run.step;
+              }
               auto sums = [&](const Span* spans, int span_count, const float* corrections) {
-                all_values_in_place(strip.n, work.tile.weights, as_they_lie.data, as_they_lie.step, width, spans,
-                                    span_count, last - key, state.output, corrections);
+                all_values_in_place(strip.n, work.tile.weights, runs, width, spans, span_count, last - key,
+                                    state.output, corrections);
               };
               return meet<T>(p, strip, row, key, last - key, work.tile, state, scores, sums);
             }

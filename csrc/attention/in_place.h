@@ -110,10 +110,19 @@ __attribute__((noinline)) void all_scores_in_place(int n, const float* queries, 
                                      scores + c, factor);
 }
 
-// 32 V columns: c = corrections[i] * c + the sum over pairs of rows, of which those from `count` on are zeros.
+// Where the rows of a block of values begin, kRun rows at a time, `step` apart within.
+struct Runs {
+  static constexpr int64_t kRun = Source<Bf16>::kGather;
+  const Bf16* begin[kBlockKeys / kRun];
+  int64_t step;
+};
+
+// 32 V columns from `column` on: c = corrections[i] * c + the sum over pairs of rows, of which those from `count` on
+// are zeros.
 template <int R, int V>
-inline void values_in_place(const float* weights, const Bf16* values, int64_t step, const Span* spans, int span_count,
+inline void values_in_place(const float* weights, const Runs& values, int64_t column, const Span* spans, int span_count,
                             int64_t count, float* c, int64_t ldc, const float* corrections) {
+  int64_t step = values.step;
   alignas(64) static const Bf16 none[32 * V] = {};
   Float sum[R][2 * V];
 #pragma GCC unroll 8
@@ -122,7 +131,8 @@ inline void values_in_place(const float* weights, const Bf16* values, int64_t st
     for (int v = 0; v < 2 * V; v++) sum[i][v] = zero();
   for (int s = 0; s < span_count; s++)
     for (int64_t k = spans[s].begin; k < spans[s].end; k++) {
-      const Bf16 *x = values + 2 * k * step, *y = 2 * k + 1 < count ? x + step : none;
+      const Bf16* x = values.begin[2 * k / Runs::kRun] + 2 * k % Runs::kRun * step + column;
+      const Bf16* y = 2 * k + 1 < count ? x + step : none;
       Float pairs[2 * V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) {
@@ -153,17 +163,16 @@ inline void values_in_place(const float* weights, const Bf16* values, int64_t st
 
 // The same for up to kTileRows rows of weights and a width that is a multiple of 32.
 template <int R = kTileRows>
-__attribute__((noinline)) void all_values_in_place(int n, const float* weights, const Bf16* values, int64_t step,
-                                                   int64_t width, const Span* spans, int span_count, int64_t count,
-                                                   float* c, const float* corrections) {
+__attribute__((noinline)) void all_values_in_place(int n, const float* weights, const Runs& values, int64_t width,
+                                                   const Span* spans, int span_count, int64_t count, float* c,
+                                                   const float* corrections) {
   if constexpr (R > 1) {
-    if (n < R)
-      return all_values_in_place<R - 1>(n, weights, values, step, width, spans, span_count, count, c, corrections);
+    if (n < R) return all_values_in_place<R - 1>(n, weights, values, width, spans, span_count, count, c, corrections);
   }
   int64_t j = 0;
   for (; j + 64 <= width; j += 64)
-    values_in_place<R, 2>(weights, values + j, step, spans, span_count, count, c + j, width, corrections);
-  if (j < width) values_in_place<R, 1>(weights, values + j, step, spans, span_count, count, c + j, width, corrections);
+    values_in_place<R, 2>(weights, values, j, spans, span_count, count, c + j, width, corrections);
+  if (j < width) values_in_place<R, 1>(weights, values, j, spans, span_count, count, c + j, width, corrections);
 }
 
 }  // namespace

@@ -33,16 +33,6 @@ struct Sizes {
   int64_t value_units() const { return kValueRows * value_width; }
 };
 
-// Consecutive pieces of one allocation.
-struct Memory {
-  float* next;
-  float* take(int64_t units) {
-    float* taken = next;
-    next += round_up(units, 16);
-    return taken;
-  }
-};
-
 // What some rows know after some keys: not yet divided by the sum of their weights.
 struct State {
   State(Memory& memory, int64_t rows, int64_t value_width)

@@ -29,16 +29,6 @@ struct Sizes {
   int64_t strip_units() const { return kStrip * (depth + value_depth + width + value_width + 2 + 5 * kBlockKeys); }
 };
 
-// Consecutive pieces of one allocation.
-struct Memory {
-  float* next;
-  float* take(int64_t units) {
-    float* taken = next;
-    next += round_up(units, 16);
-    return taken;
-  }
-};
-
 // One block of the keys and values of a (sequence, kv head).
 template <class T>
 struct Block {

@@ -40,6 +40,13 @@ class Source {
     return {reinterpret_cast<const T*>(space), width_};
   }
   static int64_t units(int64_t width) { return kGather * width; }
+  // Whether rows lie `step` apart within every kGather of them, and are of T: then those from `begin`, a multiple of
+  // kGather, begin at the place that is given.
+  bool in_runs() const { return !scales_.data && (!pages_.table || pages_.size % kGather == 0); }
+  Slice<T> run(int64_t begin) const {
+    if (!pages_.table) return {rows_ + begin * tensor_.row, tensor_.row};
+    return {reinterpret_cast<const T*>(tensor_.data) + at(tensor_, begin), tensor_.row};
+  }
 
  private:
   // Where row r is, in a tensor or its scales.
@@ -51,15 +58,19 @@ class Source {
   }
   void widen(T* to, const int8_t* from, float scale) const {
     Float by = broadcast(scale);
-    alignas(64) float some[kWidth];
-    for (int64_t d = 0; d < width_; d += kWidth) {
-      int n = width_ - d < kWidth ? static_cast<int>(width_ - d) : kWidth;
-      for (int i = 0; i < n; i++) some[i] = from[d + i];
-      if (n == kWidth)
-        store(to + d, mul(load(some), by));
+    alignas(64) float some[2 * kWidth] = {};
+    int64_t d = 0;
+    for (; d + 2 * kWidth <= width_; d += 2 * kWidth) {
+      for (int i = 0; i < 2 * kWidth; i++) some[i] = from[d + i];  // a fixed number: the compiler's vectors
+      Float a = mul(load(some), by), b = mul(load(some + kWidth), by);
+      if constexpr (kPairs<T>)  // which are multiplied without subnormal numbers anyway
+        store_flushed(to + d, a, b);
       else
-        store_first(to + d, mul(load_first(some, n), by), n);
+        store(to + d, a), store(to + d + kWidth, b);
     }
+    for (int i = 0; d + i < width_; i++) some[i] = from[d + i];
+    for (int64_t at = 0; d < width_; d += kWidth, at += kWidth)
+      store_first(to + d, mul(load(some + at), by), static_cast<int>(width_ - d < kWidth ? width_ - d : kWidth));
   }
 
   const AttentionTensor& tensor_;

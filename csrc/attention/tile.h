@@ -21,6 +21,16 @@ constexpr bool kPairs = kBf16Dot && std::is_same<T, Bf16>::value;
 
 LLMKERN_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
+// Consecutive pieces of one allocation.
+struct Memory {
+  float* next;
+  float* take(int64_t units) {
+    float* taken = next;
+    next += round_up(units, 16);
+    return taken;
+  }
+};
+
 // The 32 bits of a unit.
 LLMKERN_INLINE int32_t unit(const float* p) {
   int32_t x;

@@ -134,9 +134,10 @@ def test_a_row_depends_on_nothing_around_it(isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_query_at_a_time_gives_the_bits_of_all_at_once(dtype, isa):
+@pytest.mark.parametrize("widths", [(32, 48), (64, 64), (97, 96), (200, 128)])
+def test_one_query_at_a_time_gives_the_bits_of_all_at_once(widths, dtype, isa):
     """Prefill, chunks of it and decoding, over more keys than a block and a split hold, with shared key heads."""
-    q, k, v = tensors((1, 4, 2, 1300, 1300, 32, 48), dtype)
+    q, k, v = tensors((1, 4, 2, 1300, 1300, *widths), dtype)
     whole = attend()(q, k, v, causal=True)
     for begin, end in ((0, 1), (1, 30), (500, 600), (1023, 1025), (1299, 1300)):
         part = attend()(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], causal=True, bottom_right=True)

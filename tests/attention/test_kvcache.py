@@ -79,13 +79,17 @@ def test_static_and_paged(name, dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("queries", "page"), [(1, 16), (3, 256), (16, 24), (90, 16), (90, 100)])
+@pytest.mark.parametrize(
+    ("queries", "page", "width", "value_width"),
+    [(1, 16, 24, 20), (3, 256, 24, 20), (16, 24, 24, 20), (90, 16, 24, 20), (90, 100, 24, 20),
+     (1, 64, 64, 64), (2, 128, 80, 96), (3, 192, 128, 32), (1, 16, 64, 64)],
+)  # fmt: skip
 @pytest.mark.parametrize("int8", [False, True])
-def test_long_caches(queries, page, int8, dtype, isa):
+def test_long_caches(queries, page, width, value_width, int8, dtype, isa):
     """Static and paged bit for bit; also as the dense operator has it, of which int8 is read into its dtype."""
     size, lengths = 1800, torch.tensor([1290, 37, 700])
-    q, k, v = (torch.randn(B, queries, h, d).to(dtype) for h, d in ((H, 24), (HKV, 24), (HKV, 20)))
-    caches = [torch.randn(B, size, HKV, d).to(dtype) for d in (24, 20)]
+    q, k, v = (torch.randn(B, queries, h, d).to(dtype) for h, d in ((H, width), (HKV, width), (HKV, value_width)))
+    caches = [torch.randn(B, size, HKV, d).to(dtype) for d in (width, value_width)]
     scales = {}
     if int8:
         caches = [(c.float() * 40).clamp(-127, 127).to(torch.int8) for c in caches]
