@@ -8,7 +8,7 @@ and where there is one finds its launcher in a table: a kernel, or the operator'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -70,9 +70,13 @@ _signatures: dict[str, list[tuple[str, str]]] = {}
 _KINDS = {"bool": check.flag, "int": check.integer, "float": check.number, "Tensor": check.is_tensor}
 
 
-def check_types(name: str, args: tuple[Any, ...]) -> None:
-    """Raises TypeError for the first argument of an operator that its schema does not take, naming it."""
+def check_types(name: str, args: tuple[Any, ...], public: Mapping[str, str] | None = None) -> None:
+    """Raises TypeError for the first argument of an operator that its schema does not take, naming it.
+
+    public: the names of arguments in the function that users call, where they are others.
+    """
     for (argument, kind), value in zip(_signatures[name], args, strict=False):
+        argument = (public or {}).get(argument, argument)
         if not (value is None and kind.startswith("Optional")):
             _KINDS[kind.removeprefix("Optional[").removesuffix("]")](argument, value)
         if isinstance(value, Tensor):

@@ -9,13 +9,9 @@
 
 namespace llmkern {
 
-inline int64_t integer_at(const char* data, bool is_64, int64_t i) {
-  return is_64 ? reinterpret_cast<const int64_t*>(data)[i] : reinterpret_cast<const int32_t*>(data)[i];
-}
-
 // The length of the longest of the `count` sequences, which is at most `promised` unless that is negative.
 inline int64_t longest(const char* side, const AttentionBounds& bounds, int64_t count, int64_t promised) {
-  auto at = [&](int64_t i) { return integer_at(bounds.data, bounds.is_64, i); };
+  auto at = [&](int64_t i) { return integer(bounds.data, bounds.is_64, i); };
   bool rise = at(0) == 0 && at(count) == bounds.total;
   int64_t most = 0;
   for (int64_t i = 0; i < count; i++) rise = rise && at(i) <= at(i + 1), most = std::max(most, at(i + 1) - at(i));
@@ -38,14 +34,14 @@ inline int64_t check_cache(const CacheLengths& lengths, int64_t added, const Att
                            int64_t capacity) {
   int64_t most = 0, room = capacity - added;
   for (int64_t b = 0; b < batch; b++) {
-    int64_t held = lengths.data ? integer_at(lengths.data, lengths.is_64, b * lengths.step) : room;
+    int64_t held = lengths.data ? integer(lengths.data, lengths.is_64, b * lengths.step) : room;
     if (held < 0 || held > room)
       throw std::invalid_argument("cache_seqlens: expected lengths in [0, " + std::to_string(room) + "], so that " +
                                   std::to_string(added) + " more fit into " + std::to_string(capacity) +
                                   " places, got " + std::to_string(held));
     most = std::max(most, held + added);
     for (int64_t page = 0; pages.table && page * pages.size < held + added; page++) {
-      int64_t at = integer_at(pages.table, pages.is_64, b * pages.step + page);
+      int64_t at = integer(pages.table, pages.is_64, b * pages.step + page);
       if (at < 0 || at >= pages.count)
         throw std::invalid_argument("block_table: expected pages in [0, " + std::to_string(pages.count) +
                                     ") wherever a sequence has tokens, got " + std::to_string(at));
@@ -59,7 +55,7 @@ inline void check_positions(const CacheParams& p) {
   if (!p.rotation.cos) return;
   int64_t steps = std::max(p.added, p.ordered ? p.queries : 1), most = -1;
   for (int64_t b = 0; b < p.batch; b++)
-    most = std::max(most, integer_at(p.lengths.data, p.lengths.is_64, b * p.lengths.step) + steps - 1);
+    most = std::max(most, integer(p.lengths.data, p.lengths.is_64, b * p.lengths.step) + steps - 1);
   if (most >= p.rotation.length)
     throw std::invalid_argument("rotary_cos: expected (length, R/2) with a row for position " + std::to_string(most) +
                                 ", got shape (" + std::to_string(p.rotation.length) + ", " +

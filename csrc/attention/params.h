@@ -3,10 +3,16 @@
 #pragma once
 #include <cstdint>
 
+#include "../common/isa.h"
 #include "../common/rotation.h"
 #include "../common/types.h"
 
 namespace llmkern {
+
+// Number i of an array of int32 or int64.
+LLMKERN_INLINE int64_t integer(const char* data, bool is_64, int64_t i) {
+  return is_64 ? reinterpret_cast<const int64_t*>(data)[i] : reinterpret_cast<const int32_t*>(data)[i];
+}
 
 // Where the tensor of dimensions (b, h, row, d) begins, and the steps of its outer three.
 struct AttentionTensor {

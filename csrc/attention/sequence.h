@@ -8,11 +8,6 @@
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-// Number i of an array of int32 or int64.
-LLMKERN_INLINE int64_t integer(const char* data, bool is_64, int64_t i) {
-  return is_64 ? reinterpret_cast<const int64_t*>(data)[i] : reinterpret_cast<const int32_t*>(data)[i];
-}
-
 struct Sequence {
   Sequence(const AttentionParams& p, int64_t b) : b(b), queries(p.queries), keys(p.keys) {
     of(p.query_bounds, first_query, queries);

@@ -24,12 +24,11 @@ class Source {
   // Whether rows must be gathered, at most kGather at a time.
   bool scattered() const { return pages_.table || scales_.data; }
   static constexpr int64_t kGather = 64;
+  static_assert(kGather % kPanel == 0, "what is gathered is packed into whole panels");
 
-  // The rows [begin, end). Gathered ones lie in `space`, kGather rows of units(width).
+  // The rows [begin, end). Gathered ones lie in `space`, units(width) of it.
   Slice<T> rows(int64_t begin, int64_t end, float* space) const {
-    if (!scattered()) return {rows_ + begin * tensor_.row, tensor_.row};
-    if (!scales_.data && begin / pages_.size == (end - 1) / pages_.size)
-      return {reinterpret_cast<const T*>(tensor_.data) + at(tensor_, begin), tensor_.row};
+    if (!scales_.data && (!pages_.table || begin / pages_.size == (end - 1) / pages_.size)) return run(begin);
     T* to = reinterpret_cast<T*>(space);
     for (int64_t r = begin; r < end; r++, to += width_) {
       if (scales_.data)
@@ -40,9 +39,9 @@ class Source {
     return {reinterpret_cast<const T*>(space), width_};
   }
   static int64_t units(int64_t width) { return kGather * width; }
-  // Whether rows lie `step` apart within every kGather of them, and are of T: then those from `begin`, a multiple of
-  // kGather, begin at the place that is given.
+  // Whether every kGather rows from a multiple of it on lie in one run, as elements of T.
   bool in_runs() const { return !scales_.data && (!pages_.table || pages_.size % kGather == 0); }
+  // The run that begins with this row: to the end of its page, or of the sequence.
   Slice<T> run(int64_t begin) const {
     if (!pages_.table) return {rows_ + begin * tensor_.row, tensor_.row};
     return {reinterpret_cast<const T*>(tensor_.data) + at(tensor_, begin), tensor_.row};

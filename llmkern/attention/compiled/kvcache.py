@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmkern import extension, overlap
 from llmkern.attention import cache
-from llmkern.attention.compiled.params import as_sink, params, unsupported
+from llmkern.attention.compiled.params import as_sink, params, plain, through_copies, unsupported
 from llmkern.attention.mask import Mask
 from llmkern.backend import Backend
 
@@ -23,8 +23,8 @@ def _kvcache(
 ) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
     """Two kernels on the cache as it lies: one writes what is new, the other attends to all."""
     copied = (query, key, value, rotary_cos, rotary_sin, block_table)
-    if any(t is not None and t.shape[-1] > 1 and t.stride(-1) != 1 for t in copied):
-        return _with_contiguous_rows
+    if any(t is not None and plain(t) is not t for t in copied):
+        return through_copies(_kvcache, 9)  # the caches, which are written to, are plain: see _unsupported_kvcache
     batch, queries, heads, width = query.shape
     kv_heads, value_width = k_cache.shape[2], v_cache.shape[3]
     capacity, added = cache.capacity(k_cache, block_table), 0 if key is None else key.shape[1]
@@ -110,20 +110,11 @@ def _steps(t: Tensor) -> list[int]:
     return [t.stride(0), t.stride(2), t.stride(1)]
 
 
-def _with_contiguous_rows(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, key: Tensor | None, value: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, lengths: Tensor | None, table: Tensor | None, *rest: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    key, value, cos, sin, table = (None if t is None else t.contiguous() for t in (key, value, cos, sin, table))
-    args = (query.contiguous(), k_cache, v_cache, key, value, cos, sin, lengths, table, *rest)
-    return _kvcache(*args)(*args)
-
-
 def _unsupported_kvcache(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, key: Tensor | None, value: Tensor | None, *rest: Any
 ) -> str | None:
     *_, slopes, sink, left, right, softcap, _, _ = rest
-    if extension.MISSING is None and any(t.shape[3] > 1 and t.stride(3) != 1 for t in (k_cache, v_cache)):
+    if extension.MISSING is None and any(plain(t) is not t for t in (k_cache, v_cache)):
         return "its kernels write into caches whose last dimension is contiguous alone"
     mask = Mask(None, None, slopes, sink, None, left, right, True, softcap)
     return unsupported(query, v_cache, rules=mask.arguments())

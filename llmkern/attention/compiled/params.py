@@ -33,7 +33,7 @@ def unsupported(*tensors: Tensor, rules: Sequence[Any]) -> str | None:
 
 def plain(t: Tensor) -> Tensor:
     """The tensor as a kernel reads it: the last dimension contiguous."""
-    return t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous()
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def sizes_of(query: Tensor, key: Tensor, value_width: int) -> list[int]:

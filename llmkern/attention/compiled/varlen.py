@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmkern import extension
 from llmkern.attention.compiled.dense import sink_grad
-from llmkern.attention.compiled.params import Strides, as_sink, params, unsupported
+from llmkern.attention.compiled.params import Strides, as_sink, params, plain, through_copies, unsupported
 from llmkern.backend import Backend
 
 
@@ -19,8 +19,8 @@ def _varlen(
     longest_k: int | None, *rules: Any,
 ) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k)
-    if any(not _has_contiguous_rows(t) for t in tensors):
-        return _through_contiguous_rows(_varlen, 5)
+    if any(plain(t) is not t for t in tensors):
+        return through_copies(_varlen, 5)
     shape, sums = (*query.shape[:2], value.shape[2]), (query.shape[1], query.shape[0])
     output = torch.empty(shape, device="meta")
     plan = _varlen_params(tensors, longest_q, longest_k, rules, value=value, output=output)
@@ -44,9 +44,9 @@ def _varlen_backward(
     logsumexp: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, longest_q: int | None, longest_k: int | None,
     *rules: Any,
 ) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
-    tensors = (grad_output, query, key, value, output, logsumexp, cu_seqlens_q, cu_seqlens_k)
-    if any(not _has_contiguous_rows(t) for t in tensors) or not logsumexp.is_contiguous():
-        return _through_contiguous_rows(_varlen_backward, 9)
+    tensors = (grad_output, query, key, value, output, cu_seqlens_q, cu_seqlens_k)
+    if any(plain(t) is not t for t in tensors):
+        return through_copies(_varlen_backward, 9)
     dquery, dkey, dvalue = (torch.empty(t.shape, device="meta") for t in (query, key, value))
     plan = _varlen_params(
         (query, key, value, cu_seqlens_q, cu_seqlens_k), longest_q, longest_k, rules, value=value, output=output,
@@ -60,6 +60,7 @@ def _varlen_backward(
         slopes: Tensor | None, sink: Tensor | None, seed: Tensor | None, *rest: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         grads = [torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value)]
+        logsumexp = logsumexp.contiguous()
         rules = (None, None, logsumexp, None, slopes, as_sink(sink), seed)
         tensors = (query, key, value, output, grad_output, *grads)
         kernel(plan, threads(), cu_seqlens_q, cu_seqlens_k, *rules, *tensors)
@@ -89,18 +90,6 @@ def _varlen_params(
 def _as_heads(t: Tensor) -> Strides:
     """Steps of (sequence, head, token) of tokens (T, H, D) that lie end to end."""
     return 0, t.stride(1), t.stride(0), 1
-
-
-def _has_contiguous_rows(t: Tensor) -> bool:
-    return t.shape[-1] <= 1 or t.stride(-1) == 1
-
-
-def _through_contiguous_rows(plan: Callable[..., Any], count: int) -> Callable[..., Any]:
-    def launch(*args: Any) -> Any:
-        args = (*(t.contiguous() if isinstance(t, Tensor) else t for t in args[:count]), *args[count:])
-        return plan(*args)(*args)
-
-    return launch
 
 
 def _unsupported_varlen(*tensors: Tensor, rules: Sequence[Any]) -> str | None:

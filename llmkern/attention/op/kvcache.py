@@ -12,7 +12,7 @@ from llmkern.attention import compiled, reference
 from llmkern.attention.mask import window
 from llmkern.attention.op import checks
 from llmkern.backend import Operator, reference_backend
-from llmkern.operator import define, is_compiling, is_plain, needs_grad, refuse_forward_ad
+from llmkern.operator import check_types, define, is_compiling, is_plain, needs_grad, refuse_forward_ad
 
 
 def attention_with_kvcache(
@@ -85,22 +85,12 @@ def attention_with_kvcache(
 
 
 def _check_types(*args: Any) -> None:
-    """What llmkern.operator.check_types does, by the names of the public function."""
-    for name, t in zip(_NAMES, args[:13], strict=True):
-        if t is not None or name in ("q", "k_cache", "v_cache"):
-            check.is_tensor(name, t)
-            check.has_memory(name, t)
-    softcap, scale, rotary_interleaved = args[15:]
-    check.number("softcap", softcap)
-    check.finite("softmax_scale", scale)
-    check.flag("rotary_interleaved", rotary_interleaved)
+    check_types("attention_kvcache", args, _PUBLIC)
+    check.finite("softmax_scale", args[16])
 
 
-#: The tensors among the arguments of `attention_with_kvcache`, in the order of the operator's.
-_NAMES = (
-    "q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "block_table", "k_scale",
-    "v_scale", "alibi_slopes", "learnable_sink",
-)  # fmt: skip
+#: What `attention_with_kvcache` calls arguments of the operator.
+_PUBLIC = {"query": "q", "key": "k", "value": "v", "scale": "softmax_scale"}
 
 
 def _check(
