@@ -18,16 +18,19 @@ LLMKERN_KERNEL(attention_weights, AttentionParams)
 LLMKERN_KERNEL(attention_weights_backward, AttentionParams)
 LLMKERN_KERNEL(cache_append, CacheParams)
 
+// What every kernel takes before the tensors of its own: the mask, the lengths, the log-sum-exp, the slopes of ALiBi, the
+// sink, the seed of the dropout.
+constexpr int kRuleTensors = 6;
+
 template <AttentionTensor AttentionParams::*... kTensors>
 void fill_attention(AttentionParams& p, void* const* addresses) {
   p.mask.data = static_cast<const char*>(addresses[0]);
   p.mask.lengths = static_cast<const char*>(addresses[1]);
   p.logsumexp = static_cast<double*>(addresses[2]);
-  p.grad_scores = static_cast<float*>(addresses[3]);
-  p.alibi = static_cast<const float*>(addresses[4]);
-  p.sink = static_cast<const float*>(addresses[5]);
-  p.seed = static_cast<const int64_t*>(addresses[6]);
-  int i = 7;
+  p.alibi = static_cast<const float*>(addresses[3]);
+  p.sink = static_cast<const float*>(addresses[4]);
+  p.seed = static_cast<const int64_t*>(addresses[5]);
+  int i = kRuleTensors;
   (((p.*kTensors).data = static_cast<char*>(addresses[i++])), ...);
 }
 
@@ -38,6 +41,20 @@ void fill_varlen(AttentionParams& p, void* const* addresses) {
   p.queries = longest("q", p.query_bounds, p.batch, p.queries);
   p.keys = longest("k", p.key_bounds, p.batch, p.keys);
   fill_attention<kTensors...>(p, addresses + 2);
+}
+
+// Gradients besides those of the tensors: of the log-sum-exp, given; of the scores and the sums of the rows, asked for.
+template <void (*kFill)(AttentionParams&, void* const*)>
+void fill_backward(AttentionParams& p, void* const* addresses) {
+  p.grad_logsumexp = static_cast<const double*>(addresses[0]);
+  p.grad_scores = static_cast<float*>(addresses[1]);
+  p.row_sums = static_cast<float*>(addresses[2]);
+  kFill(p, addresses + 3);
+}
+
+inline void fill_column_sums(AttentionParams& p, void* const* addresses) {
+  p.column_sums = static_cast<float*>(addresses[0]);
+  fill_attention<&AttentionParams::query, &AttentionParams::key>(p, addresses + 1);
 }
 
 inline void fill_cached(AttentionParams& p, void* const* addresses) {
@@ -63,11 +80,21 @@ inline void fill_append(CacheParams& p, void* const* addresses) {
 
 template <void (*kRun)(const AttentionParams&), AttentionTensor AttentionParams::*... kTensors>
 void define_attention(pybind11::module_& m, const char* name) {
-  call::define_kernel<AttentionParams, 7 + sizeof...(kTensors), fill_attention<kTensors...>, kRun>(m, name);
+  call::define_kernel<AttentionParams, kRuleTensors + sizeof...(kTensors), fill_attention<kTensors...>, kRun>(m, name);
 }
 template <void (*kRun)(const AttentionParams&), AttentionTensor AttentionParams::*... kTensors>
 void define_varlen(pybind11::module_& m, const char* name) {
-  call::define_kernel<AttentionParams, 9 + sizeof...(kTensors), fill_varlen<kTensors...>, kRun>(m, name);
+  call::define_kernel<AttentionParams, 2 + kRuleTensors + sizeof...(kTensors), fill_varlen<kTensors...>, kRun>(m, name);
+}
+template <void (*kRun)(const AttentionParams&), AttentionTensor AttentionParams::*... kTensors>
+void define_backward(pybind11::module_& m, const char* name) {
+  call::define_kernel<AttentionParams, 3 + kRuleTensors + sizeof...(kTensors),
+                      fill_backward<fill_attention<kTensors...>>, kRun>(m, name);
+}
+template <void (*kRun)(const AttentionParams&), AttentionTensor AttentionParams::*... kTensors>
+void define_varlen_backward(pybind11::module_& m, const char* name) {
+  call::define_kernel<AttentionParams, 3 + 2 + kRuleTensors + sizeof...(kTensors),
+                      fill_backward<fill_varlen<kTensors...>>, kRun>(m, name);
 }
 
 inline void bind_attention(pybind11::module_& m) {
@@ -122,21 +149,24 @@ inline void bind_attention(pybind11::module_& m) {
               LLMKERN_STRIDES(grad_output) LLMKERN_STRIDES(dquery) LLMKERN_STRIDES(dkey) LLMKERN_STRIDES(dvalue)
                   LLMKERN_STRIDES(weights);
 #undef LLMKERN_STRIDES
-  // Tensors (None: none): the mask, the lengths, the log-sum-exp, the gradient of the scores, the slopes of ALiBi, the
-  // sink, the seed of the dropout, then those listed here.
+  // Tensors (None: none): those of the rules (kRuleTensors), then those listed here.
   using P = AttentionParams;
   define_attention<attention_forward, &P::query, &P::key, &P::value, &P::output>(m, "attention_forward");
-  define_attention<attention_backward, &P::query, &P::key, &P::value, &P::output, &P::grad_output, &P::dquery, &P::dkey,
-                   &P::dvalue>(m, "attention_backward");
   define_attention<attention_weights, &P::query, &P::key, &P::weights>(m, "attention_weights");
-  define_attention<attention_weights_backward, &P::query, &P::key, &P::weights, &P::dquery, &P::dkey>(
+  // Before those: the gradient of the log-sum-exp, that of the scores, the sums of the rows (fill_backward).
+  define_backward<attention_backward, &P::query, &P::key, &P::value, &P::output, &P::grad_output, &P::dquery, &P::dkey,
+                  &P::dvalue>(m, "attention_backward");
+  define_backward<attention_weights_backward, &P::query, &P::key, &P::weights, &P::dquery, &P::dkey>(
       m, "attention_weights_backward");
-  // Before those: the bounds of the queries and of the keys.
+  // Before the rules: the bounds of the queries and of the keys.
   define_varlen<attention_forward, &P::query, &P::key, &P::value, &P::output>(m, "attention_varlen");
-  define_varlen<attention_backward, &P::query, &P::key, &P::value, &P::output, &P::grad_output, &P::dquery, &P::dkey,
-                &P::dvalue>(m, "attention_varlen_backward");
-  // Before those: the table of pages, the scales of the keys and of the values.
-  call::define_kernel<AttentionParams, 3 + 7 + 4, fill_cached, attention_forward>(m, "attention_cached");
+  define_varlen_backward<attention_backward, &P::query, &P::key, &P::value, &P::output, &P::grad_output, &P::dquery,
+                         &P::dkey, &P::dvalue>(m, "attention_varlen_backward");
+  // Before the rules: the sums, (B, H, Sk).
+  call::define_kernel<AttentionParams, 1 + kRuleTensors + 2, fill_column_sums, attention_weights>(
+      m, "attention_column_sums");
+  // Before the rules: the table of pages, the scales of the keys and of the values.
+  call::define_kernel<AttentionParams, 3 + kRuleTensors + 4, fill_cached, attention_forward>(m, "attention_cached");
 
   // Sizes (B, H, Hkv, Sq, Sn, capacity, D, Dv); dtypes of the tensors and the tables of angles; whether queries are
   // rotated to places of their own.

@@ -116,6 +116,17 @@ struct Backward {
     return sum(s);
   }
 
+  // A row's gradients of weights become those of scores: weight * change(gradient).
+  template <class Change>
+  static void through_softmax(const float* weights, float* grads, int keys, Change change) {
+    Float none = zero();
+    for (int c = 0; c < keys; c += kWidth) {
+      Float w = load(weights + c);
+      // A masked key has no part, whatever its value is.
+      store(grads + c, where_equal(w, none, none, mul(w, change(load(grads + c)))));
+    }
+  }
+
   // Adds what a strip and a block give to the sums of the keys and values (null: not wanted) and of the queries.
   void step(const HeadMask& mask, const Block<T>& block, Work<T>& work, const Sequence& s, int64_t h, int64_t row,
             int64_t begin, float* key_sums, float* value_sums, float* query_sums) const {
@@ -124,15 +135,19 @@ struct Backward {
     if (!keys) return;
     float *weights = work.weights, *grads = work.grad_scores;
     bool whole_rows = sees_one_block(mask, row + count - 1);
-    const float* of_rows = delta + s.row(p, h) + row;
+    float* of_rows = delta + s.row(p, h) + row;
+    const double* more = p.grad_logsumexp ? p.grad_logsumexp + s.row(p, h) + row : nullptr;
     for (int i = 0; i < count; i++) {
-      Float d = broadcast(whole_rows ? dot(weights + i * kBlockKeys, grads + i * kBlockKeys, keys) : of_rows[i]);
-      Float none = zero();
-      for (int c = i * kBlockKeys; c < i * kBlockKeys + keys; c += kWidth) {
-        Float w = load(weights + c);
-        // A masked key has no part, whatever its value is.
-        store(grads + c, where_equal(w, none, none, mul(w, sub(load(grads + c), d))));
-      }
+      float *w = weights + i * kBlockKeys, *grad = grads + i * kBlockKeys;
+      float of_row = whole_rows ? dot(w, grad, keys) : of_rows[i];
+      if (whole_rows && p.row_sums && key_sums) of_rows[i] = of_row;
+      // The log-sum-exp's part comes last: it may be small beside two that cancel.
+      if (more)
+        through_softmax(w, grad, keys, [d = broadcast(of_row), m = broadcast(static_cast<float>(more[i]))](Float g) {
+          return add(sub(g, d), m);
+        });
+      else
+        through_softmax(w, grad, keys, [d = broadcast(of_row)](Float g) { return sub(g, d); });
     }
     // The gradients of the scores are written once, on the way to the keys.
     if (p.grad_scores && key_sums)
@@ -378,7 +393,7 @@ void run(const AttentionParams& p, bool of_weights) {
   Pieces key_blocks(p.key_bounds, p.batch, p.keys, kBlockKeys);
   int64_t packed = whole_heads ? 0 : p.kv_heads * key_blocks.count() * sizes.block_units();
   Memory memory{static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * (rows + packed + 32))))};
-  Backward<T> backward{p, sizes, of_weights, memory.take(rows)};
+  Backward<T> backward{p, sizes, of_weights, p.row_sums ? p.row_sums : memory.take(rows)};
   if (whole_heads)
     by_head(backward, threads);
   else

@@ -59,7 +59,11 @@ struct AttentionParams {
   AttentionTensor grad_output, dquery, dkey, dvalue;
   AttentionTensor weights;  // (B, H, Sq, Sk): of the weights kernels, what they write; backward, the gradient
   double* logsumexp;        // (B, H, Sq) contiguous, with query_bounds (H, total)
-  float* grad_scores;       // (B, H, Sq, Sk) contiguous, zeroed; null: not asked for
+  // Each of these may be null: not given, or not asked for.
+  const double* grad_logsumexp;  // as logsumexp
+  float* grad_scores;            // (B, H, Sq, Sk) contiguous, zeroed
+  float* row_sums;               // (B, H, Sq) contiguous: the sums of weight times gradient, from the weights' backward
+  float* column_sums;            // (B, H, Sk) contiguous: of the weights, over the queries
   AttentionMask mask;
   int64_t batch, heads, kv_heads, queries, keys, width, value_width;
   // In this order: scale * q k; softcap * tanh(score / softcap) unless 0; -slope * |i + diagonal - j| with the slopes

@@ -11,7 +11,7 @@ from llmkern.functional import attention_column_sums, scaled_dot_product_attenti
 from llmkern.verify import verify
 from tests.attention.cases import FEATURES, RULES, attend, differentiable, rule, tensors
 
-# More queries than are in memory at a time.
+# Many strips of queries, and in the plain version more than are in memory at a time.
 SHAPE = (2, 2, 1, 270, 40, 8, 1)
 
 
@@ -38,6 +38,22 @@ def sums(plain=False):
 def test_contract(name, isa):
     q, k, _ = tensors(SHAPE)
     verify(sums(), sums(plain=True), (q, k), rule(name, SHAPE)).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["bottom right", "window", "rows", "everything"])
+def test_several_blocks_of_keys(name, isa):
+    shape = (1, 4, 2, 50, 400, 20, 1)
+    q, k, _ = tensors(shape)
+    verify(sums(), sums(plain=True), (q, k), rule(name, shape)).raise_if_failed()
+
+
+def test_rows_without_keys_that_attend_to_all_alike():
+    q, k, v = tensors((1, 2, 2, 30, 200, 8, 1))
+    seen = torch.rand(1, 1, 30, 1) > 0.4
+    args = (Mask(seen), 0.3, True)
+    logsumexp = op.attention(q, k, v, *args)[1]
+    weights = op.attention_weights(q, k, logsumexp, *args)
+    torch.testing.assert_close(op.attention_column_sums(q, k, logsumexp, *args), weights.sum(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

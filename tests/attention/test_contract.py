@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmkern import functional
+from llmkern.attention import op
+from llmkern.attention.mask import Mask
 from llmkern.verify import verify
 from tests.attention.cases import FEATURES, RULES, SHAPES, attend, rule, tensors
 
@@ -45,15 +48,41 @@ def test_features(name, dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("shape", [(2, 64, 32, 9, 20, 8, 8), (1, 64, 32, 27, 210, 8, 8)], ids=str)
 @pytest.mark.parametrize("name", ["sink", "sink, rows", "everything", "everything, additive"])
-def test_gradient_of_the_sink(name, dtype, isa):
-    shape = (2, 64, 32, 9, 20, 8, 8)
+def test_gradient_of_the_sink(name, shape, dtype, isa):
     masks = rule(name, shape, dtype)
     kinds = {"logsumexp": dtype == torch.float32, "sink_grad": True}
     verify(attend(**kinds), attend(plain=True, **kinds), tensors(shape, dtype), masks).raise_if_failed()
     kinds = {"weights": True, "sink_grad": True}
     fast, plain = only(1, attend(**kinds)), only(1, attend(plain=True, **kinds))
     verify(fast, plain, tensors(shape, dtype), masks).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["logsumexp", "weights", "sums", "sequences"])
+def test_no_gradient_is_left_to_the_reference(name, monkeypatch):
+    """Of the log-sum-exp, of the sink through the weights, of the sums of the weights."""
+    monkeypatch.setenv("LLMKERN_BACKEND", "cpu")  # which raises where a kernel cannot serve a call
+    q, k, v = (t.requires_grad_() for t in tensors((2, 4, 2, 9, 12, 8, 8)))
+    sink, bounds = torch.randn(4, requires_grad=True), torch.tensor([0, 4, 9])
+    output, sums = functional.scaled_dot_product_attention(
+        q, k, v, enable_gqa=True, learnable_sink=sink, return_logsumexp=True
+    )
+    described = Mask(learnable_sink=sink)
+    made = {
+        "logsumexp": lambda: output.sum() + sums.sum(),
+        "weights": lambda: op.attention_weights(q, k, sums.detach(), described, 8**-0.5).square().sum(),
+        "sums": lambda: op.attention_column_sums(q, k, sums.detach(), described, 8**-0.5).square().sum(),
+        "sequences": lambda: sum(
+            t.sum()
+            for t in functional.attention_varlen(
+                q[0].transpose(0, 1), k[0, :, :9].transpose(0, 1), v[0, :, :9].transpose(0, 1), bounds, bounds,
+                learnable_sink=sink, return_logsumexp=True,
+            )
+        ),
+    }[name]()  # fmt: skip
+    made.backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() and t.grad.any() for t in (q, k, sink))
 
 
 def only(index, function):

@@ -28,7 +28,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         output = torch.empty_strided(shape, strides, dtype=dtype)
         logsumexp = torch.empty(rows, dtype=torch.float64)
-        tensors = (mask, key_lengths, logsumexp, None, slopes, as_sink(sink), seed, query, key, value, output)
+        tensors = (mask, key_lengths, logsumexp, slopes, as_sink(sink), seed, query, key, value, output)
         kernel(plan, threads(), *tensors)
         return output, logsumexp
 
@@ -51,16 +51,17 @@ def _backward(
     kernel, threads = extension._C.attention_backward, extension.threads
 
     def launch(
-        grad_output: Tensor, grad_logsumexp: None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+        grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
         logsumexp: Tensor, mask: Tensor | None, key_lengths: Tensor | None, slopes: Tensor | None,
         sink: Tensor | None, seed: Tensor | None, *rest: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         grads = [empty_in_order(t, t.shape[3]) for t in (query, key, value)]
-        logsumexp = logsumexp.contiguous()
+        logsumexp, of_sums = logsumexp.contiguous(), as_rows(grad_logsumexp)
         grad_scores = empty_grad_scores(query, key, mask_grad and mask is not None)
-        tensors = (query, key, value, output, grad_output, *grads)
-        kernel(plan, threads(), mask, key_lengths, logsumexp, grad_scores, slopes, as_sink(sink), seed, *tensors)
-        return *grads, mask_grad_of(query, mask, grad_scores), sink_grad(sink, grad_output, output, logsumexp)
+        rules = (mask, key_lengths, logsumexp, slopes, as_sink(sink), seed)
+        kernel(plan, threads(), of_sums, grad_scores, None, *rules, query, key, value, output, grad_output, *grads)
+        of_sink = sink_grad(sink, grad_output, output, logsumexp, of_sums)
+        return *grads, mask_grad_of(query, mask, grad_scores), of_sink
 
     return launch
 
@@ -70,13 +71,25 @@ def empty_grad_scores(query: Tensor, key: Tensor, wanted: bool) -> Tensor | None
     return query.new_zeros((*query.shape[:3], key.shape[2]), dtype=torch.float32) if wanted else None
 
 
-def sink_grad(sink: Tensor | None, grad_output: Tensor, output: Tensor, logsumexp: Tensor) -> Tensor:
+def as_rows(grad_logsumexp: Tensor | None) -> Tensor | None:
+    """As the kernels read it."""
+    return None if grad_logsumexp is None else grad_logsumexp.contiguous()
+
+
+def sink_grad(
+    sink: Tensor | None, grad_output: Tensor, output: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None
+) -> Tensor:
     """A sink's logit takes from every row its own weight times what the row's values give."""
     if sink is None:
         return output.new_empty(0, dtype=torch.float32)
-    given = (grad_output.double() * output.double()).sum(-1)
+    return sink_grad_of_rows(sink, (grad_output.double() * output.double()).sum(-1), logsumexp, grad_logsumexp)
+
+
+def sink_grad_of_rows(sink: Tensor, row_sums: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None) -> Tensor:
+    """row_sums (B, H, Sq): of each row the sum of weight times gradient."""
     weight = torch.exp(sink.double()[:, None] - logsumexp).nan_to_num(0.0)
-    return -(weight * given).sum((0, 2)).float()
+    given = -row_sums if grad_logsumexp is None else grad_logsumexp - row_sums
+    return (weight * given).sum((0, 2)).float()
 
 
 def mask_grad_of(query: Tensor, mask: Tensor | None, grad_scores: Tensor | None) -> Tensor:
@@ -89,8 +102,6 @@ def _unsupported_backward(
     grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
     logsumexp: Tensor, *rest: Any,
 ) -> str | None:  # fmt: skip
-    if grad_logsumexp is not None and extension.MISSING is None:
-        return "its kernels take no gradient of the log-sum-exp yet"
     return unsupported(query, key, value, rules=rest)
 
 

@@ -65,7 +65,7 @@ def _kvcache(
             query = rotated
         output = torch.empty((batch, queries, heads, value_width), dtype=query.dtype)
         logsumexp = torch.empty((batch, heads, queries), dtype=torch.float64)
-        rules = (None, cache_seqlens, logsumexp, None, slopes, as_sink(sink), None)
+        rules = (None, cache_seqlens, logsumexp, slopes, as_sink(sink), None)
         kernel(plan, threads(), block_table, k_scale, v_scale, *rules, query, k_cache, v_cache, output)
         return output, logsumexp
 

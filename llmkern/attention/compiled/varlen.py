@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmkern import extension
-from llmkern.attention.compiled.dense import sink_grad
+from llmkern.attention.compiled.dense import as_rows, sink_grad
 from llmkern.attention.compiled.params import Strides, as_sink, params, plain, through_copies, unsupported
 from llmkern.backend import Backend
 
@@ -32,7 +32,7 @@ def _varlen(
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         output = torch.empty(shape, dtype=query.dtype)
         logsumexp = torch.empty(sums, dtype=torch.float64)
-        rules = (None, None, logsumexp, None, slopes, as_sink(sink), seed)
+        rules = (None, None, logsumexp, slopes, as_sink(sink), seed)
         kernel(plan, threads(), cu_seqlens_q, cu_seqlens_k, *rules, query, key, value, output)
         return output, logsumexp
 
@@ -55,17 +55,17 @@ def _varlen_backward(
     kernel, threads = extension._C.attention_varlen_backward, extension.threads
 
     def launch(
-        grad_output: Tensor, grad_logsumexp: None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+        grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
         logsumexp: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, longest_q: int | None, longest_k: int | None,
         slopes: Tensor | None, sink: Tensor | None, seed: Tensor | None, *rest: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         grads = [torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value)]
-        logsumexp = logsumexp.contiguous()
-        rules = (None, None, logsumexp, None, slopes, as_sink(sink), seed)
+        logsumexp, of_sums = logsumexp.contiguous(), as_rows(grad_logsumexp)
+        rules = (None, None, logsumexp, slopes, as_sink(sink), seed)
         tensors = (query, key, value, output, grad_output, *grads)
-        kernel(plan, threads(), cu_seqlens_q, cu_seqlens_k, *rules, *tensors)
-        of_sink = sink_grad(sink, grad_output.transpose(0, 1)[None], output.transpose(0, 1)[None], logsumexp[None])
-        return *grads, of_sink
+        kernel(plan, threads(), of_sums, None, None, cu_seqlens_q, cu_seqlens_k, *rules, *tensors)
+        by_head = (grad_output.transpose(0, 1)[None], output.transpose(0, 1)[None])
+        return *grads, sink_grad(sink, *by_head, logsumexp[None], of_sums)
 
     return launch
 
@@ -100,8 +100,6 @@ def _unsupported_varlen_backward(
     grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
     logsumexp: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int | None, longest_k: int | None, *rest: Any,
 ) -> str | None:  # fmt: skip
-    if grad_logsumexp is not None and extension.MISSING is None:
-        return "its kernels take no gradient of the log-sum-exp yet"
     return _unsupported_varlen(query, key, value, rules=rest)
 
 
