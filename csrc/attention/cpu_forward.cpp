@@ -260,7 +260,7 @@ struct Forward {
             }
 #endif
           meet<T>(p, strip, row, key, last - key, work.tile, state, scores,
-                  packed_sums(sizes, strip, row, work.tile, state, values, ldv, careful));
+                  packed_sums(sizes, strip, row, work.tile, state, values, ldv, careful, values != work.values));
         };
 #ifdef LLMKERN_QUADS
         if (rows <= kTileRows) {

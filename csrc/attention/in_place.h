@@ -18,14 +18,39 @@ LLMKERN_INLINE Float load_units(const T* p) {
     return load(p);
 }
 
+// Asks for the cache lines of rows one after the other, some way ahead of their use: from memory, lines that come in
+// their order come at twice the rate of those asked for in the order of use, a column of lines of kWidth rows at a time.
+template <bool kEndToEnd>
+class Ahead {
+ public:
+  Ahead(const void* row, int64_t row_bytes, int64_t step_bytes)
+      : bytes_(at_least(row_bytes, 1)), jump_(step_bytes - round_up(bytes_, kLine)), left_(bytes_) {
+    next_ = static_cast<const char*>(row) + (kBytes + bytes_ - 1) / bytes_ * step_bytes;
+  }
+  __attribute__((always_inline)) void ask() {
+    __builtin_prefetch(next_, 0, 2);
+    next_ += kLine;
+    if constexpr (kEndToEnd) return;
+    left_ -= kLine;
+    bool over = left_ <= 0;
+    next_ += over ? jump_ : 0, left_ += over ? bytes_ : 0;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64, kBytes = 16384;
+  int64_t bytes_, jump_, left_;
+  const char* next_;
+};
+
 // The scores of R queries with the kWidth keys from `keys` on; without kWhole, `count` of them are there. Key i goes to
 // quad i / 4 of vector i % 4, so that a quad holds the four chains of one key (kChains) and no packed copy is needed.
-template <bool kPair, int R, bool kWhole, class T>
+template <bool kPair, int R, bool kWhole, bool kEndToEnd, class T>
 LLMKERN_INLINE void scores_in_place(const float* queries, int64_t step, const T* keys, int64_t key_step, int count,
                                     int64_t elements, float* scores, float factor) {
   static_assert(kChains == 4 && kWidth == 16);
   constexpr int kElements = kPair ? 2 : 1;  // of a unit
   auto row = [&](int i) { return keys + (kWhole || i < count ? i : count - 1) * key_step; };
+  Ahead<kEndToEnd> ahead(keys, elements * int64_t{sizeof(T)}, key_step * int64_t{sizeof(T)});
   Float total[R];
   for (int64_t begin = 0; begin == 0 || begin < elements; begin += kDepth * kElements) {
     int64_t end = at_most(elements, begin + kDepth * kElements);
@@ -48,7 +73,7 @@ LLMKERN_INLINE void scores_in_place(const float* queries, int64_t step, const T*
 #pragma GCC unroll 4
         for (int l = 0; l < 4; l++) {
           const T* at = row(4 * l + j) + e;
-          __builtin_prefetch(at + kWidth * key_step, 0, 2);
+          if constexpr (kWhole) ahead.ask();
           if constexpr (kAll) {
             k[l] = in_register(load_units<kPair>(at));  // else g++ reads it anew for every use
           } else if constexpr (!kPair) {
@@ -101,13 +126,17 @@ __attribute__((noinline)) void all_scores_in_place(int n, const float* queries, 
     if (n < R) return all_scores_in_place<kPair, T, R - 1>(n, queries, step, keys, count, elements, scores, factor);
   }
   int c = 0;
-  for (; c + kWidth <= count; c += kWidth) {
-    scores_in_place<kPair, R, true>(queries, step, keys.data + c * keys.step, keys.step, kWidth, elements, scores + c,
-                                    factor);
-  }
+  if (keys.step == elements)
+    for (; c + kWidth <= count; c += kWidth)
+      scores_in_place<kPair, R, true, true>(queries, step, keys.data + c * keys.step, keys.step, kWidth, elements,
+                                            scores + c, factor);
+  else
+    for (; c + kWidth <= count; c += kWidth)
+      scores_in_place<kPair, R, true, false>(queries, step, keys.data + c * keys.step, keys.step, kWidth, elements,
+                                             scores + c, factor);
   if (c < count)
-    scores_in_place<kPair, R, false>(queries, step, keys.data + c * keys.step, keys.step, count - c, elements,
-                                     scores + c, factor);
+    scores_in_place<kPair, R, false, true>(queries, step, keys.data + c * keys.step, keys.step, count - c, elements,
+                                           scores + c, factor);
 }
 
 // Where the rows of a block of values begin, kRun rows at a time, `step` apart within.
@@ -118,10 +147,10 @@ struct Runs {
 };
 
 // 32 V columns from `column` on: c = corrections[i] * c + the sum over pairs of rows, of which those from `count` on
-// are zeros.
+// are zeros. `ask`: so many times 32 columns are asked for ahead of their use.
 template <int R, int V>
-inline void values_in_place(const float* weights, const Runs& values, int64_t column, const Span* spans, int span_count,
-                            int64_t count, float* c, int64_t ldc, const float* corrections) {
+inline void values_in_place(const float* weights, const Runs& values, int64_t column, int ask, const Span* spans,
+                            int span_count, int64_t count, float* c, int64_t ldc, const float* corrections) {
   int64_t step = values.step;
   alignas(64) static const Bf16 none[32 * V] = {};
   Float sum[R][2 * V];
@@ -135,11 +164,9 @@ inline void values_in_place(const float* weights, const Runs& values, int64_t co
       const Bf16* y = 2 * k + 1 < count ? x + step : none;
       Float pairs[2 * V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) {
-        pair(x + 32 * v, y + 32 * v, pairs[2 * v], pairs[2 * v + 1]);
-        __builtin_prefetch(x + kAhead * step + 32 * v, 0, 2);
-        __builtin_prefetch(x + (kAhead + 1) * step + 32 * v, 0, 2);
-      }
+      for (int v = 0; v < V; v++) pair(x + 32 * v, y + 32 * v, pairs[2 * v], pairs[2 * v + 1]);
+      for (int v = 0; v < ask; v++) __builtin_prefetch(x + kAhead * step + 32 * v, 0, 2);
+      for (int v = 0; v < ask; v++) __builtin_prefetch(x + (kAhead + 1) * step + 32 * v, 0, 2);
 #pragma GCC unroll 8
       for (int i = 0; i < R; i++) {
         Int weight = broadcast_int(unit(weights + i * (kBlockKeys / 2) + k));
@@ -169,10 +196,18 @@ __attribute__((noinline)) void all_values_in_place(int n, const float* weights, 
   if constexpr (R > 1) {
     if (n < R) return all_values_in_place<R - 1>(n, weights, values, width, spans, span_count, count, c, corrections);
   }
+  // Rows are asked for whole, and read whole where the sums leave registers for it.
   int64_t j = 0;
-  for (; j + 64 <= width; j += 64)
-    values_in_place<R, 2>(weights, values, j, spans, span_count, count, c + j, width, corrections);
-  if (j < width) values_in_place<R, 1>(weights, values, j, spans, span_count, count, c + j, width, corrections);
+  int ask = static_cast<int>(width / 32);
+  auto some = [&](auto v) {
+    constexpr int kColumns = decltype(v)::value;
+    values_in_place<R, kColumns>(weights, values, j, ask, spans, span_count, count, c + j, width, corrections);
+    j += 32 * kColumns, ask = 0;
+  };
+  if constexpr (R <= 2)
+    while (width - j >= 128) some(std::integral_constant<int, 4>{});
+  while (width - j >= 64) some(std::integral_constant<int, 2>{});
+  if (j < width) some(std::integral_constant<int, 1>{});
 }
 
 }  // namespace

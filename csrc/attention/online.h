@@ -253,15 +253,16 @@ auto packed_scores(const Sizes<T>& sizes, const Queries& q, const Strip& strip, 
   };
 }
 
-// Sums of packed values, whose rows are ldv apart. Careful: a value of weight 0 has no part, be it infinite or NaN.
+// Sums of packed values, whose rows are ldv apart. Careful: a value of weight 0 has no part, be it infinite or NaN. Far:
+// they are not packed, but as they lie.
 template <class T>
 auto packed_sums(const Sizes<T>& sizes, const Strip& strip, int64_t row, const Tile& tile, const State& state,
-                 const float* values, int64_t ldv, bool careful) {
-  return [&sizes, &strip, row, &tile, &state, values, ldv, careful](const Span* spans, int span_count,
-                                                                    const float* corrections) {
+                 const float* values, int64_t ldv, bool careful, bool far = false) {
+  return [&sizes, &strip, row, &tile, &state, values, ldv, careful, far](const Span* spans, int span_count,
+                                                                         const float* corrections) {
     times_rows<kPairs<T>, Into::correct>(strip.n, tile.weights, kPairs<T> ? kBlockKeys / 2 : kBlockKeys, 1, values, ldv,
                                          sizes.value_width, spans, span_count, state.output + row * sizes.value_width,
-                                         corrections, careful);
+                                         corrections, careful, far);
   };
 }
 

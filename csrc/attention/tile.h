@@ -60,28 +60,27 @@ enum class Into {
   correct,  // c = corrections[i] * c + sum
 };
 
-// The sum over the k in the spans of a[i * a_row + k * a_k] * b[k * ldb + j], for R rows i and V vectors of j.
+// The sum over the k in the spans of a[i * a_row + k * a_k] * b[k * ldb + j], for R rows i and V vectors of j. `ask`: so
+// many vectors of a row of b are asked for ahead of their use.
 template <bool kPair, Into kInto, int R, int V>
 inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, const Span* spans,
-                 int span_count, float* c, int64_t ldc, const float* corrections) {
+                 int span_count, float* c, int64_t ldc, const float* corrections, int ask = 0) {
   Float sum[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < V; j++) sum[i][j] = zero();
   for (int s = 0; s < span_count; s++) {
     const float *x = a + spans[s].begin * a_k, *y = b + spans[s].begin * ldb;
     for (int64_t k = spans[s].begin; k < spans[s].end; k++) {
       Float row[V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int j = 0; j < V; j++) row[j] = load(y + j * kWidth);
-      if constexpr (R < kTileRows) {  // few rows read each value once: it may come from memory
-#pragma GCC unroll 8
-        for (int j = 0; j < V; j++) __builtin_prefetch(y + kAhead * ldb + j * kWidth, 0, 2);
-      }
+      if constexpr (R < kTileRows && V <= kVectors)
+        for (int j = 0; j < ask; j++) __builtin_prefetch(y + kAhead * ldb + j * kWidth, 0, 2);
 #pragma GCC unroll 8
       for (int i = 0; i < R; i++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < V; j++) sum[i][j] = multiply_add<kPair>(x + i * a_row, row[j], sum[i][j]);
       x += a_k;
       y += ldb;
@@ -89,7 +88,7 @@ inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int
   }
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < V; j++) {
       float* to = c + i * ldc + j * kWidth;
       if constexpr (kInto == Into::add)
@@ -103,20 +102,20 @@ inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int
 // The same for any number of rows up to kTileRows and of vectors up to kVectors.
 template <bool kPair, Into kInto, int V = kVectors>
 void tile_rows(int rows, int vectors, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb,
-               const Span* spans, int span_count, float* c, int64_t ldc, const float* corrections) {
+               const Span* spans, int span_count, float* c, int64_t ldc, const float* corrections, int ask) {
   if constexpr (V > 1) {
     if (vectors < V)
       return tile_rows<kPair, kInto, V - 1>(rows, vectors, a, a_row, a_k, b, ldb, spans, span_count, c, ldc,
-                                            corrections);
+                                            corrections, ask);
   }
   if (rows == kTileRows)
     return tile<kPair, kInto, kTileRows, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections);
   if (rows >= 4) {
-    tile<kPair, kInto, 4, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections);
+    tile<kPair, kInto, 4, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections, ask);
     a += 4 * a_row, c += 4 * ldc, corrections += corrections ? 4 : 0, rows -= 4;
   }
   if (rows >= 2) {
-    tile<kPair, kInto, 2, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections);
+    tile<kPair, kInto, 2, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections, ask);
     a += 2 * a_row, c += 2 * ldc, corrections += corrections ? 2 : 0, rows -= 2;
   }
   if (rows) tile<kPair, kInto, 1, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections);
@@ -214,18 +213,36 @@ LLMKERN_INLINE float times_row(const float* a, const float* b, int64_t depth) {
 }
 
 // a times the packed rows of b in the spans, ldb apart and `width` (a multiple of kWidth) wide, into c of that width.
-// Where `skip_zeros` (b holds infinities or NaN), an element of a that is exactly 0 takes no part in the sum.
+// Where `skip_zeros` (b holds infinities or NaN), an element of a that is exactly 0 takes no part in the sum. Far: b is not
+// packed, and may come from memory.
 template <bool kPair, Into kInto>
 void times_rows(int rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, int64_t width,
-                const Span* spans, int span_count, float* c, const float* corrections, bool skip_zeros) {
+                const Span* spans, int span_count, float* c, const float* corrections, bool skip_zeros,
+                bool far = false) {
   if (!skip_zeros) {
-    for (int64_t j = 0; j < width; j += kPanel) {
+    int64_t j = 0;
+    auto wide = [&](auto r, auto v) {
+      tile<kPair, kInto, decltype(r)::value, decltype(v)::value>(a, a_row, a_k, b + j, ldb, spans, span_count, c + j,
+                                                                 width, corrections);
+      j += decltype(v)::value * kWidth;
+    };
+    // One or two rows of sums leave registers for more of them: rows of b are then read as they lie, end to end.
+    using One = std::integral_constant<int, 1>;
+    using Two = std::integral_constant<int, 2>;
+    if (rows == 1)
+      while (width - j >= 4 * kPanel) wide(One{}, std::integral_constant<int, 4 * kVectors>{});
+    while (rows <= 2 && width - j >= 2 * kPanel) {
+      std::integral_constant<int, 2 * kVectors> vectors;
+      rows == 1 ? wide(One{}, vectors) : wide(Two{}, vectors);
+    }
+    for (; j < width; j += kPanel) {
       int64_t left = width - j;
       int vectors = left >= kPanel ? kVectors : static_cast<int>(left / kWidth);
       for (int i = 0; i < rows; i += kTileRows)
         tile_rows<kPair, kInto>(rows - i < kTileRows ? rows - i : kTileRows, vectors, a + i * a_row, a_row, a_k, b + j,
                                 ldb, spans, span_count, c + i * width + j, width,
-                                corrections ? corrections + i : nullptr);
+                                corrections ? corrections + i : nullptr,
+                                far && j == 0 ? static_cast<int>(width / kWidth) : 0);
     }
     return;
   }
