@@ -26,12 +26,12 @@ def has_avx512() -> bool:
 def test_the_emulation_does_what_the_processor_does(tmp_path):
     outputs = []
     for name, flags in (("native", NATIVE), ("emulated", EMULATED)):
-        source = ROOT / "tests/emulation/avx512_check.cpp"
+        source = ROOT / "tests/emulation/simd_check.cpp"
         compiler = os.environ.get("CXX", "g++")
         subprocess.run([compiler, *FLAGS, *flags, str(source), "-o", str(tmp_path / name)], check=True)
         result = subprocess.run([str(tmp_path / name)], capture_output=True, text=True, check=True)
         outputs.append(result.stdout.splitlines())
     native, emulated = outputs
     assert len(native) == len(emulated) > 10_000
-    differing = {a.rstrip("0123456789abcdef") for a, b in zip(native, emulated, strict=True) if a != b}
+    differing = {a.split(":")[0] for a, b in zip(native, emulated, strict=True) if a != b}
     assert not differing

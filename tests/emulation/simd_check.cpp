@@ -1,10 +1,11 @@
-// Prints the results of every operation of csrc/common/simd/avx512.h on fixed bit patterns. Compiled once as it is and
-// once with the emulation, it shows by equal output that the emulation does what the processor does.
+// Prints the results of the operations of csrc/common/simd on fixed bit patterns, for the instruction set that it is
+// compiled for. Equal output shows that the emulation of AVX-512 does what the processor does, and that NEON computes
+// what portable C++ does.
 #include <cstdio>
 
-#include "../../csrc/common/simd/avx512.h"
+#include "../../csrc/common/simd.h"
 
-using namespace llmkern::avx512;
+using namespace llmkern::LLMKERN_ISA;
 using llmkern::Bf16;
 using llmkern::Fp16;
 
@@ -28,7 +29,7 @@ void fill(float* to, int count, bool finite) {
 }
 
 void print(const char* name, const void* data, size_t bytes) {
-  std::printf("%s", name);
+  std::printf("%s: ", name);
   for (size_t i = 0; i < bytes; i++) std::printf("%02x", static_cast<const unsigned char*>(data)[i]);
   std::printf("\n");
 }
@@ -67,17 +68,21 @@ int main() {
     show("add", add(a, b)), show("sub", sub(a, b)), show("mul", mul(a, b)), show("div", div(a, b));
     show("fma", fma(a, b, c)), show("max", max(a, b)), show("min", min(a, b)), show("abs", abs(a));
     show("swap", swap_pairs(a)), show("equal", where_equal(a, b, b, c)), show("less", where_less(a, b, b, c)),
-        show("broadcast", broadcast(x[round % 16]));
+        show("broadcast", broadcast(x[round % kWidth]));
     show("keep", keep(bytes, a, b));
     for (int n = 0; n <= kWidth; n++) show("first", first(n, a, b)), show("load", load_first(x, n));
     Int i = as_int(a), j = as_int(b);
     show("int add", add(i, j)), show("int sub", sub(i, j)), show("int mul", mul(i, j));
     show("shift", shift_left<23>(i)), show("to float", to_float(i)), show("int", broadcast_int(round - 100));
     conversions<Bf16>("bf16", a), conversions<Fp16>("fp16", a);
+    show("round", round_to_int(finite ? mul(a, broadcast(1e-3f)) : a));
+    Float whole = first(round % kWidth, to_float(broadcast_int(round)), broadcast(7));  // nothing to round
+    float whole_sum = sum(whole);
+    print("whole sum", &whole_sum, 4), show("whole fma", fma(whole, broadcast(3), swap_pairs(whole)));
+    show("whole dot bf16", dot_bf16(whole, as_int(whole), as_int(whole)));
     if (finite) {
       float total = sum(a), most = largest(a);
       print("sum", &total, 4), print("largest", &most, 4);
-      show("round", round_to_int(mul(a, broadcast(1e-3f))));
     }
     Bf16 flushed[3 * kWidth];
     store_flushed(flushed, a);
