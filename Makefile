@@ -42,7 +42,7 @@ emulate: install-demo,test  ## the kernels' tests with the AVX-512 code emulated
 sanitize: install-demo,test  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/sanitize.py
 
-neon:  ## compiles the kernels for AArch64 (needs g++-aarch64-linux-gnu)
-	for source in csrc/*/cpu*.cpp; do for isa in neon portable; do echo $$source $$isa; \
-	aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Werror -ffp-contract=off -DLLMKERN_ISA=$$isa -c $$source -o /dev/null || exit 1; \
-	done; done
+# AArch64's portable code is that of other processors but for the products of int8.
+neon: install-demo,test  ## the kernels' tests with the NEON code under QEMU (g++-aarch64-linux-gnu, qemu-user-static)
+	LLMKERN_TEST_ISAS=neon $(BIN)/python tests/neon/run.py -k neon tests/neon $(LIBRARY_TESTS)
+	LLMKERN_TEST_ISAS=portable $(BIN)/python tests/neon/run.py -k portable tests/int8

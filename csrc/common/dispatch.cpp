@@ -9,7 +9,7 @@ namespace {
 // What each instruction set of isa.h asks of the processor (and, through the compiler's own check of XCR0, of the
 // operating system).
 bool runs(Isa isa) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(LLMKERN_AS_AARCH64)
   __builtin_cpu_init();
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   switch (isa) {

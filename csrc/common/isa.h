@@ -8,10 +8,11 @@
 
 #define LLMKERN_INLINE static inline __attribute__((always_inline))
 
-#if defined(__x86_64__)
+// LLMKERN_AS_AARCH64: the kernels are those of an AArch64 program beside the library (tests/neon).
+#if defined(__x86_64__) && !defined(LLMKERN_AS_AARCH64)
 #define LLMKERN_FOR_EACH_ISA(X, ...) \
   X(avx512, ##__VA_ARGS__) X(avx2, ##__VA_ARGS__) X(portable, ##__VA_ARGS__)  // best first
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) || defined(LLMKERN_AS_AARCH64)
 #define LLMKERN_FOR_EACH_ISA(X, ...) X(neon, ##__VA_ARGS__) X(portable, ##__VA_ARGS__)
 #else
 #define LLMKERN_FOR_EACH_ISA(X, ...) X(portable, ##__VA_ARGS__)
