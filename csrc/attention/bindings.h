@@ -18,8 +18,8 @@ LLMKERN_KERNEL(attention_weights, AttentionParams)
 LLMKERN_KERNEL(attention_weights_backward, AttentionParams)
 LLMKERN_KERNEL(cache_append, CacheParams)
 
-// What every kernel takes before the tensors of its own: the mask, the lengths, the log-sum-exp, the slopes of ALiBi, the
-// sink, the seed of the dropout.
+// What every kernel takes before the tensors of its own: the mask, the lengths, the log-sum-exp, the slopes of ALiBi,
+// the sink, the seed of the dropout.
 constexpr int kRuleTensors = 6;
 
 template <AttentionTensor AttentionParams::*... kTensors>

@@ -289,7 +289,7 @@ struct Backward {
   }
 };
 
-constexpr int64_t kRowsOfTask = 16 * kStrip;
+constexpr int64_t kRowsOfTask = 16 * kStrip;  // at most
 
 // Every (sequence, kv head) by one thread, its keys packed block by block: each weight is made once.
 template <class T>
@@ -327,7 +327,10 @@ void by_block(const Backward<T>& backward, const Pieces& key_blocks, float* bloc
   const AttentionParams& p = backward.p;
   const Sizes<T>& sizes = backward.sizes;
   int64_t each = key_blocks.count();
-  Pieces chunks(p.query_bounds, p.batch, p.queries, kRowsOfTask);
+  auto chunks_of = [&](int64_t rows) { return Pieces(p.query_bounds, p.batch, p.queries, rows); };
+  int64_t rows = kRowsOfTask;  // of a piece of work: fewer where else the last pieces would keep few threads busy
+  while (rows > kStrip && chunks_of(rows).count() * p.heads < 4 * threads) rows /= 2;
+  Pieces chunks = chunks_of(rows);
   Counter counter;
   // function(block, its sequence, kv head, its number in the sequence) for every block of keys.
   auto for_keys = [&](auto function) {
@@ -351,10 +354,10 @@ void by_block(const Backward<T>& backward, const Pieces& key_blocks, float* bloc
       for (int64_t i = counter.take(); i < chunks.count() * p.heads; i = counter.take()) {
         int64_t chunk = chunks.count() - 1 - i / p.heads, h = i % p.heads;
         Sequence s(p, chunks.sequence(chunk));
-        int64_t row = (chunk - chunks.first(s.b)) * kRowsOfTask;
+        int64_t row = (chunk - chunks.first(s.b)) * rows;
         if (row < s.queries)
           function(blocks + (h / backward.group() * each + key_blocks.first(s.b)) * sizes.block_units(), work, s, h,
-                   row, at_most(kRowsOfTask, s.queries - row), sums);
+                   row, at_most(rows, s.queries - row), sums);
       }
     };
     parallel(threads, body);

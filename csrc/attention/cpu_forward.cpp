@@ -2,8 +2,8 @@
 // online.h its step.
 //
 // Two ways through the same steps. Many queries: the keys of a head are packed once, and blocks of queries go through
-// them. Few queries (decoding): each split of the keys is packed block by block, met by all queries of the heads that
-// share it, and the splits are merged at the end.
+// them. Few queries (decoding): each block of keys is met by all queries of the heads that share it, and the blocks are
+// merged at the end.
 #include "../common/parallel.h"
 #include "in_place.h"
 #include "online.h"
@@ -12,7 +12,8 @@
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-constexpr int64_t kFewRows = 64;  // queries that share a key head, up to which its keys are read once
+constexpr int64_t kPackKeys = 128;  // of a block, packed at a time where threads share a head: a multiple of kGather
+constexpr int64_t kFewRows = 64;    // queries that share a key head, up to which its keys are read once
 
 template <class T>
 struct Forward {
@@ -20,8 +21,8 @@ struct Forward {
   Sizes<T> sizes;
 
   int64_t group() const { return p.heads / p.kv_heads; }
-  Pieces key_blocks() const { return {p.key_bounds, p.batch, p.keys, kBlockKeys}; }
-  Pieces query_blocks() const { return {p.query_bounds, p.batch, p.queries, kBlockQueries}; }
+  Pieces key_pieces(int64_t size) const { return {p.key_bounds, p.batch, p.keys, size}; }
+  Pieces query_pieces(int64_t size) const { return {p.query_bounds, p.batch, p.queries, size}; }
 
   Source<T> keys_of_head(const Sequence& s, int64_t kv_head) const {
     return {p, p.key, p.key_scales, s, kv_head, p.width};
@@ -79,11 +80,13 @@ struct Forward {
   // --- many queries
   int64_t block_units() const { return round_up(sizes.key_units() + sizes.value_units(), 16); }
 
-  void pack_block(float* to, const Sequence& s, int64_t kv_head, int64_t block, float* space) const {
-    int64_t begin = block * kBlockKeys, end = at_most(begin + kBlockKeys, s.keys);
+  // Keys [begin, begin + count) or up to the last, within one block, which is packed at `to`.
+  void pack_block(float* to, const Sequence& s, int64_t kv_head, int64_t begin, int64_t count, float* space) const {
+    int64_t end = at_most(begin + count, s.keys), at = begin % kBlockKeys;
     if (begin >= end) return;
-    pack_keys(to, keys_of_head(s, kv_head), begin, end, space);
-    pack_values(to + sizes.key_units(), values_of_head(s, kv_head), begin, end, space);
+    pack_keys(to + at * sizes.depth, keys_of_head(s, kv_head), begin, end, space);
+    pack_values(to + sizes.key_units() + at / (kPairs<T> ? 2 : 1) * sizes.value_width, values_of_head(s, kv_head),
+                begin, end, space);
   }
 
   struct Work {
@@ -105,33 +108,31 @@ struct Forward {
     float *average, *space;
   };
 
-  // A block of queries of (s, h) from `begin` on, with the packed blocks of its keys.
-  void attend(const float* blocks, const Sequence& s, int64_t h, int64_t begin, const Work& work) const {
+  // `count` queries of (s, h) from `begin` on, or up to the last, with the packed blocks of their keys.
+  void attend(const float* blocks, const Sequence& s, int64_t h, int64_t begin, int64_t count, const Work& work) const {
     HeadMask mask(p, s, h);
-    int64_t rows = at_most(kBlockQueries, s.queries - begin), width = sizes.value_width;
+    int64_t rows = at_most(count, s.queries - begin), width = sizes.value_width;
     Queries queries{work.queries, &mask, begin, rows, rows};
     pack_queries(work.queries, s, h, 1, begin, rows);
     int64_t first = mask.start(begin), limit = mask.limit(begin + rows - 1);
     auto through_the_keys = [&](bool careful) -> const State& {
+      bool several = sizes.blocks > 1;
+      if (several) work.total.clear(rows, width);
       work.state.clear(rows, width);
-      if (sizes.splits > 1) work.total.clear(rows, width);
-      for (int64_t split = first / kSplitKeys * kSplitKeys; split < limit; split += kSplitKeys) {
-        int64_t end = at_most(split + kSplitKeys, limit);
-        for (int64_t key = at_least(split, first / kBlockKeys * kBlockKeys); key < end; key += kBlockKeys) {
-          const float* block = blocks + key / kBlockKeys * block_units();
-          auto panel = [&](int64_t c) { return block + c * sizes.depth; };
-          for (int64_t row = 0; row < rows; row += kTileRows) {
-            Strip strip(queries, row);
-            meet<T>(p, strip, row, key, at_most(kBlockKeys, s.keys - key), work.tile, work.state,
-                    packed_scores(sizes, queries, strip, row, work.tile, panel),
-                    packed_sums(sizes, strip, row, work.tile, work.state, block + sizes.key_units(), width, careful));
-          }
+      for (int64_t key = first / kBlockKeys * kBlockKeys; key < limit; key += kBlockKeys) {
+        const float* block = blocks + key / kBlockKeys * block_units();
+        auto panel = [&](int64_t c) { return block + c * sizes.depth; };
+        for (int64_t row = 0; row < rows; row += kTileRows) {
+          Strip strip(queries, row);
+          meet<T>(p, strip, row, key, at_most(kBlockKeys, s.keys - key), work.tile, work.state,
+                  packed_scores(sizes, queries, strip, row, work.tile, panel),
+                  packed_sums(sizes, strip, row, work.tile, work.state, block + sizes.key_units(), width, careful));
         }
-        if (sizes.splits == 1) break;
+        if (!several) break;
         for (int64_t i = 0; i < rows; i++) work.total.merge(i, work.state, i, width);
-        if (end < limit) work.state.clear(rows, width);
+        if (key + kBlockKeys < limit) work.state.clear(rows, width);
       }
-      return sizes.splits > 1 ? work.total : work.state;
+      return several ? work.total : work.state;
     };
     const State* state = &through_the_keys(false);
     if (!finite(*state, rows, width)) state = &through_the_keys(true);
@@ -139,9 +140,16 @@ struct Forward {
     for (int64_t i = 0; i < rows; i++) finish(p, sizes, *state, i, s, h, begin + i, of_values);
   }
 
+  // How many queries make a piece of work: fewer where else the last pieces would keep few threads busy.
+  int64_t rows_of_task(int threads) const {
+    int64_t rows = kBlockQueries;
+    while (rows > 2 * kTileRows && query_pieces(rows).count() * p.heads < 4 * threads) rows /= 2;
+    return rows;
+  }
+
   void many_queries(int threads) const {
     int64_t kv_total = p.batch * p.kv_heads, head_units = sizes.blocks * block_units();
-    Pieces keys = key_blocks(), queries = query_blocks();
+    Pieces keys = key_pieces(kBlockKeys);
     Counter counter;
     if (kv_total % threads == 0 || kv_total >= 8 * threads) {
       // Enough heads for all threads: each packs a head when it comes to it, while it is warm in its cache.
@@ -152,9 +160,9 @@ struct Forward {
           Sequence s(p, i / p.kv_heads);
           int64_t kv_head = i % p.kv_heads;
           for (int64_t block = 0; block * kBlockKeys < s.keys; block++)
-            pack_block(blocks + block * block_units(), s, kv_head, block, work.space);
+            pack_block(blocks + block * block_units(), s, kv_head, block * kBlockKeys, kBlockKeys, work.space);
           for (int64_t h = kv_head * group(); h < (kv_head + 1) * group(); h++)
-            for (int64_t q = 0; q < s.queries; q += kBlockQueries) attend(blocks, s, h, q, work);
+            for (int64_t q = 0; q < s.queries; q += kBlockQueries) attend(blocks, s, h, q, kBlockQueries, work);
         }
       };
       return parallel(threads, body);
@@ -162,15 +170,23 @@ struct Forward {
     int64_t each = keys.count();
     auto* packed =
         static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * p.kv_heads * each * block_units())));
+    auto block_of = [&](const Sequence& s, int64_t kv_head, int64_t block) {
+      return packed + (kv_head * each + keys.first(s.b) + block) * block_units();
+    };
     auto pack = [&](int, int) {
       Work work(*this);
-      for (int64_t i = counter.take(); i < p.kv_heads * each; i = counter.take()) {
-        Sequence s(p, keys.sequence(i % each));
-        pack_block(packed + i * block_units(), s, i / each, i % each - keys.first(s.b), work.space);
+      Pieces pieces = key_pieces(kPackKeys);
+      for (int64_t i = counter.take(); i < p.kv_heads * pieces.count(); i = counter.take()) {
+        int64_t kv_head = i % p.kv_heads, piece = i / p.kv_heads;
+        Sequence s(p, pieces.sequence(piece));
+        int64_t begin = (piece - pieces.first(s.b)) * kPackKeys;
+        pack_block(block_of(s, kv_head, begin / kBlockKeys), s, kv_head, begin, kPackKeys, work.space);
       }
     };
     parallel(threads, pack);
     counter.next = 0;
+    int64_t rows = rows_of_task(threads);
+    Pieces queries = query_pieces(rows);
     auto body = [&](int, int) {
       Work work(*this);
       int64_t all = queries.count() * p.heads;
@@ -178,16 +194,16 @@ struct Forward {
         // The last blocks first: with a causal mask they are the longest.
         int64_t piece = queries.count() - 1 - i / p.heads, h = i % p.heads;
         Sequence s(p, queries.sequence(piece));
-        int64_t q = (piece - queries.first(s.b)) * kBlockQueries;
-        if (q < s.queries) attend(packed + (h / group() * each + keys.first(s.b)) * block_units(), s, h, q, work);
+        int64_t q = (piece - queries.first(s.b)) * rows;
+        if (q < s.queries) attend(block_of(s, h / group(), 0), s, h, q, rows, work);
       }
     };
     parallel(threads, body);
   }
 
   // --- few queries
-  struct Split {
-    Split(const Forward& run, int64_t rows)
+  struct Few {
+    Few(const Forward& run, int64_t rows)
         : memory{static_cast<float*>(scratch(
               Scratch::work,
               static_cast<size_t>(4 * (rows * run.sizes.depth + run.sizes.key_units() + run.sizes.value_units() +
@@ -218,8 +234,8 @@ struct Forward {
 #endif
   }
 
-  // All queries of the heads that share kv_head meet the keys of one split.
-  void attend_split(const Sequence& s, int64_t kv_head, int64_t split, const Split& work, const State& state) const {
+  // All queries of the heads that share kv_head meet one block of keys.
+  void attend_block(const Sequence& s, int64_t kv_head, int64_t block, const Few& work, const State& state) const {
     int64_t rows = group() * s.queries, width = sizes.value_width;
     HeadMask masks[kFewRows];
     int64_t first = INT64_MAX, limit = 0;
@@ -230,72 +246,69 @@ struct Forward {
     Queries queries{work.queries, masks, 0, s.queries, rows};
     pack_queries(work.queries, s, kv_head * group(), group(), 0, s.queries);
     Source<T> keys = keys_of_head(s, kv_head), all_values = values_of_head(s, kv_head);
-    int64_t end = at_most((split + 1) * kSplitKeys, limit);
-    auto through_the_keys = [&](bool careful) {
+    int64_t key = block * kBlockKeys, last = at_most(key + kBlockKeys, limit), ldv = width;
+    auto meet_keys = [&](bool careful) {
       state.clear(rows, width);
-      for (int64_t key = at_least(split * kSplitKeys, first / kBlockKeys * kBlockKeys); key < end; key += kBlockKeys) {
-        int64_t last = at_most(key + kBlockKeys, end), ldv = width;
-        const float* values = work.values;
-        bool values_in_place = !careful && rows <= kTileRows && pairs_as_they_lie(all_values);
-        if (plain_values(all_values)) {
-          Slice<T> as_they_lie = all_values.rows(key, last, nullptr);
-          values = reinterpret_cast<const float*>(as_they_lie.data), ldv = as_they_lie.step;
-        } else if (!values_in_place) {
-          pack_values(work.values, all_values, key, last, work.space);
-        }
-        auto with_values = [&](const Strip& strip, int64_t row, auto scores) {
+      if (key + kBlockKeys <= first || last <= key) return;
+      const float* values = work.values;
+      bool values_in_place = !careful && rows <= kTileRows && pairs_as_they_lie(all_values);
+      if (plain_values(all_values)) {
+        Slice<T> as_they_lie = all_values.rows(key, last, nullptr);
+        values = reinterpret_cast<const float*>(as_they_lie.data), ldv = as_they_lie.step;
+      } else if (!values_in_place) {
+        pack_values(work.values, all_values, key, last, work.space);
+      }
+      auto with_values = [&](const Strip& strip, int64_t row, auto scores) {
 #ifdef LLMKERN_QUADS
-          if constexpr (kPairs<T>)
-            if (values_in_place) {
-              Runs runs;
-              for (int64_t r = key; r < last; r += Runs::kRun) {
-                Slice<T> run = all_values.run(r);
-                runs.begin[(r - key) / Runs::kRun] = run.data, runs.step = run.step;
-              }
-              auto sums = [&](const Span* spans, int span_count, const float* corrections) {
-                all_values_in_place(strip.n, work.tile.weights, runs, width, spans, span_count, last - key,
-                                    state.output, corrections);
-              };
-              return meet<T>(p, strip, row, key, last - key, work.tile, state, scores, sums);
+        if constexpr (kPairs<T>)
+          if (values_in_place) {
+            Runs runs;
+            for (int64_t r = key; r < last; r += Runs::kRun) {
+              Slice<T> run = all_values.run(r);
+              runs.begin[(r - key) / Runs::kRun] = run.data, runs.step = run.step;
             }
+            auto sums = [&](const Span* spans, int span_count, const float* corrections) {
+              all_values_in_place(strip.n, work.tile.scores, runs, width, spans, span_count, last - key, state.output,
+                                  corrections);
+            };
+            return meet<T>(p, strip, row, key, last - key, work.tile, state, scores, sums);
+          }
 #endif
-          meet<T>(p, strip, row, key, last - key, work.tile, state, scores,
-                  packed_sums(sizes, strip, row, work.tile, state, values, ldv, careful, values != work.values));
-        };
+        meet<T>(p, strip, row, key, last - key, work.tile, state, scores,
+                packed_sums(sizes, strip, row, work.tile, state, values, ldv, careful, values != work.values));
+      };
 #ifdef LLMKERN_QUADS
-        if (rows <= kTileRows) {
-          Strip strip(queries, 0);
-          auto scores = [&](int64_t c, int count, float factor) {
-            all_scores_in_place<kPairs<T>>(strip.n, queries.packed, sizes.depth,
-                                           keys.rows(key + c, key + c + count, work.space), count, p.width,
-                                           work.tile.scores + c, factor);
-          };
-          with_values(strip, 0, scores);
-          continue;
-        }
-#endif
-        if (rows > kTileRows) pack_keys(work.keys, keys, key, last, work.space);
-        auto panel = [&](int64_t c) -> const float* {
-          if (rows > kTileRows) return work.keys + c * sizes.depth;
-          // Used once, a panel need not outlive that, and unseen ones are not read.
-          pack_keys(work.keys, keys, key + c, at_most(key + c + kPanel, last), work.space);
-          return work.keys;
+      if (rows <= kTileRows) {
+        Strip strip(queries, 0);
+        auto scores = [&](int64_t c, int count, float factor) {
+          all_scores_in_place<kPairs<T>>(strip.n, queries.packed, sizes.depth,
+                                         keys.rows(key + c, key + c + count, work.space), count, p.width,
+                                         work.tile.scores + c, factor);
         };
-        for (int64_t row = 0; row < rows; row += kTileRows) {
-          Strip strip(queries, row);
-          with_values(strip, row, packed_scores(sizes, queries, strip, row, work.tile, panel));
-        }
+        return with_values(strip, 0, scores);
+      }
+#endif
+      if (rows > kTileRows) pack_keys(work.keys, keys, key, last, work.space);
+      auto panel = [&](int64_t c) -> const float* {
+        if (rows > kTileRows) return work.keys + c * sizes.depth;
+        // Used once, a panel need not outlive that, and unseen ones are not read.
+        pack_keys(work.keys, keys, key + c, at_most(key + c + kPanel, last), work.space);
+        return work.keys;
+      };
+      for (int64_t row = 0; row < rows; row += kTileRows) {
+        Strip strip(queries, row);
+        with_values(strip, row, packed_scores(sizes, queries, strip, row, work.tile, panel));
       }
     };
-    through_the_keys(false);
-    if (!finite(state, rows, width)) through_the_keys(true);
+    meet_keys(false);
+    if (!finite(state, rows, width)) meet_keys(true);
   }
 
   void few_queries(int threads) const {
     int64_t most = group() * p.queries, width = sizes.value_width, kv_total = p.batch * p.kv_heads;
     int64_t state_units = round_up(State::units(most, width), 16);
     auto* memory =
-        static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * kv_total * sizes.splits * state_units)));
+        static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * kv_total * sizes.blocks * state_units)));
     auto state_of = [&](int64_t task) {
       Memory m{memory + task * state_units};
       return State(m, most, width);
@@ -303,33 +316,33 @@ struct Forward {
     auto finish_head = [&](int64_t head, float* of_average) {
       Sequence s(p, head / p.kv_heads);
       int64_t kv_head = head % p.kv_heads;
-      State total = state_of(head * sizes.splits);
+      State total = state_of(head * sizes.blocks);
       auto of_values = average(of_average, s, kv_head);
       for (int64_t i = 0; i < group() * s.queries; i++) {
-        for (int64_t split = 1; split < sizes.splits; split++)
-          total.merge(i, state_of(head * sizes.splits + split), i, width);
+        for (int64_t block = 1; block < sizes.blocks; block++)
+          total.merge(i, state_of(head * sizes.blocks + block), i, width);
         finish(p, sizes, total, i, s, kv_head * group() + i / s.queries, i % s.queries, of_values);
       }
     };
     Counter counter;
     auto body = [&](int, int) {
-      Split work(*this, most);
-      for (int64_t i = counter.take(); i < kv_total * sizes.splits; i = counter.take()) {
-        int64_t head = i / sizes.splits;
+      Few work(*this, most);
+      for (int64_t i = counter.take(); i < kv_total * sizes.blocks; i = counter.take()) {
+        int64_t head = i / sizes.blocks;
         Sequence s(p, head / p.kv_heads);
         if (!s.queries) continue;
-        attend_split(s, head % p.kv_heads, i % sizes.splits, work, state_of(i));
-        if (sizes.splits == 1) finish_head(head, work.average);
+        attend_block(s, head % p.kv_heads, i % sizes.blocks, work, state_of(i));
+        if (sizes.blocks == 1) finish_head(head, work.average);
       }
     };
     parallel(threads, body);
-    if (sizes.splits == 1) return;
+    if (sizes.blocks == 1) return;
     auto merge = [&](int thread, int count) {
-      Split work(*this, most);
+      Few work(*this, most);
       Range heads = share(kv_total, 1, thread, count);
       for (int64_t head = heads.begin; head < heads.end; head++) finish_head(head, work.average);
     };
-    parallel(kv_total * sizes.splits * most * width < 65536 ? 1 : threads, merge);
+    parallel(kv_total * sizes.blocks * most * width < 65536 ? 1 : threads, merge);
   }
 };
 

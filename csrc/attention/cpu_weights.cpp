@@ -1,5 +1,5 @@
-// The attention weights themselves, (B, H, Sq, Sk), and their sums over the queries, from the log-sum-exp of the forward
-// kernel; compiled once per instruction set.
+// The attention weights themselves, (B, H, Sq, Sk), and their sums over the queries, from the log-sum-exp of the
+// forward kernel; compiled once per instruction set.
 #include "probabilities.h"
 
 namespace llmkern::LLMKERN_ISA {
@@ -12,8 +12,9 @@ void store_row(T* to, const float* from, int64_t count) {
   if (c < count) store_first(to + c, load(from + c), static_cast<int>(count - c));
 }
 
-// The weights of (s, kv_head) in one block of keys, a strip of queries at a time: use(h, row, count, seen, weights) gets
-// those of `count` queries from `row` on with the first `seen` keys of the block, kBlockKeys apart; no other is seen.
+// The weights of (s, kv_head) in one block of keys, a strip of queries at a time: use(h, row, count, seen, weights)
+// gets those of `count` queries from `row` on with the first `seen` keys of the block, kBlockKeys apart; no other is
+// seen.
 template <class T, class Use>
 void for_strips(const AttentionParams& p, const Sizes<T>& sizes, const Sequence& s, int64_t kv_head, int64_t index,
                 Use use) {

@@ -19,7 +19,8 @@ LLMKERN_INLINE Float load_units(const T* p) {
 }
 
 // Asks for the cache lines of rows one after the other, some way ahead of their use: from memory, lines that come in
-// their order come at twice the rate of those asked for in the order of use, a column of lines of kWidth rows at a time.
+// their order come at twice the rate of those asked for in the order of use, a column of lines of kWidth rows at a
+// time.
 template <bool kEndToEnd>
 class Ahead {
  public:
@@ -169,7 +170,7 @@ inline void values_in_place(const float* weights, const Runs& values, int64_t co
       for (int v = 0; v < ask; v++) __builtin_prefetch(x + (kAhead + 1) * step + 32 * v, 0, 2);
 #pragma GCC unroll 8
       for (int i = 0; i < R; i++) {
-        Int weight = broadcast_int(unit(weights + i * (kBlockKeys / 2) + k));
+        Int weight = broadcast_int(unit(weights + i * kBlockKeys + k));
 #pragma GCC unroll 8
         for (int v = 0; v < 2 * V; v++) sum[i][v] = dot_bf16(sum[i][v], weight, as_int(pairs[v]));
       }

@@ -1,9 +1,9 @@
 // The online softmax of the forward kernel (Milakov and Gimelshein 2018): what is known of each query after some keys,
 // and the step that takes it through a block of keys.
 //
-// The keys are cut into blocks, and the blocks into splits, at fixed places. A query's splits are summed apart and then
-// merged from the first to the last, whoever computes them and whatever other queries are at hand: this is why a row's
-// result is the same bit for bit for any batch, chunk of the prompt, number of threads, and for one query at a time.
+// The keys are cut into blocks at fixed places. What a query makes of each is summed apart and then merged from the
+// first block to the last, whoever computes them and whatever other queries are at hand: this is why a row's result is
+// the same bit for bit for any batch, chunk of the prompt, number of threads, and for one query at a time.
 #pragma once
 #include <cmath>
 
@@ -14,7 +14,6 @@ namespace llmkern::LLMKERN_ISA {
 namespace {
 
 constexpr int kBlockKeys = 512;                  // the largest score so far is looked up this often
-constexpr int kSplitKeys = 1024;                 // a multiple of kBlockKeys
 constexpr int kBlockQueries = 96;                // queries of one head that go through the keys together
 constexpr int kSlots = kWidth > 8 ? kWidth : 8;  // for a value of each row of a tile
 
@@ -24,9 +23,8 @@ struct Sizes {
   explicit Sizes(const AttentionParams& p)
       : depth(kPairs<T> ? (p.width + 1) / 2 : p.width),
         value_width(round_up(p.value_width, kWidth)),
-        blocks((p.keys + kBlockKeys - 1) / kBlockKeys),
-        splits(at_least(1, (p.keys + kSplitKeys - 1) / kSplitKeys)) {}
-  int64_t depth, value_width, blocks, splits;
+        blocks(at_least(1, (p.keys + kBlockKeys - 1) / kBlockKeys)) {}
+  int64_t depth, value_width, blocks;
 
   static constexpr int64_t kValueRows = kPairs<T> ? kBlockKeys / 2 : kBlockKeys;  // of a packed block
   int64_t key_units() const { return kBlockKeys * depth; }
@@ -118,12 +116,12 @@ struct Strip {
   }
 };
 
-// The scores and weights of a tile's rows in a block.
+// The scores of a tile's rows in a block, over which their weights are written: as floats, or as bf16 in the first half
+// of the row.
 struct Tile {
-  explicit Tile(Memory& memory)
-      : scores(memory.take(kTileRows * kBlockKeys)), weights(memory.take(kTileRows * kBlockKeys)) {}
-  static constexpr int64_t kUnits = 2 * kTileRows * kBlockKeys + 32;
-  float *scores, *weights;
+  explicit Tile(Memory& memory) : scores(memory.take(kUnits)) {}
+  static constexpr int64_t kUnits = kTileRows * kBlockKeys;
+  float* scores;
 };
 
 // Scores times `scale` (which is positive) become weights relative to the largest so far. whole[c / kPanel]: no score
@@ -153,7 +151,7 @@ void soften(const Tile& tile, int n, const Span* spans, int span_count, const bo
   Float factor = broadcast(scale);
   for (int i = 0; i < n; i++) {
     const float* s = tile.scores + i * kBlockKeys;
-    float* weights = tile.weights + i * (kPairs<T> ? kBlockKeys / 2 : kBlockKeys);
+    float* weights = tile.scores + i * kBlockKeys;
     Float by = broadcast(-shift[i]), sum0 = zero(), sum1 = zero();
     auto some = [&](auto is_whole, int64_t c, int64_t end) {
       auto weight = [&](int64_t at) {
@@ -196,7 +194,7 @@ void drop(const Tile& tile, const Strip& strip, const Span* spans, int span_coun
     for (int k = 0; k < span_count; k++) {
       int64_t begin = spans[k].begin, end = spans[k].end;
       strip.masks[i]->kept(kept, strip.queries[i], key + begin, static_cast<int>(end - begin));
-      float* weights = tile.weights + i * (kPairs<T> ? kBlockKeys / 2 : kBlockKeys);
+      float* weights = tile.scores + i * kBlockKeys;
       if constexpr (kPairs<T>) {
         auto* w = reinterpret_cast<uint16_t*>(weights);
         for (int64_t c = begin; c < end; c++) w[c] = kept[c - begin] != 0 ? w[c] : uint16_t{0};
@@ -253,16 +251,15 @@ auto packed_scores(const Sizes<T>& sizes, const Queries& q, const Strip& strip, 
   };
 }
 
-// Sums of packed values, whose rows are ldv apart. Careful: a value of weight 0 has no part, be it infinite or NaN. Far:
-// they are not packed, but as they lie.
+// Sums of packed values, whose rows are ldv apart. Careful: a value of weight 0 has no part, be it infinite or NaN.
+// Far: they are not packed, but as they lie.
 template <class T>
 auto packed_sums(const Sizes<T>& sizes, const Strip& strip, int64_t row, const Tile& tile, const State& state,
                  const float* values, int64_t ldv, bool careful, bool far = false) {
   return [&sizes, &strip, row, &tile, &state, values, ldv, careful, far](const Span* spans, int span_count,
                                                                          const float* corrections) {
-    times_rows<kPairs<T>, Into::correct>(strip.n, tile.weights, kPairs<T> ? kBlockKeys / 2 : kBlockKeys, 1, values, ldv,
-                                         sizes.value_width, spans, span_count, state.output + row * sizes.value_width,
-                                         corrections, careful, far);
+    times_rows<kPairs<T>, Into::correct>(strip.n, tile.scores, kBlockKeys, 1, values, ldv, sizes.value_width, spans,
+                                         span_count, state.output + row * sizes.value_width, corrections, careful, far);
   };
 }
 

@@ -60,8 +60,8 @@ enum class Into {
   correct,  // c = corrections[i] * c + sum
 };
 
-// The sum over the k in the spans of a[i * a_row + k * a_k] * b[k * ldb + j], for R rows i and V vectors of j. `ask`: so
-// many vectors of a row of b are asked for ahead of their use.
+// The sum over the k in the spans of a[i * a_row + k * a_k] * b[k * ldb + j], for R rows i and V vectors of j. `ask`:
+// so many vectors of a row of b are asked for ahead of their use.
 template <bool kPair, Into kInto, int R, int V>
 inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, const Span* spans,
                  int span_count, float* c, int64_t ldc, const float* corrections, int ask = 0) {
@@ -213,8 +213,8 @@ LLMKERN_INLINE float times_row(const float* a, const float* b, int64_t depth) {
 }
 
 // a times the packed rows of b in the spans, ldb apart and `width` (a multiple of kWidth) wide, into c of that width.
-// Where `skip_zeros` (b holds infinities or NaN), an element of a that is exactly 0 takes no part in the sum. Far: b is not
-// packed, and may come from memory.
+// Where `skip_zeros` (b holds infinities or NaN), an element of a that is exactly 0 takes no part in the sum. Far: b is
+// not packed, and may come from memory.
 template <bool kPair, Into kInto>
 void times_rows(int rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, int64_t width,
                 const Span* spans, int span_count, float* c, const float* corrections, bool skip_zeros,

@@ -162,10 +162,30 @@ def test_a_row_depends_on_nothing_around_it(isa):
     assert torch.equal(whole, attend()(q, *longer, key_lengths=torch.full((3,), 120)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [10, 700])
+def test_many_threads_give_the_bits_of_one(queries, dtype, isa):
+    """Outputs and gradients: the pieces of work grow smaller with the number of threads."""
+    q, k, v = (t.requires_grad_() for t in tensors((1, 2, 1, queries, 1100, 24, 40), dtype))
+
+    def results(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            output = attend()(q, k, v, causal=True, bottom_right=True)
+            return output, *torch.autograd.grad(output.square().sum(), (q, k, v))
+        finally:
+            torch.set_num_threads(before)
+
+    alone = results(1)
+    for threads in (3, 64):
+        assert all(torch.equal(a, b) for a, b in zip(alone, results(threads), strict=True)), threads
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("widths", [(32, 48), (64, 64), (97, 96), (200, 128)])
 def test_one_query_at_a_time_gives_the_bits_of_all_at_once(widths, dtype, isa):
-    """Prefill, chunks of it and decoding, over more keys than a block and a split hold, with shared key heads."""
+    """Prefill, chunks of it and decoding, over several blocks of keys, with shared key heads."""
     q, k, v = tensors((1, 4, 2, 1300, 1300, *widths), dtype)
     whole = attend()(q, k, v, causal=True)
     for begin, end in ((0, 1), (1, 30), (500, 600), (1023, 1025), (1299, 1300)):
