@@ -48,7 +48,7 @@ def test_features(name, dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("shape", [(2, 64, 32, 9, 20, 8, 8), (1, 64, 32, 27, 210, 8, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 64, 32, 9, 20, 8, 8), (1, 64, 32, 5, 200, 8, 8)], ids=str)
 @pytest.mark.parametrize("name", ["sink", "sink, rows", "everything", "everything, additive"])
 def test_gradient_of_the_sink(name, shape, dtype, isa):
     masks = rule(name, shape, dtype)
