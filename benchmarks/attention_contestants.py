@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -27,9 +28,8 @@ from benchmarks.attention import DTYPES
 ROWS = 256  # queries whose results are held to float64, evenly spaced from the first to the last
 #: Largest error of a row relative to its length. That of bf16 holds also where scores and weights are rounded to it.
 TOLERANCE = {"fp32": 1e-5, "bf16": 2**-5}
-SETTLE = 0.01  #: seconds until the threads of one library have stopped waiting actively before another's start
 PEAK = 0.005  #: seconds that a measurement of the peak lasts
-LONG = 0.05  #: a call of so many seconds is timed once a round, and its warm-up is the trial alone
+LONG = 0.05  #: a call of so many seconds is timed once a round, after the one whose result was checked
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,21 @@ class Problem:
             return attention.title((b, h, self.kv_heads, s, d), self.short, "one query")
         return attention.title(self.shape, self.short, "causal" if self.causal else "")
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        b, h, s, d = self.shape
-        if self.kv_heads:
-            return decode.inputs((b, h, self.kv_heads, s, d), DTYPES[self.short])
-        return attention.inputs(self.shape, DTYPES[self.short])
-
     def floor(self) -> Callable[[], float]:
         b, h, s, d = self.shape
         if self.kv_heads:
             cache = 2.0 * b * self.kv_heads * s * d * DTYPES[self.short].itemsize
             return roofline.floor(decode.operations((b, h, self.kv_heads, s, d)), DTYPES[self.short], cache, PEAK)
         return roofline.floor(attention.operations(self.shape, self.causal), DTYPES[self.short], 0.0, PEAK)
+
+
+@lru_cache(maxsize=1)
+def inputs(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, the same ones in every process. Nobody may change them."""
+    b, h, s, d = p.shape
+    if p.kv_heads:
+        return decode.inputs((b, h, p.kv_heads, s, d), DTYPES[p.short])
+    return attention.inputs(p.shape, DTYPES[p.short])
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Unsupported(Exception):
 def llmkern(p: Problem, threads: int) -> dict[str, Way]:
     from llmkern import functional
 
-    q, k, v = p.inputs()
+    q, k, v = inputs(p)
     gqa = q.size(1) != k.size(1)
     return {
         "functional.scaled_dot_product_attention": Way(
@@ -88,7 +91,7 @@ def llmkern(p: Problem, threads: int) -> dict[str, Way]:
 
 
 def sdpa(p: Problem, threads: int) -> dict[str, Way]:
-    q, k, v = p.inputs()
+    q, k, v = inputs(p)
     if p.kv_heads:
         return {n: Way(lambda f=f: f(q, k, v)) for n, f in decode.in_torch(q.size(1) != k.size(1)).items()}
     return {"torch sdpa": Way(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=p.causal))}
@@ -103,7 +106,7 @@ def zentorch(p: Problem, threads: int) -> dict[str, Way]:
     """Its operator, which torch.compile(backend="zentorch") would call."""
     import zentorch  # noqa: F401
 
-    q, k, v = p.inputs()
+    q, k, v = inputs(p)
     rows, shape = as_rows(q, k) if p.kv_heads else q, q.shape
     function = torch.ops.zentorch.zentorch_sdpa
     return {"zentorch_sdpa": Way(lambda: function(rows, k, v, is_causal=p.causal), lambda out: out[0].view(shape))}
@@ -113,7 +116,7 @@ def openvino(p: Problem, threads: int) -> dict[str, Way]:
     import openvino as ov
     from openvino import opset13
 
-    q, k, v = (t.contiguous() for t in p.inputs())
+    q, k, v = (t.contiguous() for t in inputs(p))
     shape, half = q.shape, p.short == "bf16"
     args = (as_rows(q, k) if p.kv_heads else q, k, v)
     kind = ov.Type.bf16 if half else ov.Type.f32
@@ -142,24 +145,24 @@ def onnxruntime(p: Problem, threads: int) -> dict[str, Way]:
 
     if p.short != "fp32":
         raise Unsupported("its attention on the CPU takes no bf16")
-    q, k, v = (t.contiguous() for t in p.inputs())
+    q, k, v = (t.contiguous() for t in inputs(p))
     b, h, _, d = q.shape
     s, hkv = k.size(2), k.size(1)
 
-    def way(node: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Way:
+    def way(node: Any, taken: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Way:
         kinds = {torch.float32: TensorProto.FLOAT, torch.int32: TensorProto.INT32}
 
         def described(named: Mapping[str, Tensor]) -> list[Any]:
             return [helper.make_tensor_value_info(n, kinds[t.dtype], list(t.shape)) for n, t in named.items()]
 
         opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
-        graph = helper.make_graph([node], "attention", described(inputs), described(outputs))
+        graph = helper.make_graph([node], "attention", described(taken), described(outputs))
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         binding = session.io_binding()  # without it, every call pays for fresh pages
-        for bind, named in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+        for bind, named in ((binding.bind_input, taken), (binding.bind_output, outputs)):
             for n, t in named.items():
                 bind(n, "cpu", 0, t.numpy().dtype, list(t.shape), t.data_ptr())
         result = outputs["y"]
@@ -167,7 +170,7 @@ def onnxruntime(p: Problem, threads: int) -> dict[str, Way]:
         def read(_: Any) -> Tensor:
             return result if result.dim() == 4 else result.view(b, -1, h, d).transpose(1, 2)
 
-        return Way(lambda: session.run_with_iobinding(binding), read, (inputs, outputs))
+        return Way(lambda: session.run_with_iobinding(binding), read, (taken, outputs))
 
     def flat(t: Tensor) -> Tensor:
         return t.transpose(1, 2).flatten(2).contiguous()
@@ -243,7 +246,7 @@ def version(package: str) -> str | None:
 
 def error(p: Problem, got: Tensor) -> float:
     """The largest error of a row relative to the row's length in float64, of up to ROWS queries of each head."""
-    q, k, v = p.inputs()
+    q, k, v = inputs(p)
     if got.shape != q.shape:
         raise ValueError(f"result: expected the shape {list(q.shape)}, got {list(got.shape)}")
     places = torch.linspace(0, q.size(2) - 1, min(q.size(2), ROWS), dtype=torch.float64).round().long()
@@ -257,6 +260,18 @@ def error(p: Problem, got: Tensor) -> float:
     return float(((got[:, :, places].double() - truth).norm(dim=-1) / truth.norm(dim=-1)).max())
 
 
+def settle() -> None:
+    """Waits until the threads of this process have stopped waiting actively, those of ONNX Runtime for some 40 ms.
+
+    Until then they would slow the next to be measured.
+    """
+    quiet = 0
+    while quiet < 2:
+        before = time.process_time()
+        time.sleep(0.005)
+        quiet = quiet + 1 if time.process_time() - before < 0.0005 else 0
+
+
 def figure(ways: Mapping[str, Way], p: Problem, samples: int, sample_seconds: float) -> dict[str, Any]:
     """Times the quickest way that is right, with the floor measured before and after each sample.
 
@@ -265,11 +280,13 @@ def figure(ways: Mapping[str, Way], p: Problem, samples: int, sample_seconds: fl
     tried: dict[str, float] = {}
     errors: dict[str, float] = {}
     for name, way in ways.items():
-        errors[name] = error(p, way.read(way.call()))
+        start = time.perf_counter()
+        out = way.call()
+        once = time.perf_counter() - start
+        errors[name] = error(p, way.read(out))
         if errors[name] <= TOLERANCE[p.short]:
-            tried[name] = harness.sample(way.call, 1)
-            if tried[name] < LONG:
-                tried[name] = min(tried[name], harness.sample(way.call, 1))
+            # The first call of a short one says little of the others.
+            tried[name] = once if once > LONG else min(harness.sample(way.call, 1) for _ in range(2))
     if not tried:
         raise ArithmeticError(
             f"wrong, so not timed: error {min(errors.values()):.1e} of a row, {TOLERANCE[p.short]:.1e} is right"
@@ -277,13 +294,14 @@ def figure(ways: Mapping[str, Way], p: Problem, samples: int, sample_seconds: fl
     name = min(tried, key=lambda n: tried[n])
     call, once = ways[name].call, tried[name]
     floor = p.floor()
+    settle()
     beside, times = [floor()], []
     for _ in range(1 if once > LONG else samples):
-        time.sleep(SETTLE)
+        settle()
         if once < LONG:
             call()  # its threads are asleep
         times.append(harness.sample(call, max(1, math.ceil(sample_seconds / once))))
-        time.sleep(SETTLE)
+        settle()
         beside.append(floor())
     floors = [(a + b) / 2 for a, b in pairwise(beside)]
     return {

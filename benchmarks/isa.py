@@ -1,4 +1,4 @@
-"""One instruction set forced on llmkern and on torch alike: how the kernels do on a processor that has no better one."""
+"""One instruction set forced on llmkern and on torch alike, as on a processor that has no better one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def choices() -> list[str]:
 def settings(isa: str) -> dict[str, str]:
     """The environment of a process whose llmkern and torch use `isa`. Raises ValueError for one that is not there."""
     if isa not in choices():
-        raise ValueError(f"isa: expected one of {', '.join(choices()) or 'none, without the compiled library'}, got {isa!r}")
+        raise ValueError(
+            f"isa: expected one of {', '.join(choices()) or 'none, without the compiled library'}, got {isa!r}"
+        )
     return {"LLMKERN_ISA": isa, **TORCH.get(isa, {})}
 
 
