@@ -265,8 +265,8 @@ def settle() -> None:
 
     Until then they would slow the next to be measured.
     """
-    quiet = 0
-    while quiet < 2:
+    quiet, end = 0, time.perf_counter() + 0.5
+    while quiet < 2 and time.perf_counter() < end:
         before = time.process_time()
         time.sleep(0.005)
         quiet = quiet + 1 if time.process_time() - before < 0.0005 else 0

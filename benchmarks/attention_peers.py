@@ -161,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for target in [path.with_suffix(".md"), *([DOCS] if arguments.docs else [])]:
         image = target.with_suffix(".png")
         drawn = plot(result, machine.line(described), image)
-        target.write_text(text.replace("\n\n", f"\n\n![share of the peak against length]({image.name})\n\n", 1) + "\n")
+        picture = f"![share of the peak against length]({image.name})\n\n" if drawn else ""
+        target.write_text(text.replace("\n\n", f"\n\n{picture}", 1) + "\n")
         written += [target, *([image] if drawn else [])]
     print(f"\nwritten: {', '.join(map(str, written))}")
     return 1 if any(OURS in failed for failed in result.failed.values()) else 0
@@ -274,7 +275,8 @@ def report(result: Comparison, line: str, command: str) -> str:
         facts.append(f"{versions}.")
     if others:
         facts.append(
-            f"Other processes used {others.median:.0%} of the cores meanwhile ({others.low:.0%} to {others.high:.0%})."
+            f"Other processes used {others.median:.0%} of the cores meanwhile ({others.low:.0%} to {others.high:.0%}): "
+            "the more they do, the less the figures say; shares above 100 % come of that."
         )
     facts.append(
         "The peak is the rate of multiply-adds of the dtype, measured beside each sample; causal counts half the work. "
