@@ -130,13 +130,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="two lengths, two rounds")
     parser.add_argument("--shapes", nargs="+", default=[], metavar="B,H,S,D", help="these instead, without a cache")
     parser.add_argument("--match", default="", metavar="REGEX", help="only the problems whose name this matches")
-    parser.add_argument("--rounds", type=int, help="processes of each contestant (default 5, quick 2)")
+    parser.add_argument("--rounds", type=int, help="processes of each contestant (default 4, quick 2)")
     parser.add_argument("--samples", type=int, default=2, help="of a problem in each process, long ones 1 (default 2)")
     parser.add_argument("--sample-seconds", type=float, default=0.02, help="the shortest sample (default 0.02)")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="default benchmarks/results")
     parser.add_argument("--docs", action="store_true", help=f"also write docs/{DOCS.name} and the plot beside it")
     arguments = parser.parse_args(argv)
-    rounds = arguments.rounds if arguments.rounds is not None else (2 if arguments.quick else 5)
+    rounds = arguments.rounds if arguments.rounds is not None else (2 if arguments.quick else 4)
     for option, value in (("--rounds", rounds), ("--samples", arguments.samples)):
         if value < 1:
             parser.error(f"{option}: expected at least 1, got {value}")
@@ -270,7 +270,7 @@ def report(result: Comparison, line: str, command: str) -> str:
     """The page: command, machine, versions, what disturbed, tables."""
     others = Spread.of(result.disturbance) if result.disturbance else None
     versions = ", ".join(f"{n} {v}" for n, v in result.versions.items())
-    facts = [f"`{command}`, {result.rounds} processes of each contestant in turn. {line}."]
+    facts = [f"`{command}`, processes of each contestant: {result.rounds}, in turn. {line}."]
     if versions:
         facts.append(f"{versions}.")
     if others:
