@@ -37,8 +37,10 @@ def cases(options: Options) -> Iterator[Case]:
     if options.shapes:
         return
     for short in DTYPES:
-        yield padded((32, 12, 128, 32), short, options)
+        yield padded((32, 12, 128, 32), between(32, 128), short, "padded", options)
         if not options.quick:
+            yield padded((8, 12, 512, 64), torch.full((8,), 256), short, "half of it padding", options)
+            yield grouped((1, 32, 512, 128), 8, short)
             yield grouped((1, 32, 2048, 128), 8, short)
 
 
@@ -117,11 +119,15 @@ def backward(shape: Sequence[int], short: str, causal: bool) -> Case:
     )  # fmt: skip
 
 
-def padded(shape: Sequence[int], short: str, options: Options) -> Case:
-    """A batch of sentences of differing lengths, a quarter to all of the longest."""
+def between(batch: int, longest: int) -> Tensor:
+    """Lengths of a batch of differing sentences, a quarter to all of the longest."""
+    return torch.linspace(max(1, longest // 4), longest, batch).round().long()
+
+
+def padded(shape: Sequence[int], lengths: Tensor, short: str, words: str, options: Options) -> Case:
+    """Keys behind the lengths are padding. Queries are not: all of them are computed by every contestant."""
     args = inputs(shape, DTYPES[short])
-    b, h, s, d = shape
-    lengths = torch.linspace(max(1, s // 4), s, b).round().long()
+    _, h, s, d = shape
     mask = (torch.arange(s) < lengths[:, None])[:, None, None, :]
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -139,7 +145,7 @@ def padded(shape: Sequence[int], short: str, options: Options) -> Case:
     found["llmkern, boolean mask"] = lambda: masked(*args)
     flops = 4.0 * h * s * d * float(lengths.sum())
     return Case(
-        title(shape, short, "padded"), found, "torch sdpa", check,
+        title(shape, short, words), found, "torch sdpa", check,
         flops, sum(t.nbytes for t in args), DTYPES[short], skipped,
     )  # fmt: skip
 

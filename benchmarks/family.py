@@ -1,6 +1,6 @@
 """What the script of a family does: prove each case right at its shape, time it against its peers, print, write.
 
-    python -m benchmarks.attention [--quick] [--shapes 1,12,2048,64 ...] [--output FOLDER]
+    python -m benchmarks.attention [--quick] [--shapes 1,12,2048,64 ...] [--isa avx2] [--output FOLDER]
 
 A case whose result does not pass the contract gets no figure, and the script ends with status 1.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, roofline
+from benchmarks import isa, machine, roofline
 from benchmarks.harness import Result, markdown, measure, seconds
 from llmkern.verify import Report
 
@@ -61,9 +61,14 @@ def main(
     parser.add_argument("--match", default="", metavar="REGEX", help="only the cases whose name this matches")
     parser.add_argument("--rounds", type=int, help="samples of each contestant (default 11, quick 5)")
     parser.add_argument("--sample-seconds", type=float, default=0.01, help="the shortest sample (default 0.01)")
+    parser.add_argument("--isa", choices=isa.choices(), help="force an instruction set on llmkern and on torch")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="default benchmarks/results")
     arguments = parser.parse_args(argv)
+    if arguments.isa:
+        status = isa.elsewhere(f"benchmarks.{name}", sys.argv[1:] if argv is None else argv, arguments.isa)
+        if status is not None:
+            return status
     shapes = []
     for text in arguments.shapes:
         if not re.fullmatch(r"\d+(,\d+)*", text) or text.count(",") != shape.count(","):
@@ -100,11 +105,13 @@ def main(
         print(f"## {title}: WRONG, so not timed\n\n{report}\n")
     text = summary(results)
     print(text)
-    path = arguments.output / f"{name}-{slug(description['processor'])}.json"
+    words = [name, slug(description["processor"]), *([arguments.isa] if arguments.isa else [])]
+    path = arguments.output / f"{'-'.join(words)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "benchmark": name,
         "machine": description,
+        "isa_forced": arguments.isa,
         "peaks": peaks.to_json(),
         "rounds": rounds,
         "wrong": wrong,

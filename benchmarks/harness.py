@@ -149,7 +149,7 @@ def measure(
         try:
             for _ in range(warmup):
                 function()
-            once = min(_sample(function, 1) for _ in range(2))
+            once = min(sample(function, 1) for _ in range(2))
         except Exception as error:  # whatever a peer raises is its result
             result.failed[name] = f"{type(error).__name__}: {error}".split("\n", 1)[0]
             continue
@@ -159,12 +159,12 @@ def measure(
     shuffle = random.Random(seed).shuffle
     for _ in range(rounds):
         shuffle(order)
-        before, start = _busy(), time.perf_counter()
+        before, start = busy(), time.perf_counter()
         for name in order:
-            result.samples[name].append(_sample(contestants[name], result.calls[name]))
+            result.samples[name].append(sample(contestants[name], result.calls[name]))
         if floor is not None:
             result.floor.append(floor())
-        after = _busy()
+        after = busy()
         if before and after:
             cores = torch.get_num_threads()
             others = (after[0] - before[0]) - (after[1] - before[1])
@@ -174,7 +174,7 @@ def measure(
     return result
 
 
-def _sample(function: Callable[[], Any], calls: int) -> float:
+def sample(function: Callable[[], Any], calls: int) -> float:
     """Seconds per call."""
     gpu = torch.cuda.is_available()
     collecting = gc.isenabled()
@@ -193,7 +193,7 @@ def _sample(function: Callable[[], Any], calls: int) -> float:
             gc.enable()
 
 
-def _busy() -> tuple[float, float] | None:
+def busy() -> tuple[float, float] | None:
     """Seconds of processor time spent so far by the whole machine and by this process; None where not told."""
     try:
         with open("/proc/stat") as f:

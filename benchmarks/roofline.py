@@ -43,6 +43,10 @@ class Peaks:
         )
 
 
+#: How often the loop of `rate` is repeated, by what it measures: found once, on a machine that may be busy just then.
+_repeats: dict[tuple[str, int, float, int, str], int] = {}
+
+
 @lru_cache(maxsize=4)
 def _block(size: int) -> torch.Tensor:
     return torch.ones(size // 4)
@@ -65,14 +69,27 @@ def rate(kind: str, size: int = 0, seconds: float = 0.002) -> float:
         work: float = extension._C.roofline(code, address, size, repeats, torch.get_num_threads())
         return work, time.perf_counter() - start
 
-    repeats = 1
-    once(repeats)  # threads may have to start first
+    setting = (kind, size, seconds, torch.get_num_threads(), extension._C.active_isa())
+    if setting not in _repeats:
+        _repeats[setting] = _long_enough(once, seconds)
+    once(1)  # threads may have to start first
+    # Twice, the quicker one counts: where others are at work, a thread that had to wait makes a short run long.
+    return max(work / took for work, took in (once(_repeats[setting]) for _ in range(2)))
+
+
+def _long_enough(once: Callable[[int], tuple[float, float]], seconds: float) -> int:
+    """How many repeats last about `seconds`, also where others are at work meanwhile.
+
+    There a single repeat, of less than a microsecond, can take as long as that, waiting for a thread. What was waiting
+    shows when many more repeats have a higher rate.
+    """
+    repeats, before = 1, 0.0
     while True:
-        # Twice, the quicker one counts: where others are at work, a thread that had to wait makes a short run long.
         work, took = min(once(repeats), once(repeats), key=lambda run: run[1])
-        if took >= seconds / 2:
-            return work / took
-        repeats = math.ceil(repeats * min(1000.0, 0.6 * seconds / max(took, 1e-7)))
+        if took >= seconds / 2 and work / took < 2 * before:
+            return math.ceil(repeats * seconds / took)
+        before = work / took
+        repeats *= math.ceil(max(8.0, min(1000.0, 0.6 * seconds / max(took, 1e-7))))
 
 
 def peaks(samples: int = 9, seconds: float = 0.01) -> Peaks:
@@ -86,21 +103,23 @@ def peaks(samples: int = 9, seconds: float = 0.01) -> Peaks:
     return Peaks(fp32, bf16, best("int8"), best("read", MEMORY_BYTES), best("read", 1 << 18))
 
 
-def floor(flops: float, dtype: torch.dtype, bytes: float = 0.0) -> Callable[[], float]:
+def floor(flops: float, dtype: torch.dtype, bytes: float = 0.0, seconds: float = 0.002) -> Callable[[], float]:
     """A function that measures, when called, the seconds that no version beats.
 
     flops: operations of the call (a multiply-add counts 2), done at the rate of `dtype` (float16 at float32's: it is
     widened). bytes: the fewest that must be moved, at the rate of reading a block of that size again and again, so from
-    the cache where they fit there. The longer of the two counts, since both can go on at once.
+    the cache where they fit there. The longer of the two counts, since both can go on at once. seconds: about how long
+    each rate is measured.
     """
     kind = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.uint8: "int8"}.get(dtype, "float32")
 
     def measure() -> float:
         arithmetic = 0.0
         if flops:
-            fastest = max(rate(kind), rate("float32")) if kind == "bfloat16" else rate(kind)
+            kinds = [kind, "float32"] if kind == "bfloat16" else [kind]  # without the instruction, fp32 is faster
+            fastest = max(rate(k, 0, seconds) for k in kinds)
             arithmetic = flops / fastest
-        return max(arithmetic, bytes / rate("read", int(bytes)) if bytes else 0.0)
+        return max(arithmetic, bytes / rate("read", int(bytes), seconds) if bytes else 0.0)
 
     return measure
 
