@@ -280,10 +280,19 @@ struct Forward {
 #ifdef LLMKERN_QUADS
       if (rows <= kTileRows) {
         Strip strip(queries, 0);
+        int64_t spread = spread_units(sizes.depth);
+        for (int64_t i = 0; i < rows; i++)
+          spread_quads(work.keys + i * spread, queries.packed + i * sizes.depth, sizes.depth);
+        // Past the last keys the values come next.
+        auto ahead = [&](int64_t c) -> Slice<T> {
+          const Source<T>& next = c < last ? keys : all_values;
+          if (!next.in_runs()) return {nullptr, p.width};
+          return next.run(c < last ? c : at_most(key + c - last, last - 1));
+        };
         auto scores = [&](int64_t c, int count, float factor) {
-          all_scores_in_place<kPairs<T>>(strip.n, queries.packed, sizes.depth,
-                                         keys.rows(key + c, key + c + count, work.space), count, p.width,
-                                         work.tile.scores + c, factor);
+          all_scores_in_place<kPairs<T>>(strip.n, work.keys, spread, keys.rows(key + c, key + c + count, work.space),
+                                         count, p.width, work.tile.scores + c, factor,
+                                         ahead(key + c + rows_ahead<T>(p.width)));
         };
         return with_values(strip, 0, scores);
       }

@@ -18,16 +18,16 @@ LLMKERN_INLINE Float load_units(const T* p) {
     return load(p);
 }
 
-// Asks for the cache lines of rows one after the other, some way ahead of their use: from memory, lines that come in
-// their order come at twice the rate of those asked for in the order of use, a column of lines of kWidth rows at a
-// time.
-template <bool kEndToEnd>
-class Ahead {
+// Asks for the cache lines of rows, one after the other: from memory, lines that come in their order come at twice the
+// rate of those asked for in the order of use, a column of lines of kWidth rows at a time.
+template <bool kEndToEnd, class T>
+class Lines {
  public:
-  Ahead(const void* row, int64_t row_bytes, int64_t step_bytes)
-      : bytes_(at_least(row_bytes, 1)), jump_(step_bytes - round_up(bytes_, kLine)), left_(bytes_) {
-    next_ = static_cast<const char*>(row) + (kBytes + bytes_ - 1) / bytes_ * step_bytes;
-  }
+  Lines(const T* row, int64_t elements, int64_t step)
+      : next_(reinterpret_cast<const char*>(row)),
+        bytes_(at_least(1, elements * int64_t{sizeof(T)})),
+        jump_(step * int64_t{sizeof(T)} - round_up(bytes_, kLine)),
+        left_(bytes_) {}
   __attribute__((always_inline)) void ask() {
     __builtin_prefetch(next_, 0, 2);
     next_ += kLine;
@@ -38,20 +38,39 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t kLine = 64, kBytes = 16384;
-  int64_t bytes_, jump_, left_;
+  static constexpr int64_t kLine = 64;
   const char* next_;
+  int64_t bytes_, jump_, left_;
 };
+
+// How many rows lie between the keys that are met and those asked for: whole panels, some 16 KB.
+template <class T>
+int64_t rows_ahead(int64_t elements) {
+  return kPanel * at_least(1, 16384 / at_least(1, kPanel * elements * int64_t{sizeof(T)}));
+}
+
+// A row of `depth` units with each quad four times over, as the products with kWidth keys read it; zeros up to whole
+// vectors: spread_units of it.
+inline int64_t spread_units(int64_t depth) { return 4 * round_up(depth, kWidth); }
+inline void spread_quads(float* to, const float* from, int64_t depth) {
+  for (int64_t u = 0; u < depth; u += 4, to += kWidth) {
+    alignas(64) float quad[4] = {};
+    std::memcpy(quad, from + u, 4 * static_cast<size_t>(at_most(4, depth - u)));
+    store(to, broadcast_quad(quad));
+  }
+  for (int64_t u = round_up(depth, 4); u < round_up(depth, kWidth); u += 4, to += kWidth) store(to, zero());
+}
 
 // The scores of R queries with the kWidth keys from `keys` on; without kWhole, `count` of them are there. Key i goes to
 // quad i / 4 of vector i % 4, so that a quad holds the four chains of one key (kChains) and no packed copy is needed.
+// queries: spread_quads of them, `step` apart; ahead: rows that are asked for meanwhile.
 template <bool kPair, int R, bool kWhole, bool kEndToEnd, class T>
 LLMKERN_INLINE void scores_in_place(const float* queries, int64_t step, const T* keys, int64_t key_step, int count,
-                                    int64_t elements, float* scores, float factor) {
+                                    int64_t elements, float* scores, float factor, const Slice<T>& ahead) {
   static_assert(kChains == 4 && kWidth == 16);
   constexpr int kElements = kPair ? 2 : 1;  // of a unit
   auto row = [&](int i) { return keys + (kWhole || i < count ? i : count - 1) * key_step; };
-  Ahead<kEndToEnd> ahead(keys, elements * int64_t{sizeof(T)}, key_step * int64_t{sizeof(T)});
+  Lines<kEndToEnd, T> lines(ahead.data, elements, ahead.step);
   Float total[R];
   for (int64_t begin = 0; begin == 0 || begin < elements; begin += kDepth * kElements) {
     int64_t end = at_most(elements, begin + kDepth * kElements);
@@ -60,21 +79,17 @@ LLMKERN_INLINE void scores_in_place(const float* queries, int64_t step, const T*
     for (int j = 0; j < 4; j++)
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) sum[j][r] = zero();
-    // kWidth units of each key, or those that are left; q: the queries' units.
-    auto some = [&](auto is_whole, int64_t e, const float* q, int64_t q_step) {
+    // kWidth units of each key, or those that are left.
+    auto some = [&](auto is_whole, int64_t e) {
       constexpr bool kAll = decltype(is_whole)::value;
-      Float query[R][4];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int g = 0; g < 4; g++) query[r][g] = broadcast_quad(q + r * q_step + 4 * g);
+      const float* of_queries = queries + 4 * (e / kElements);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         Float k[4];
 #pragma GCC unroll 4
         for (int l = 0; l < 4; l++) {
           const T* at = row(4 * l + j) + e;
-          if constexpr (kWhole) ahead.ask();
+          if constexpr (kWhole) lines.ask();
           if constexpr (kAll) {
             k[l] = in_register(load_units<kPair>(at));  // else g++ reads it anew for every use
           } else if constexpr (!kPair) {
@@ -90,23 +105,17 @@ LLMKERN_INLINE void scores_in_place(const float* queries, int64_t step, const T*
         for (int g = 0; g < 4; g++)
 #pragma GCC unroll 8
           for (int r = 0; r < R; r++) {
+            Float query = load(of_queries + r * step + g * kWidth);
             if constexpr (kPair)
-              sum[j][r] = dot_bf16(sum[j][r], as_int(query[r][g]), as_int(k[g]));
+              sum[j][r] = dot_bf16(sum[j][r], as_int(query), as_int(k[g]));
             else
-              sum[j][r] = fma(query[r][g], k[g], sum[j][r]);
+              sum[j][r] = fma(query, k[g], sum[j][r]);
           }
       }
     };
     int64_t e = begin;
-    for (; e + kWidth * kElements <= end; e += kWidth * kElements)
-      some(std::true_type{}, e, queries + e / kElements, step);
-    if (e < end) {
-      alignas(64) float tail[R][kWidth] = {};
-      for (int r = 0; r < R; r++)
-        std::memcpy(tail[r], queries + r * step + e / kElements,
-                    4 * static_cast<size_t>((end - e + kElements - 1) / kElements));
-      some(std::false_type{}, e, tail[0], kWidth);
-    }
+    for (; e + kWidth * kElements <= end; e += kWidth * kElements) some(std::true_type{}, e);
+    if (e < end) some(std::false_type{}, e);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       Float chains[4] = {sum[0][r], sum[1][r], sum[2][r], sum[3][r]};
@@ -122,22 +131,23 @@ LLMKERN_INLINE void scores_in_place(const float* queries, int64_t step, const T*
 // The same for up to kTileRows queries and any number of keys.
 template <bool kPair, class T, int R = kTileRows>
 __attribute__((noinline)) void all_scores_in_place(int n, const float* queries, int64_t step, const Slice<T>& keys,
-                                                   int count, int64_t elements, float* scores, float factor) {
+                                                   int count, int64_t elements, float* scores, float factor,
+                                                   const Slice<T>& ahead) {
   if constexpr (R > 1) {
-    if (n < R) return all_scores_in_place<kPair, T, R - 1>(n, queries, step, keys, count, elements, scores, factor);
+    if (n < R)
+      return all_scores_in_place<kPair, T, R - 1>(n, queries, step, keys, count, elements, scores, factor, ahead);
   }
   int c = 0;
-  if (keys.step == elements)
-    for (; c + kWidth <= count; c += kWidth)
-      scores_in_place<kPair, R, true, true>(queries, step, keys.data + c * keys.step, keys.step, kWidth, elements,
-                                            scores + c, factor);
+  auto some = [&](auto whole, auto end_to_end, int keys_left) {
+    scores_in_place<kPair, R, decltype(whole)::value, decltype(end_to_end)::value>(
+        queries, step, keys.data + c * keys.step, keys.step, keys_left, elements, scores + c, factor,
+        Slice<T>{ahead.data + c * ahead.step, ahead.step});
+  };
+  if (ahead.step == elements)
+    for (; c + kWidth <= count; c += kWidth) some(std::true_type{}, std::true_type{}, kWidth);
   else
-    for (; c + kWidth <= count; c += kWidth)
-      scores_in_place<kPair, R, true, false>(queries, step, keys.data + c * keys.step, keys.step, kWidth, elements,
-                                             scores + c, factor);
-  if (c < count)
-    scores_in_place<kPair, R, false, true>(queries, step, keys.data + c * keys.step, keys.step, count - c, elements,
-                                           scores + c, factor);
+    for (; c + kWidth <= count; c += kWidth) some(std::true_type{}, std::false_type{}, kWidth);
+  if (c < count) some(std::false_type{}, std::true_type{}, count - c);
 }
 
 // Where the rows of a block of values begin, kRun rows at a time, `step` apart within.
