@@ -13,8 +13,7 @@ struct Work {
             scratch(Scratch::work, static_cast<size_t>(4 * (units(sizes) + more + kBlockKeys * 8))))},
         block(sizes, memory.take(sizes.block_units())),
         query(memory, sizes.depth, sizes.width),
-        grad_output(memory, sizes.value_depth, sizes.value_width),
-        output(memory, sizes.value_depth, sizes.value_width) {
+        grad_output(memory, sizes.value_depth, sizes.value_width) {
     weights = memory.take(kStrip * kBlockKeys);
     grad_scores = memory.take(kStrip * kBlockKeys);
     packed = memory.take(3 * kStrip / 2 * kBlockKeys);
@@ -23,18 +22,21 @@ struct Work {
     key_sums = memory.take(kBlockKeys * sizes.width);
     value_sums = memory.take(kBlockKeys * sizes.value_width);
     average = memory.take(sizes.value_width);
+    panels = memory.take(2 * kPanel * sizes.value_depth);
   }
   static int64_t units(const Sizes<T>& sizes) {
-    return sizes.block_units() + 3 * sizes.strip_units() + (kBlockKeys + 2) * (sizes.width + sizes.value_width);
+    return sizes.block_units() + 2 * sizes.strip_units() + (kBlockKeys + 2) * (sizes.width + sizes.value_width) +
+           2 * kPanel * sizes.value_depth + 64;
   }
   Memory memory;
   Block<T> block;
-  Rows<T> query, grad_output, output;
+  Rows<T> query, grad_output;
   float *weights, *grad_scores;
   float *slopes, *kept;  // the derivative of the soft cap; weights after dropout
   float* packed;         // bf16: weights and gradients in pairs of rows, gradients in pairs along the row
   float *key_sums, *value_sums;
   float* average;
+  float* panels;  // of rows of the output and of its gradient
 };
 
 template <class T>
@@ -247,14 +249,17 @@ struct Backward {
   // times_panels sums the gradient of a weight, so that the two cancel exactly where a query sees one key alone, and
   // nearly where one key outweighs the others.
   void delta_of_output(Work<T>& work, const Sequence& s, int64_t h, int64_t row, int64_t total) const {
-    Rows<T>&x = work.grad_output, &y = work.output;
-    for (int64_t end = row + total; row < end; row += kStrip) {
-      int count = static_cast<int>(at_most(kStrip, end - row));
-      x.pack(queries_of<T>(p.grad_output, s, h) + row * p.grad_output.row, p.grad_output.row, count, p.value_width);
-      y.pack(queries_of<T>(p.output, s, h) + row * p.output.row, p.output.row, count, p.value_width);
-      for (int i = 0; i < count; i++)
-        delta[s.row(p, h) + row + i] =
-            times_row<kPairs<T>>(x.along + i * x.step, y.along + i * y.step, sizes.value_depth);
+    float *x = work.panels, *y = x + kPanel * sizes.value_depth;
+    for (int64_t end = row + total; row < end; row += kPanel) {
+      int64_t count = at_most(kPanel, end - row);
+      auto pack = [&](float* to, const AttentionTensor& t) {
+        pack_panels<kPairs<T>>(to, queries_of<T>(t, s, h) + row * t.row, t.row, 0, count, p.value_width,
+                               sizes.value_depth);
+      };
+      pack(x, p.grad_output), pack(y, p.output);
+      alignas(64) float products[kPanel];
+      times_each<kPairs<T>>(x, y, sizes.value_depth, products);
+      std::memcpy(delta + s.row(p, h) + row, products, 4 * static_cast<size_t>(count));
     }
   }
 

@@ -193,23 +193,26 @@ void times_panels(int rows, const float* a, int64_t a_row, const float* panels, 
   }
 }
 
-// The product of two rows, summed in the order in which times_panels sums.
+// The products of kPanel rows with one each, from panels of both, summed in the order in which times_panels sums.
 template <bool kPair>
-LLMKERN_INLINE float times_row(const float* a, const float* b, int64_t depth) {
-  Float total = zero();
-  for (int64_t begin = 0; begin < depth; begin += kDepth) {
-    Float chains[kChains];
-    for (int j = 0; j < kChains; j++) chains[j] = zero();
-    int64_t end = begin + kDepth < depth ? begin + kDepth : depth;
-    for (int64_t d = begin; d < end; d++) {
-      Float& chain = chains[(d - begin) % kChains];
-      chain = multiply_add<kPair>(a + d, as_float(broadcast_int(unit(b + d))), chain);
+void times_each(const float* a, const float* b, int64_t depth, float* to) {
+  for (int row = 0; row < kPanel; row += kWidth) {
+    Float total = zero();
+    for (int64_t begin = 0; begin < depth; begin += kDepth) {
+      Float chains[kChains];
+      for (int j = 0; j < kChains; j++) chains[j] = zero();
+      int64_t end = begin + kDepth < depth ? begin + kDepth : depth;
+      for (int64_t d = begin; d < end; d++) {
+        Float &chain = chains[(d - begin) % kChains], x = load(a + d * kPanel + row), y = load(b + d * kPanel + row);
+        if constexpr (kPair)
+          chain = dot_bf16(chain, as_int(x), as_int(y));
+        else
+          chain = fma(x, y, chain);
+      }
+      total = add(total, sum_chains(chains));
     }
-    total = add(total, sum_chains(chains));
+    store(to + row, total);
   }
-  alignas(64) float lanes[kWidth];
-  store(lanes, total);
-  return lanes[0];
 }
 
 // a times the packed rows of b in the spans, ldb apart and `width` (a multiple of kWidth) wide, into c of that width.
