@@ -216,9 +216,9 @@ __attribute__((noinline)) void all_values_in_place(int n, const float* weights, 
     j += 32 * kColumns, ask = 0;
   };
   if constexpr (R <= 2)
-    while (width - j >= 128) some(std::integral_constant<int, 4>{});
-  while (width - j >= 64) some(std::integral_constant<int, 2>{});
-  if (j < width) some(std::integral_constant<int, 1>{});
+    while (width - j >= 128) some(Number<4>{});
+  while (width - j >= 64) some(Number<2>{});
+  if (j < width) some(Number<1>{});
 }
 
 }  // namespace

@@ -19,6 +19,9 @@ constexpr int kPanel = kVectors * kWidth;
 template <class T>
 constexpr bool kPairs = kBf16Dot && std::is_same<T, Bf16>::value;
 
+template <int n>
+using Number = std::integral_constant<int, n>;
+
 LLMKERN_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // Consecutive pieces of one allocation.
@@ -132,35 +135,44 @@ LLMKERN_INLINE Float sum_chains(const Float* chains) {
   return add(add(chains[0], chains[1]), add(chains[2], chains[kChains - 1]));
 }
 
-// One vector of keys and R rows: c = factor * (c +) sum over d < depth of a[i * a_row + d] * panel[d * kPanel].
-template <bool kPair, int R>
-inline void chained_tile(const float* a, int64_t a_row, const float* panel, int64_t depth, float* c, int64_t ldc,
-                         bool first, float factor) {
-  Float sum[R][kChains];
+// c = factor * (c +) sum over d < depth of a[i * a_row + d] * panel[d * kPanel] for R rows and `vectors` vectors of
+// keys, V at a time.
+template <bool kPair, int R, int V>
+inline void chained_tile(const float* a, int64_t a_row, const float* panel, int64_t depth, int vectors, float* c,
+                         int64_t ldc, bool first, float factor) {
+  for (int end = vectors / V * V, at = 0; at < end; at += V, panel += V * kWidth, c += V * kWidth) {
+    Float sum[R][V][kChains];
 #pragma GCC unroll 8
-  for (int i = 0; i < R; i++)
+    for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
-    for (int j = 0; j < kChains; j++) sum[i][j] = zero();
-  int64_t d = 0;
-  for (; d + kChains <= depth; d += kChains)
+      for (int v = 0; v < V; v++)
 #pragma GCC unroll 8
-    for (int j = 0; j < kChains; j++) {
-      Float keys = load(panel + (d + j) * kPanel);
+        for (int j = 0; j < kChains; j++) sum[i][v][j] = zero();
+    auto one = [&](int64_t d, int j) {
+      Float keys[V];
 #pragma GCC unroll 8
-      for (int i = 0; i < R; i++) sum[i][j] = multiply_add<kPair>(a + i * a_row + d + j, keys, sum[i][j]);
-    }
+      for (int v = 0; v < V; v++) keys[v] = load(panel + (d + j) * kPanel + v * kWidth);
 #pragma GCC unroll 8
-  for (int j = 0; j < kChains - 1; j++)
-    if (d + j < depth) {
-      Float keys = load(panel + (d + j) * kPanel);
+      for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
-      for (int i = 0; i < R; i++) sum[i][j] = multiply_add<kPair>(a + i * a_row + d + j, keys, sum[i][j]);
-    }
+        for (int v = 0; v < V; v++) sum[i][v][j] = multiply_add<kPair>(a + i * a_row + d + j, keys[v], sum[i][v][j]);
+    };
+    int64_t d = 0;
+    for (; d + kChains <= depth; d += kChains)
 #pragma GCC unroll 8
-  for (int i = 0; i < R; i++) {
-    Float total = sum_chains(sum[i]);
-    if (!first) total = add(load(c + i * ldc), total);
-    store(c + i * ldc, factor == 1 ? total : mul(total, broadcast(factor)));
+      for (int j = 0; j < kChains; j++) one(d, j);
+#pragma GCC unroll 8
+    for (int j = 0; j < kChains - 1; j++)
+      if (d + j < depth) one(d, j);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        float* to = c + i * ldc + v * kWidth;
+        Float total = sum_chains(sum[i][v]);
+        if (!first) total = add(load(to), total);
+        store(to, factor == 1 ? total : mul(total, broadcast(factor)));
+      }
   }
 }
 
@@ -173,21 +185,26 @@ void times_panels(int rows, const float* a, int64_t a_row, const float* panels, 
     for (int i = 0; i < rows; i += kTileRows) {
       int n = rows - i < kTileRows ? rows - i : kTileRows;
       for (int64_t d = 0; d == 0 || d < depth; d += kDepth) {  // no width: zeros
-        const float *x = a + i * a_row + d, *y = panels + j * depth + d * kPanel;
-        float* to = c + i * ldc + j;
         bool last = depth - d <= kDepth;
-        int64_t piece = last ? depth - d : kDepth;
-        float f = last ? factor : 1;
-        for (int v = 0; v < vectors; v++, y += kWidth, to += kWidth) {
-          if (n == kTileRows) {
-            chained_tile<kPair, kTileRows>(x, a_row, y, piece, to, ldc, d == 0, f);
-            continue;
-          }
-          int r = 0;
-          for (; r + 2 <= n; r += 2)
-            chained_tile<kPair, 2>(x + r * a_row, a_row, y, piece, to + r * ldc, ldc, d == 0, f);
-          if (r < n) chained_tile<kPair, 1>(x + r * a_row, a_row, y, piece, to + r * ldc, ldc, d == 0, f);
+        // The rows from `row` on with the vectors [begin, end).
+        auto tile = [&](auto r, auto v, int row, int begin, int end) {
+          chained_tile<kPair, decltype(r)::value, decltype(v)::value>(
+              a + (i + row) * a_row + d, a_row, panels + j * depth + d * kPanel + begin * kWidth,
+              last ? depth - d : kDepth, end - begin, c + (i + row) * ldc + j + begin * kWidth, ldc, d == 0,
+              last ? factor : 1);
+        };
+        if (n == kTileRows) {
+          // With few registers two vectors and half of the rows: else a load for each sum would be the limit.
+          int pairs = kRegisters < 32 ? vectors / 2 * 2 : 0;
+          if (pairs)
+            for (int row = 0; row < kTileRows; row += kTileRows / 2)
+              tile(Number<kTileRows / 2>{}, Number<2>{}, row, 0, pairs);
+          tile(Number<kTileRows>{}, Number<1>{}, 0, pairs, vectors);
+          continue;
         }
+        int row = 0;
+        for (; row + 2 <= n; row += 2) tile(Number<2>{}, Number<1>{}, row, 0, vectors);
+        if (row < n) tile(Number<1>{}, Number<1>{}, row, 0, vectors);
       }
     }
   }
@@ -230,13 +247,11 @@ void times_rows(int rows, const float* a, int64_t a_row, int64_t a_k, const floa
       j += decltype(v)::value * kWidth;
     };
     // One or two rows of sums leave registers for more of them: rows of b are then read as they lie, end to end.
-    using One = std::integral_constant<int, 1>;
-    using Two = std::integral_constant<int, 2>;
     if (rows == 1)
-      while (width - j >= 4 * kPanel) wide(One{}, std::integral_constant<int, 4 * kVectors>{});
+      while (width - j >= 4 * kPanel) wide(Number<1>{}, Number<4 * kVectors>{});
     while (rows <= 2 && width - j >= 2 * kPanel) {
-      std::integral_constant<int, 2 * kVectors> vectors;
-      rows == 1 ? wide(One{}, vectors) : wide(Two{}, vectors);
+      Number<2 * kVectors> vectors;
+      rows == 1 ? wide(Number<1>{}, vectors) : wide(Number<2>{}, vectors);
     }
     for (; j < width; j += kPanel) {
       int64_t left = width - j;
