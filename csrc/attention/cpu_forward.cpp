@@ -286,7 +286,7 @@ struct Forward {
         // Past the last keys the values come next.
         auto ahead = [&](int64_t c) -> Slice<T> {
           const Source<T>& next = c < last ? keys : all_values;
-          if (!next.in_runs()) return {nullptr, p.width};
+          if (!next.in_runs()) return {reinterpret_cast<const T*>(work.keys), p.width};  // near already
           return next.run(c < last ? c : at_most(key + c - last, last - 1));
         };
         auto scores = [&](int64_t c, int count, float factor) {
