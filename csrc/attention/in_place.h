@@ -9,15 +9,6 @@
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-// Whole units: floats, or two bf16 values each.
-template <bool kPair, class T>
-LLMKERN_INLINE Float load_units(const T* p) {
-  if constexpr (kPair)
-    return load(reinterpret_cast<const float*>(p));
-  else
-    return load(p);
-}
-
 // Asks for the cache lines of rows, one after the other: from memory, lines that come in their order come at twice the
 // rate of those asked for in the order of use, a column of lines of kWidth rows at a time.
 template <bool kEndToEnd, class T>
@@ -49,76 +40,71 @@ int64_t rows_ahead(int64_t elements) {
   return kPanel * at_least(1, 16384 / at_least(1, kPanel * elements * int64_t{sizeof(T)}));
 }
 
-// A row of `depth` units with each quad four times over, as the products with kWidth keys read it; zeros up to whole
-// vectors: spread_units of it.
-inline int64_t spread_units(int64_t depth) { return 4 * round_up(depth, kWidth); }
+// A row of `depth` units with each quad twice, as the products with two keys read it; zeros up to whole halves of a
+// register: spread_units of it.
+inline int64_t spread_units(int64_t depth) { return 2 * round_up(depth, kWidth / 2); }
 inline void spread_quads(float* to, const float* from, int64_t depth) {
-  for (int64_t u = 0; u < depth; u += 4, to += kWidth) {
-    alignas(64) float quad[4] = {};
-    std::memcpy(quad, from + u, 4 * static_cast<size_t>(at_most(4, depth - u)));
-    store(to, broadcast_quad(quad));
-  }
-  for (int64_t u = round_up(depth, 4); u < round_up(depth, kWidth); u += 4, to += kWidth) store(to, zero());
+  for (int64_t u = 0; u < round_up(depth, kWidth / 2); u += 4, to += 8)
+    for (int i = 0; i < 4; i++) to[i] = to[4 + i] = u + i < depth ? from[u + i] : 0;
 }
 
-// The scores of R queries with the kWidth keys from `keys` on; without kWhole, `count` of them are there. Key i goes to
-// quad i / 4 of vector i % 4, so that a quad holds the four chains of one key (kChains) and no packed copy is needed.
-// queries: spread_quads of them, `step` apart; ahead: rows that are asked for meanwhile.
+// The scores of R queries with the kWidth keys from `keys` on; without kWhole, `count` of them are there, or the
+// elements make no whole halves of registers. Key i goes to quad i / 4 of vector i % 4, so that a quad holds the four
+// chains of one key (kChains) and no packed copy is needed. queries: spread_quads of them, `step` apart; ahead: rows
+// that are asked for meanwhile.
 template <bool kPair, int R, bool kWhole, bool kEndToEnd, class T>
-LLMKERN_INLINE void scores_in_place(const float* queries, int64_t step, const T* keys, int64_t key_step, int count,
-                                    int64_t elements, float* scores, float factor, const Slice<T>& ahead) {
+__attribute__((always_inline)) inline void scores_in_place(const float* queries, int64_t step, const T* keys,
+                                                           int64_t key_step, int count, int64_t elements, float* scores,
+                                                           float factor, const Slice<T>& ahead) {
   static_assert(kChains == 4 && kWidth == 16);
-  constexpr int kElements = kPair ? 2 : 1;  // of a unit
-  auto row = [&](int i) { return keys + (kWhole || i < count ? i : count - 1) * key_step; };
+  constexpr int kElements = kPair ? 2 : 1, kStep = kWidth / 2 * kElements;  // of a unit, of half a register
+  auto row = [&](int i, int64_t e) { return keys + e + (kWhole || i < count ? i : count - 1) * key_step; };
   Lines<kEndToEnd, T> lines(ahead.data, elements, ahead.step);
   Float total[R];
   for (int64_t begin = 0; begin == 0 || begin < elements; begin += kDepth * kElements) {
     int64_t end = at_most(elements, begin + kDepth * kElements);
-    Float sum[4][R];
-#pragma GCC unroll 8
-    for (int j = 0; j < 4; j++)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sum[j][r] = zero();
-    // kWidth units of each key, or those that are left.
-    auto some = [&](auto is_whole, int64_t e) {
-      constexpr bool kAll = decltype(is_whole)::value;
-      const float* of_queries = queries + 4 * (e / kElements);
+    Half sums[2][4][R];  // of vector j, its quads 2 h and 2 h + 1
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+      Half sum[4][R];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
-        Float k[4];
+      for (int j = 0; j < 4; j++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) sum[j][r] = zero_half();
+      auto some = [&](int64_t e, auto load_part) {
+        const float* of_queries = queries + 2 * (e / kElements);
 #pragma GCC unroll 4
-        for (int l = 0; l < 4; l++) {
-          const T* at = row(4 * l + j) + e;
+        for (int j = 0; j < 4; j++) {
+          Half a = load_part(row(8 * h + j, e)), b = load_part(row(8 * h + 4 + j, e));
           if constexpr (kWhole) lines.ask();
-          if constexpr (kAll) {
-            k[l] = in_register(load_units<kPair>(at));  // else g++ reads it anew for every use
-          } else if constexpr (!kPair) {
-            k[l] = load_first(at, static_cast<int>(end - e));
-          } else {
-            alignas(64) float units[kWidth] = {};
-            std::memcpy(units, at, 2 * static_cast<size_t>(end - e));
-            k[l] = load(units);
-          }
-        }
-        transpose_quads(k[0], k[1], k[2], k[3]);
-#pragma GCC unroll 4
-        for (int g = 0; g < 4; g++)
+          exchange_quads(a, b);
 #pragma GCC unroll 8
           for (int r = 0; r < R; r++) {
-            Float query = load(of_queries + r * step + g * kWidth);
-            if constexpr (kPair)
-              sum[j][r] = dot_bf16(sum[j][r], as_int(query), as_int(k[g]));
-            else
-              sum[j][r] = fma(query, k[g], sum[j][r]);
+            const float* query = of_queries + r * step;
+            sum[j][r] = multiply_add_halves<kPair>(near_half(query), a, sum[j][r]);
+            sum[j][r] = multiply_add_halves<kPair>(near_half(query + 8), b, sum[j][r]);
           }
-      }
-    };
-    int64_t e = begin;
-    for (; e + kWidth * kElements <= end; e += kWidth * kElements) some(std::true_type{}, e);
-    if (e < end) some(std::false_type{}, e);
+        }
+      };
+      int64_t e = begin;
+      for (; e + kStep <= end; e += kStep) some(e, [](const T* p) { return load_half(p); });
+      if constexpr (!kWhole)
+        if (e < end)
+          some(e, [&](const T* p) {
+            alignas(32) T part[kStep] = {};
+            std::memcpy(part, p, sizeof(T) * static_cast<size_t>(end - e));
+            return load_half(part);
+          });
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) sums[h][j][r] = sum[j][r];
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      Float chains[4] = {sum[0][r], sum[1][r], sum[2][r], sum[3][r]};
+      Float chains[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) chains[j] = join(sums[0][j][r], sums[1][j][r]);
       transpose_in_quads(chains[0], chains[1], chains[2], chains[3]);
       Float of_piece = sum_chains(chains);
       total[r] = begin == 0 ? of_piece : add(total[r], of_piece);
@@ -137,17 +123,26 @@ __attribute__((noinline)) void all_scores_in_place(int n, const float* queries, 
     if (n < R)
       return all_scores_in_place<kPair, T, R - 1>(n, queries, step, keys, count, elements, scores, factor, ahead);
   }
-  int c = 0;
-  auto some = [&](auto whole, auto end_to_end, int keys_left) {
-    scores_in_place<kPair, R, decltype(whole)::value, decltype(end_to_end)::value>(
-        queries, step, keys.data + c * keys.step, keys.step, keys_left, elements, scores + c, factor,
+  int c = 0, whole = elements % (kWidth / 2 * (kPair ? 2 : 1)) == 0 ? count : 0;
+  auto some = [&](auto is_whole, auto end_to_end) __attribute__((always_inline)) {
+    scores_in_place<kPair, R, decltype(is_whole)::value, decltype(end_to_end)::value>(
+        queries, step, keys.data + c * keys.step, keys.step, count - c, elements, scores + c, factor,
         Slice<T>{ahead.data + c * ahead.step, ahead.step});
   };
+  // With few rows going in and out of a function would take a fifth of the time; with many the registers do not last.
+  auto apart = [&](auto is_whole, auto end_to_end) __attribute__((noinline)) { some(is_whole, end_to_end); };
+  auto all = [&](auto is_whole, auto end_to_end, int end) __attribute__((always_inline)) {
+    for (; c + kWidth <= end; c += kWidth)
+      if constexpr (R <= 2)
+        some(is_whole, end_to_end);
+      else
+        apart(is_whole, end_to_end);
+  };
   if (ahead.step == elements)
-    for (; c + kWidth <= count; c += kWidth) some(std::true_type{}, std::true_type{}, kWidth);
+    all(std::true_type{}, std::true_type{}, whole);
   else
-    for (; c + kWidth <= count; c += kWidth) some(std::true_type{}, std::false_type{}, kWidth);
-  if (c < count) some(std::false_type{}, std::true_type{}, count - c);
+    all(std::true_type{}, std::false_type{}, whole);
+  for (; c < count; c += kWidth) apart(std::false_type{}, std::true_type{});
 }
 
 // Where the rows of a block of values begin, kRun rows at a time, `step` apart within.

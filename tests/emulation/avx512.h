@@ -217,6 +217,11 @@ EMULATED __m512 dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
   }
   return pack<__m512>(r);
 }
+EMULATED __m256 dpbf16_ps(__m256 acc, __m256bh a, __m256bh b) {
+  auto whole = [](auto half) { return inserti64x4(__m512i{}, bits<__m256i>(half), 0); };
+  __m512 r = dpbf16_ps(bits<__m512>(whole(acc)), bits<__m512bh>(whole(a)), bits<__m512bh>(whole(b)));
+  return bits<__m256>(extracti64x4_epi64(bits<__m512i>(r), 0));
+}
 
 // --- conversions
 EMULATED __m512i cvtps_epi32(__m512 a) {
@@ -381,12 +386,6 @@ EMULATED void store_aligned(void* p, V a) {
 }
 
 // --- permutations
-EMULATED __m512i broadcast_i32x4(__m128i a) {
-  struct Quarters {
-    __m128i quarter[4];
-  };
-  return bits<__m512i>(Quarters{{a, a, a, a}});
-}
 template <class T, bool High>
 EMULATED __m512i unpack(__m512i a, __m512i b) {  // within each 128-bit quarter
   constexpr int quarter = 16 / sizeof(T), half = quarter / 2;
@@ -415,7 +414,6 @@ EMULATED __m512i shuffle_i32x4(__m512i a, __m512i b, int control) {  // quarters
 #define _mm512_add_epi32 emulated::add_epi32
 #define _mm512_add_ps emulated::add_ps
 #define _mm512_and_si512 emulated::and_si512
-#define _mm512_broadcast_i32x4 emulated::broadcast_i32x4
 #define _mm512_castps512_ps256 emulated::castps512_ps256
 #define _mm512_castps_si512 emulated::castps_si512
 #define _mm512_castsi256_si512 emulated::castsi256_si512
@@ -438,6 +436,7 @@ EMULATED __m512i shuffle_i32x4(__m512i a, __m512i b, int control) {  // quarters
 #define _mm512_cvtps_ph emulated::cvtps_ph
 #define _mm512_cvtusepi32_epi8 emulated::cvtusepi32_epi8
 #define _mm512_div_ps emulated::div_ps
+#define _mm256_dpbf16_ps emulated::dpbf16_ps
 #define _mm512_dpbf16_ps emulated::dpbf16_ps
 #define _mm512_dpbusd_epi32 emulated::dpbusd_epi32
 #define _mm512_extractf32x8_ps emulated::extractf32x8_ps

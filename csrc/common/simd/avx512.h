@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../isa.h"
 #include "../types.h"
@@ -89,21 +90,38 @@ LLMKERN_INLINE void transpose(Float* rows) {
 
 // What works on each quarter of 128 bits, a quad of units, by itself; of the other instruction sets none has it.
 #define LLMKERN_QUADS
-LLMKERN_INLINE Float in_register(Float a) {
+// Half a register, of two quads: these change places between two of them by one shuffle of half the width, where four
+// whole ones would take eight of the full width.
+using Half = __m256;
+LLMKERN_INLINE Half zero_half() { return _mm256_setzero_ps(); }
+// Units of T, floats or bf16 pairs: into a register, and not anew for every use, as g++ would have it.
+template <class T>
+LLMKERN_INLINE Half load_half(const T* p) {
+  Half a;
+  if constexpr (std::is_same<T, Fp16>::value)
+    a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  else
+    a = _mm256_loadu_ps(reinterpret_cast<const float*>(p));
 #ifndef LLMKERN_EMULATE_AVX512
   asm("" : "+v"(a));
 #endif
   return a;
 }
-LLMKERN_INLINE Float broadcast_quad(const float* p) {
-  return as_float(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+LLMKERN_INLINE Half near_half(const float* p) { return _mm256_loadu_ps(p); }  // where it is used, from memory
+// a gets the first quads of both, b the second ones.
+LLMKERN_INLINE void exchange_quads(Half& a, Half& b) {
+  Half first = _mm256_insertf128_ps(a, _mm256_castps256_ps128(b), 1);
+  b = _mm256_permute2f128_ps(a, b, 0x31), a = first;
 }
-// Vector i gets quad i of each of the four.
-LLMKERN_INLINE void transpose_quads(Float& a, Float& b, Float& c, Float& d) {
-  Int low = _mm512_shuffle_i32x4(as_int(a), as_int(b), 0x88), high = _mm512_shuffle_i32x4(as_int(a), as_int(b), 0xdd);
-  Int low2 = _mm512_shuffle_i32x4(as_int(c), as_int(d), 0x88), high2 = _mm512_shuffle_i32x4(as_int(c), as_int(d), 0xdd);
-  a = as_float(_mm512_shuffle_i32x4(low, low2, 0x88)), c = as_float(_mm512_shuffle_i32x4(low, low2, 0xdd));
-  b = as_float(_mm512_shuffle_i32x4(high, high2, 0x88)), d = as_float(_mm512_shuffle_i32x4(high, high2, 0xdd));
+template <bool kPair>
+LLMKERN_INLINE Half multiply_add_halves(Half a, Half b, Half sum) {
+  if constexpr (kPair)
+    return _mm256_dpbf16_ps(sum, reinterpret_cast<__m256bh>(a), reinterpret_cast<__m256bh>(b));
+  else
+    return _mm256_fmadd_ps(a, b, sum);
+}
+LLMKERN_INLINE Float join(Half low, Half high) {
+  return as_float(_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_castps_si256(low)), _mm256_castps_si256(high), 1));
 }
 // Vector i gets, in each quad, element i of that quad of each of the four.
 LLMKERN_INLINE void transpose_in_quads(Float& a, Float& b, Float& c, Float& d) {
