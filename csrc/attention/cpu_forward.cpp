@@ -225,12 +225,12 @@ struct Forward {
     return std::is_same<T, float>::value && p.value_width % kWidth == 0 && !values.scattered();
   }
 
-  // Whether values are paired as they are read: whole vectors of pairs as they lie.
-  bool pairs_as_they_lie(const Source<T>& values) const {
+  // Whether values are paired as they are read: whole vectors of pairs.
+  bool pairs_as_they_are_read() const {
 #ifdef LLMKERN_QUADS
-    return kPairs<T> && p.value_width % (2 * kWidth) == 0 && values.in_runs();
+    return kPairs<T> && p.value_width % (2 * kWidth) == 0;
 #else
-    return (void)values, false;
+    return false;
 #endif
   }
 
@@ -251,7 +251,7 @@ struct Forward {
       state.clear(rows, width);
       if (key + kBlockKeys <= first || last <= key) return;
       const float* values = work.values;
-      bool values_in_place = !careful && rows <= kTileRows && pairs_as_they_lie(all_values);
+      bool values_in_place = !careful && rows <= kTileRows && pairs_as_they_are_read();
       if (plain_values(all_values)) {
         Slice<T> as_they_lie = all_values.rows(key, last, nullptr);
         values = reinterpret_cast<const float*>(as_they_lie.data), ldv = as_they_lie.step;
@@ -263,10 +263,9 @@ struct Forward {
         if constexpr (kPairs<T>)
           if (values_in_place) {
             Runs runs;
-            for (int64_t r = key; r < last; r += Runs::kRun) {
-              Slice<T> run = all_values.run(r);
-              runs.begin[(r - key) / Runs::kRun] = run.data, runs.step = run.step;
-            }
+            for (int64_t r = key; r < last; r += Runs::kRun)
+              runs.rows[(r - key) / Runs::kRun] =
+                  all_values.rows(r, at_most(r + Runs::kRun, last), work.values + (r - key) / 2 * width);
             auto sums = [&](const Span* spans, int span_count, const float* corrections) {
               all_values_in_place(strip.n, work.tile.scores, runs, width, spans, span_count, last - key, state.output,
                                   corrections);

@@ -145,11 +145,10 @@ __attribute__((noinline)) void all_scores_in_place(int n, const float* queries, 
   for (; c < count; c += kWidth) apart(std::false_type{}, std::true_type{});
 }
 
-// Where the rows of a block of values begin, kRun rows at a time, `step` apart within.
+// The rows of a block of values, kRun at a time.
 struct Runs {
   static constexpr int64_t kRun = Source<Bf16>::kGather;
-  const Bf16* begin[kBlockKeys / kRun];
-  int64_t step;
+  Slice<Bf16> rows[kBlockKeys / kRun];
 };
 
 // 32 V columns from `column` on: c = corrections[i] * c + the sum over pairs of rows, of which those from `count` on
@@ -157,7 +156,6 @@ struct Runs {
 template <int R, int V>
 inline void values_in_place(const float* weights, const Runs& values, int64_t column, int ask, const Span* spans,
                             int span_count, int64_t count, float* c, int64_t ldc, const float* corrections) {
-  int64_t step = values.step;
   alignas(64) static const Bf16 none[32 * V] = {};
   Float sum[R][2 * V];
 #pragma GCC unroll 8
@@ -166,7 +164,9 @@ inline void values_in_place(const float* weights, const Runs& values, int64_t co
     for (int v = 0; v < 2 * V; v++) sum[i][v] = zero();
   for (int s = 0; s < span_count; s++)
     for (int64_t k = spans[s].begin; k < spans[s].end; k++) {
-      const Bf16* x = values.begin[2 * k / Runs::kRun] + 2 * k % Runs::kRun * step + column;
+      const Slice<Bf16>& run = values.rows[2 * k / Runs::kRun];
+      int64_t step = run.step;
+      const Bf16* x = run.data + 2 * k % Runs::kRun * step + column;
       const Bf16* y = 2 * k + 1 < count ? x + step : none;
       Float pairs[2 * V];
 #pragma GCC unroll 8

@@ -57,16 +57,15 @@ class Source {
   }
   void widen(T* to, const int8_t* from, float scale) const {
     Float by = broadcast(scale);
-    alignas(64) float some[2 * kWidth] = {};
     int64_t d = 0;
     for (; d + 2 * kWidth <= width_; d += 2 * kWidth) {
-      for (int i = 0; i < 2 * kWidth; i++) some[i] = from[d + i];  // a fixed number: the compiler's vectors
-      Float a = mul(load(some), by), b = mul(load(some + kWidth), by);
+      Float a = mul(load(from + d), by), b = mul(load(from + d + kWidth), by);
       if constexpr (kPairs<T>)  // which are multiplied without subnormal numbers anyway
         store_flushed(to + d, a, b);
       else
         store(to + d, a), store(to + d + kWidth, b);
     }
+    alignas(64) float some[2 * kWidth] = {};
     for (int i = 0; d + i < width_; i++) some[i] = from[d + i];
     for (int64_t at = 0; d < width_; d += kWidth, at += kWidth)
       store_first(to + d, mul(load(some + at), by), static_cast<int>(width_ - d < kWidth ? width_ - d : kWidth));

@@ -114,6 +114,9 @@ LLMKERN_INLINE Float where_less(Float a, Float b, Float x, Float y) {
 }
 
 LLMKERN_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
+LLMKERN_INLINE Float load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 LLMKERN_INLINE void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
 LLMKERN_INLINE Float load_first(const float* p, int n) { return _mm256_maskload_ps(p, first_mask(n)); }
 LLMKERN_INLINE void store_first(float* p, Float a, int n) { _mm256_maskstore_ps(p, first_mask(n), a); }

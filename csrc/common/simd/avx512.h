@@ -160,6 +160,9 @@ LLMKERN_INLINE Float where_less(Float a, Float b, Float x, Float y) {
 }
 
 LLMKERN_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
+LLMKERN_INLINE Float load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 LLMKERN_INLINE void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
 LLMKERN_INLINE Float load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_mask(n), p); }
 LLMKERN_INLINE void store_first(float* p, Float a, int n) { _mm512_mask_storeu_ps(p, first_mask(n), a); }

@@ -89,6 +89,11 @@ LLMKERN_INLINE Float where_equal(Float a, Float b, Float x, Float y) { return vb
 LLMKERN_INLINE Float where_less(Float a, Float b, Float x, Float y) { return vbslq_f32(vcltq_f32(a, b), x, y); }
 
 LLMKERN_INLINE Float load(const float* p) { return vld1q_f32(p); }
+LLMKERN_INLINE Float load(const int8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
 LLMKERN_INLINE void store(float* p, Float a) { vst1q_f32(p, a); }
 LLMKERN_INLINE Float load_first(const float* p, int n) {
   float x[4] = {};

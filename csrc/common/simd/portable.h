@@ -117,6 +117,11 @@ LLMKERN_INLINE Float load(const float* p) {
   std::memcpy(&a, p, sizeof a);
   return a;
 }
+LLMKERN_INLINE Float load(const int8_t* p) {
+  Float r;
+  for (int i = 0; i < kWidth; i++) r[i] = p[i];
+  return r;
+}
 LLMKERN_INLINE void store(float* p, Float a) { std::memcpy(p, &a, sizeof a); }
 LLMKERN_INLINE Float load_first(const float* p, int n) {
   Float a = zero();
