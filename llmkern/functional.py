@@ -2,7 +2,7 @@
 
 from llmkern.attention.install import install
 from llmkern.attention.op import attention_varlen, attention_with_kvcache
-from llmkern.attention.parts import attention_column_sums, merge_attention
+from llmkern.attention.parts import attention_column_sums, attention_weights, merge_attention
 from llmkern.attention.sdpa import scaled_dot_product_attention
 from llmkern.int8.op import int8_linear
 from llmkern.positional.op import rotary, sinusoidal_add
@@ -10,6 +10,7 @@ from llmkern.positional.op import rotary, sinusoidal_add
 __all__ = [
     "attention_column_sums",
     "attention_varlen",
+    "attention_weights",
     "attention_with_kvcache",
     "install",
     "int8_linear",

@@ -99,7 +99,7 @@ void define_varlen_backward(pybind11::module_& m, const char* name) {
 
 inline void bind_attention(pybind11::module_& m) {
   namespace py = pybind11;
-  // All that stays the same from call to call; llmkern/attention/compiled.py makes one for each plan.
+  // All that stays the same from call to call; llmkern/attention/compiled/ makes one for each plan.
   py::class_<AttentionParams>(m, "AttentionParams")
       .def(py::init([](const std::vector<int64_t>& sizes, float scale, bool uniform_empty_rows, bool bottom_right,
                        int dtype) {

@@ -23,10 +23,11 @@ struct Work {
     value_sums = memory.take(kBlockKeys * sizes.value_width);
     average = memory.take(sizes.value_width);
     panels = memory.take(2 * kPanel * sizes.value_depth);
+    centre = memory.take(sizes.width);
   }
   static int64_t units(const Sizes<T>& sizes) {
     return sizes.block_units() + 2 * sizes.strip_units() + (kBlockKeys + 2) * (sizes.width + sizes.value_width) +
-           2 * kPanel * sizes.value_depth + 64;
+           2 * kPanel * sizes.value_depth + sizes.width + 80;
   }
   Memory memory;
   Block<T> block;
@@ -37,6 +38,7 @@ struct Work {
   float *key_sums, *value_sums;
   float* average;
   float* panels;  // of rows of the output and of its gradient
+  float* centre;  // of the keys (Backward::find_centre)
 };
 
 template <class T>
@@ -171,6 +173,9 @@ struct Backward {
         for (int c = 0; c < keys; c += kWidth)
           store_flushed(reinterpret_cast<Bf16*>(to + kStrip * kBlockKeys + i * along_step) + c,
                         load(grads + i * kBlockKeys + c));
+      if (int64_t end = round_up(keys, kWidth); end % (2 * kWidth))  // zeros up to a whole vector of pairs
+        for (int i = 0; i < count; i++)
+          store_flushed(reinterpret_cast<Bf16*>(to + kStrip * kBlockKeys + i * along_step) + end, zero());
       for (int i = 0; i < rows; i++)
         for (int c = 0; c < keys; c += kWidth) {
           const float *w = weights + 2 * i * kBlockKeys + c, *g = grads + 2 * i * kBlockKeys + c;
@@ -182,14 +187,64 @@ struct Backward {
     constexpr bool kPair = kPairs<T>;
     Span all_rows{0, rows}, all_columns{0, columns};
     if (value_sums)
-      times_rows<kPair, Into::add>(keys, weights_by_row, 1, kBlockKeys, work.grad_output.rows, sizes.value_width,
-                                   sizes.value_width, &all_rows, 1, value_sums, nullptr, work.grad_output.special);
+      times_rows<kPair>(keys, weights_by_row, 1, kBlockKeys, work.grad_output.rows, sizes.value_width,
+                        sizes.value_width, &all_rows, 1, value_sums, work.grad_output.special);
     if (key_sums)
-      times_rows<kPair, Into::add>(keys, grads_by_row, 1, kBlockKeys, work.query.rows, sizes.width, sizes.width,
-                                   &all_rows, 1, key_sums, nullptr, work.query.special);
-    if (query_sums)
-      times_rows<kPair, Into::add>(count, grads_along, along_step, 1, block.key_rows, sizes.width, sizes.width,
-                                   &all_columns, 1, query_sums, nullptr, *block.special != 0);
+      times_rows<kPair>(keys, grads_by_row, 1, kBlockKeys, work.query.rows, sizes.width, sizes.width, &all_rows, 1,
+                        key_sums, work.query.special);
+    if (!query_sums) return;
+    times_rows<kPair>(count, grads_along, along_step, 1, block.key_rows, sizes.width, sizes.width, &all_columns, 1,
+                      query_sums, *block.special != 0);
+    if (centred(s) && !whole_rows)
+      for (int i = 0; i < count; i++) {
+        Float excess = zero();
+        for (int c = 0; c < columns; c += kWidth) {
+          Float g = load(grads_along + i * along_step + c);
+          if constexpr (kPair)
+            excess = dot_bf16(excess, as_int(g), broadcast_int(kPairOfOnes));
+          else
+            excess = add(excess, g);
+        }
+        Float by = broadcast(-sum(excess));
+        float* to = query_sums + i * sizes.width;
+        for (int64_t d = 0; d < sizes.width; d += kWidth) store(to + d, fma(by, load(work.centre + d), load(to + d)));
+      }
+  }
+
+  // The gradients of a row's scores add up to 0, so that a query's gradient is the sum over keys less any vector alike.
+  // With delta from a rounded output they do not quite: what is left over is multiplied by the average key, which may
+  // be large, and is taken off again. A soft cap, a sink and the gradient of the log-sum-exp give other sums than 0.
+  bool centred(const Sequence& s) const {
+    return delta_from_output(s) && p.softcap == 0 && !p.sink && !p.grad_logsumexp;
+  }
+  static constexpr int32_t kPairOfOnes = 0x3f803f80;
+
+  // The average of keys of (s, kv_head) that some queries see, where all are finite; else zeros.
+  void find_centre(const Sequence& s, int64_t kv_head, float* centre) const {
+    if (!centred(s)) return;
+    HeadMask mask(p, s, kv_head * group());
+    int64_t found = 0;
+    std::memset(centre, 0, static_cast<size_t>(4 * sizes.width));
+    // Of the first, the middle and the last query: what nobody sees has no part.
+    for (int i = 0; i < 3; i++) {
+      int64_t row = (s.queries - 1) * i / 2;
+      for (int64_t k = mask.start(row); k < mask.limit(row); k++) {
+        if (mask.look(row, k, k + 1) == Seen::none) continue;
+        found++;
+        const T* from = keys_of<T>(p.key, s, kv_head) + k * p.key.row;
+        for (int64_t d = 0; d < p.width; d += kWidth) {
+          bool whole = d + kWidth <= p.width;
+          Float x = whole ? load(from + d) : load_first(from + d, static_cast<int>(p.width - d));
+          store(centre + d, add(load(centre + d), x));
+        }
+      }
+    }
+    Float by = broadcast(found ? 1 / static_cast<float>(found) : 0), finite = zero();
+    for (int64_t d = 0; d < sizes.width; d += kWidth) {
+      Float x = mul(load(centre + d), by);
+      store(centre + d, x), finite = fma(x, zero(), finite);
+    }
+    if (sum(finite) != 0) std::memset(centre, 0, static_cast<size_t>(4 * sizes.width));
   }
 
   // The gradients of one block of keys and values; with query_sums, zeroed and (group, Sq, width), those of the
@@ -283,6 +338,7 @@ struct Backward {
   void queries(const float* blocks, Work<T>& work, const Sequence& s, int64_t h, int64_t row, int64_t total,
                float* sums) const {
     HeadMask mask(p, s, h);
+    find_centre(s, h / group(), work.centre);
     std::memset(sums, 0, static_cast<size_t>(4 * total * sizes.width));
     for (int64_t index = 0; index * kBlockKeys < s.keys; index++) {
       Block<T> block(sizes, const_cast<float*>(blocks) + index * sizes.block_units());
@@ -311,6 +367,7 @@ void by_head(const Backward<T>& backward, int threads) {
       Sequence s(p, i / p.kv_heads);
       int64_t kv_head = i % p.kv_heads;
       std::memset(query_sums, 0, static_cast<size_t>(4 * units));
+      backward.find_centre(s, kv_head, work.centre);
       for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h++)
         if (s.queries && !backward.sees_one_block(s, h)) backward.delta_of_output(work, s, h, 0, s.queries);
       for (int64_t index = 0; index * kBlockKeys < s.keys; index++) {

@@ -266,9 +266,8 @@ struct Forward {
             for (int64_t r = key; r < last; r += Runs::kRun)
               runs.rows[(r - key) / Runs::kRun] =
                   all_values.rows(r, at_most(r + Runs::kRun, last), work.values + (r - key) / 2 * width);
-            auto sums = [&](const Span* spans, int span_count, const float* corrections) {
-              all_values_in_place(strip.n, work.tile.scores, runs, width, spans, span_count, last - key, state.output,
-                                  corrections);
+            auto sums = [&](const Span* spans, int span_count) {
+              all_values_in_place(strip.n, work.tile.scores, runs, width, spans, span_count, last - key, state.output);
             };
             return meet<T>(p, strip, row, key, last - key, work.tile, state, scores, sums);
           }

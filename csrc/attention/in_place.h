@@ -151,11 +151,11 @@ struct Runs {
   Slice<Bf16> rows[kBlockKeys / kRun];
 };
 
-// 32 V columns from `column` on: c = corrections[i] * c + the sum over pairs of rows, of which those from `count` on
-// are zeros. `ask`: so many times 32 columns are asked for ahead of their use.
+// 32 V columns from `column` on: c += the sum over pairs of rows, of which those from `count` on are zeros. `ask`: so
+// many times 32 columns are asked for ahead of their use.
 template <int R, int V>
 inline void values_in_place(const float* weights, const Runs& values, int64_t column, int ask, const Span* spans,
-                            int span_count, int64_t count, float* c, int64_t ldc, const float* corrections) {
+                            int span_count, int64_t count, float* c, int64_t ldc) {
   alignas(64) static const Bf16 none[32 * V] = {};
   Float sum[R][2 * V];
 #pragma GCC unroll 8
@@ -182,14 +182,13 @@ inline void values_in_place(const float* weights, const Runs& values, int64_t co
     }
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++) {
-    Float by = broadcast(corrections[i]);
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
       Float low = sum[i][2 * v], high = sum[i][2 * v + 1];
       in_order(low, high);
       float* to = c + i * ldc + 32 * v;
-      store(to, fma(load(to), by, low));
-      store(to + kWidth, fma(load(to + kWidth), by, high));
+      store(to, add(load(to), low));
+      store(to + kWidth, add(load(to + kWidth), high));
     }
   }
 }
@@ -197,17 +196,16 @@ inline void values_in_place(const float* weights, const Runs& values, int64_t co
 // The same for up to kTileRows rows of weights and a width that is a multiple of 32.
 template <int R = kTileRows>
 __attribute__((noinline)) void all_values_in_place(int n, const float* weights, const Runs& values, int64_t width,
-                                                   const Span* spans, int span_count, int64_t count, float* c,
-                                                   const float* corrections) {
+                                                   const Span* spans, int span_count, int64_t count, float* c) {
   if constexpr (R > 1) {
-    if (n < R) return all_values_in_place<R - 1>(n, weights, values, width, spans, span_count, count, c, corrections);
+    if (n < R) return all_values_in_place<R - 1>(n, weights, values, width, spans, span_count, count, c);
   }
   // Rows are asked for whole, and read whole where the sums leave registers for it.
   int64_t j = 0;
   int ask = static_cast<int>(width / 32);
   auto some = [&](auto v) {
     constexpr int kColumns = decltype(v)::value;
-    values_in_place<R, kColumns>(weights, values, j, ask, spans, span_count, count, c + j, width, corrections);
+    values_in_place<R, kColumns>(weights, values, j, ask, spans, span_count, count, c + j, width);
     j += 32 * kColumns, ask = 0;
   };
   if constexpr (R <= 2)

@@ -13,9 +13,8 @@
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-constexpr int kBlockKeys = 512;                  // the largest score so far is looked up this often
-constexpr int kBlockQueries = 96;                // queries of one head that go through the keys together
-constexpr int kSlots = kWidth > 8 ? kWidth : 8;  // for a value of each row of a tile
+constexpr int kBlockKeys = 512;    // the largest score so far is looked up this often
+constexpr int kBlockQueries = 96;  // queries of one head that go through the keys together
 
 // Sizes of the packed forms, in units of 32 bits.
 template <class T>
@@ -124,13 +123,12 @@ struct Tile {
   float* scores;
 };
 
-// Scores times `scale` (which is positive) become weights relative to the largest so far. whole[c / kPanel]: no score
-// of that panel is masked. corrections[i]: what row i's sums so far are multiplied by.
+// Scores times `scale` (which is positive) become weights relative to the largest. whole[c / kPanel]: no score of that
+// panel is masked.
 template <class T>
-void soften(const Tile& tile, int n, const Span* spans, int span_count, const bool* whole, float scale,
-            float* largest_so_far, float* sums, float* corrections) {
-  alignas(64) float before[kSlots], now[kSlots], shift[kSlots];
-  for (int i = 0; i < kSlots; i++) before[i] = now[i] = shift[i] = 0;
+void soften(const Tile& tile, int n, const Span* spans, int span_count, const bool* whole, float scale, float* most,
+            float* sums) {
+  float shift[kTileRows];
   for (int i = 0; i < n; i++) {
     const float* s = tile.scores + i * kBlockKeys;
     Float m0 = broadcast(minus_infinity()), m1 = m0;
@@ -139,15 +137,10 @@ void soften(const Tile& tile, int n, const Span* spans, int span_count, const bo
       for (; c + kWidth < spans[k].end; c += 2 * kWidth) m0 = max(m0, load(s + c)), m1 = max(m1, load(s + c + kWidth));
       if (c < spans[k].end) m0 = max(m0, load(s + c));
     }
-    before[i] = largest_so_far[i];
-    float x = largest(max(m0, m1)) * scale;
-    now[i] = before[i] > x ? before[i] : x;
-    // Nothing seen yet: any finite value, so that e^(-infinity - it) is 0.
-    shift[i] = now[i] == minus_infinity() ? 0 : now[i];
+    most[i] = largest(max(m0, m1)) * scale;
+    // Nothing seen: any finite value, so that e^(-infinity - it) is 0.
+    shift[i] = most[i] == minus_infinity() ? 0 : most[i];
   }
-  for (int i = 0; i < kSlots; i += kWidth)
-    store(corrections + i, where_equal(load(before + i), load(now + i), broadcast(1),
-                                       exp_negative(sub(load(before + i), load(shift + i)))));
   Float factor = broadcast(scale);
   for (int i = 0; i < n; i++) {
     const float* s = tile.scores + i * kBlockKeys;
@@ -181,8 +174,7 @@ void soften(const Tile& tile, int n, const Span* spans, int span_count, const bo
         else
           some(std::false_type{}, c, end);
       }
-    store(sums + i * kWidth, fma(load(sums + i * kWidth), broadcast(corrections[i]), add(sum0, sum1)));
-    largest_so_far[i] = now[i];
+    store(sums + i * kWidth, add(sum0, sum1));
   }
 }
 
@@ -206,8 +198,8 @@ void drop(const Tile& tile, const Strip& strip, const Span* spans, int span_coun
 }
 
 // The strip at `row` meets the keys [key, key + count) of a block. score(c, n, factor) gives the tile factor times the
-// products with the n keys from key + c on; add_up(spans, span_count, corrections) adds the weighted values to the
-// state, whose outputs are first multiplied by the corrections of their rows.
+// products with the n keys from key + c on; add_up(spans, span_count) adds the weighted values to the state, which is
+// clear.
 template <class T, class Score, class AddUp>
 void meet(const AttentionParams& p, const Strip& strip, int64_t row, int64_t key, int64_t count, const Tile& tile,
           const State& state, Score score, AddUp add_up) {
@@ -232,13 +224,11 @@ void meet(const AttentionParams& p, const Strip& strip, int64_t row, int64_t key
         strip.masks[i]->apply(tile.scores + i * kBlockKeys + c, strip.queries[i], key + c, panel_count);
     }
   }
-  alignas(64) float corrections[kSlots];
-  soften<T>(tile, strip.n, spans, span_count, whole, late_scale, state.largest + row, state.sums + row * kWidth,
-            corrections);
+  soften<T>(tile, strip.n, spans, span_count, whole, late_scale, state.largest + row, state.sums + row * kWidth);
   if (strip.masks[0]->drops()) drop<T>(tile, strip, spans, span_count, key);
   if constexpr (kPairs<T>)
     for (int k = 0; k < span_count; k++) spans[k].begin /= 2, spans[k].end = (spans[k].end + 1) / 2;
-  add_up(spans, span_count, corrections);
+  add_up(spans, span_count);
 }
 
 // Scores of a strip from packed keys: panel(c) gives the panel of the keys from c on.
@@ -256,10 +246,9 @@ auto packed_scores(const Sizes<T>& sizes, const Queries& q, const Strip& strip, 
 template <class T>
 auto packed_sums(const Sizes<T>& sizes, const Strip& strip, int64_t row, const Tile& tile, const State& state,
                  const float* values, int64_t ldv, bool careful, bool far = false) {
-  return [&sizes, &strip, row, &tile, &state, values, ldv, careful, far](const Span* spans, int span_count,
-                                                                         const float* corrections) {
-    times_rows<kPairs<T>, Into::correct>(strip.n, tile.scores, kBlockKeys, 1, values, ldv, sizes.value_width, spans,
-                                         span_count, state.output + row * sizes.value_width, corrections, careful, far);
+  return [&sizes, &strip, row, &tile, &state, values, ldv, careful, far](const Span* spans, int span_count) {
+    times_rows<kPairs<T>>(strip.n, tile.scores, kBlockKeys, 1, values, ldv, sizes.value_width, spans, span_count,
+                          state.output + row * sizes.value_width, careful, far);
   };
 }
 

@@ -54,20 +54,15 @@ LLMKERN_INLINE Float multiply_add(const float* a, Float b, Float c) {
 struct Span {
   int64_t begin, end;
 };
+constexpr int kMostSpans = 512 / kPanel;  // panels of a block of keys
 
 constexpr int64_t kAhead = 16;  // how many rows ahead of its use memory is asked for
 
-// What becomes of the sums of a tile.
-enum class Into {
-  add,      // c = c + sum
-  correct,  // c = corrections[i] * c + sum
-};
-
 // The sum over the k in the spans of a[i * a_row + k * a_k] * b[k * ldb + j], for R rows i and V vectors of j. `ask`:
 // so many vectors of a row of b are asked for ahead of their use.
-template <bool kPair, Into kInto, int R, int V>
+template <bool kPair, int R, int V>
 inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, const Span* spans,
-                 int span_count, float* c, int64_t ldc, const float* corrections, int ask = 0) {
+                 int span_count, float* c, int64_t ldc, int ask = 0) {
   Float sum[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++)
@@ -94,39 +89,34 @@ inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int
 #pragma GCC unroll 16
     for (int j = 0; j < V; j++) {
       float* to = c + i * ldc + j * kWidth;
-      if constexpr (kInto == Into::add)
-        store(to, add(load(to), sum[i][j]));
-      else
-        store(to, fma(load(to), broadcast(corrections[i]), sum[i][j]));
+      store(to, add(load(to), sum[i][j]));
     }
   }
 }
 
 // The same for any number of rows up to kTileRows and of vectors up to kVectors.
-template <bool kPair, Into kInto, int V = kVectors>
+template <bool kPair, int V = kVectors>
 void tile_rows(int rows, int vectors, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb,
-               const Span* spans, int span_count, float* c, int64_t ldc, const float* corrections, int ask) {
+               const Span* spans, int span_count, float* c, int64_t ldc, int ask) {
   if constexpr (V > 1) {
     if (vectors < V)
-      return tile_rows<kPair, kInto, V - 1>(rows, vectors, a, a_row, a_k, b, ldb, spans, span_count, c, ldc,
-                                            corrections, ask);
+      return tile_rows<kPair, V - 1>(rows, vectors, a, a_row, a_k, b, ldb, spans, span_count, c, ldc, ask);
   }
-  if (rows == kTileRows)
-    return tile<kPair, kInto, kTileRows, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections);
+  if (rows == kTileRows) return tile<kPair, kTileRows, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc);
   if (rows >= 4) {
-    tile<kPair, kInto, 4, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections, ask);
-    a += 4 * a_row, c += 4 * ldc, corrections += corrections ? 4 : 0, rows -= 4;
+    tile<kPair, 4, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, ask);
+    a += 4 * a_row, c += 4 * ldc, rows -= 4;
   }
   if (rows >= 2) {
-    tile<kPair, kInto, 2, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections, ask);
-    a += 2 * a_row, c += 2 * ldc, corrections += corrections ? 2 : 0, rows -= 2;
+    tile<kPair, 2, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, ask);
+    a += 2 * a_row, c += 2 * ldc, rows -= 2;
   }
-  if (rows) tile<kPair, kInto, 1, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc, corrections);
+  if (rows) tile<kPair, 1, V>(a, a_row, a_k, b, ldb, spans, span_count, c, ldc);
 }
 
 // How a product along a row is summed. Floats in several chains, of a quarter or half of a piece each: about as exact
 // as a dot product by vectors, which is what one query alone gets from torch, and no row's result may depend on how
-// many there are. Pairs in one chain: they round more at the end than any order of the sum does.
+// many there are.
 constexpr int kChains = kRegisters >= 32 ? 4 : 2;
 constexpr int64_t kDepth = 16 * kChains;
 
@@ -232,18 +222,16 @@ void times_each(const float* a, const float* b, int64_t depth, float* to) {
   }
 }
 
-// a times the packed rows of b in the spans, ldb apart and `width` (a multiple of kWidth) wide, into c of that width.
+// c += a times the packed rows of b in the spans, ldb apart and `width` (a multiple of kWidth) wide, c of that width.
 // Where `skip_zeros` (b holds infinities or NaN), an element of a that is exactly 0 takes no part in the sum. Far: b is
 // not packed, and may come from memory.
-template <bool kPair, Into kInto>
-void times_rows(int rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, int64_t width,
-                const Span* spans, int span_count, float* c, const float* corrections, bool skip_zeros,
-                bool far = false) {
+template <bool kPair>
+void times_piece(int rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, int64_t width,
+                 const Span* spans, int span_count, float* c, bool skip_zeros, bool far) {
   if (!skip_zeros) {
     int64_t j = 0;
     auto wide = [&](auto r, auto v) {
-      tile<kPair, kInto, decltype(r)::value, decltype(v)::value>(a, a_row, a_k, b + j, ldb, spans, span_count, c + j,
-                                                                 width, corrections);
+      tile<kPair, decltype(r)::value, decltype(v)::value>(a, a_row, a_k, b + j, ldb, spans, span_count, c + j, width);
       j += decltype(v)::value * kWidth;
     };
     // One or two rows of sums leave registers for more of them: rows of b are then read as they lie, end to end.
@@ -257,10 +245,9 @@ void times_rows(int rows, const float* a, int64_t a_row, int64_t a_k, const floa
       int64_t left = width - j;
       int vectors = left >= kPanel ? kVectors : static_cast<int>(left / kWidth);
       for (int i = 0; i < rows; i += kTileRows)
-        tile_rows<kPair, kInto>(rows - i < kTileRows ? rows - i : kTileRows, vectors, a + i * a_row, a_row, a_k, b + j,
-                                ldb, spans, span_count, c + i * width + j, width,
-                                corrections ? corrections + i : nullptr,
-                                far && j == 0 ? static_cast<int>(width / kWidth) : 0);
+        tile_rows<kPair>(rows - i < kTileRows ? rows - i : kTileRows, vectors, a + i * a_row, a_row, a_k, b + j, ldb,
+                         spans, span_count, c + i * width + j, width,
+                         far && j == 0 ? static_cast<int>(width / kWidth) : 0);
     }
     return;
   }
@@ -283,10 +270,31 @@ void times_rows(int rows, const float* a, int64_t a_row, int64_t a_k, const floa
           }
         }
       float* to = c + i * width + j;
-      store(to, kInto == Into::correct ? fma(load(to), broadcast(corrections[i]), sum)
-                : kInto == Into::add   ? add(load(to), sum)
-                                       : sum);
+      store(to, add(load(to), sum));
     }
+  }
+}
+
+// So many rows are summed in one chain at most, in pieces that begin at multiples of it: values of one sign add up to a
+// sum whose every rounding is as large as its own, and the plain version's vectors have short chains too. Pairs round
+// more beforehand than any order of the sum does.
+constexpr int64_t kChainRows = 128;
+
+// The same, piece by piece.
+template <bool kPair>
+void times_rows(int rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, int64_t width,
+                const Span* spans, int span_count, float* c, bool skip_zeros, bool far = false) {
+  if (kPair || !span_count || spans[span_count - 1].end <= kChainRows)
+    return times_piece<kPair>(rows, a, a_row, a_k, b, ldb, width, spans, span_count, c, skip_zeros, far);
+  Span part[kMostSpans];
+  for (int64_t begin = 0; begin < spans[span_count - 1].end; begin += kChainRows) {
+    int count = 0;
+    for (int s = 0; s < span_count; s++) {
+      int64_t from = spans[s].begin > begin ? spans[s].begin : begin;
+      int64_t to = spans[s].end < begin + kChainRows ? spans[s].end : begin + kChainRows;
+      if (from < to) part[count++] = {from, to};
+    }
+    if (count) times_piece<kPair>(rows, a, a_row, a_k, b, ldb, width, part, count, c, skip_zeros, far);
   }
 }
 

@@ -1,4 +1,4 @@
-"""Results over parts of the keys merged into one, and what each key receives."""
+"""Results over parts of the keys merged into one, the weights themselves, and what each key receives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmkern import check
+from llmkern import autocast, check
 from llmkern.attention import op
 from llmkern.attention.mask import Mask, window
 from llmkern.attention.op import checks
@@ -52,9 +52,43 @@ def merge_attention(outputs: Sequence[Tensor], logsumexps: Sequence[Tensor]) -> 
     wide = torch.promote_types(outputs[0].dtype, torch.float32)
     merged = torch.zeros_like(outputs[0], dtype=wide)
     for output, share in zip(outputs, shares, strict=True):
-        merged = merged + output.to(wide) * (share / total).to(wide).unsqueeze(-1)
+        part = output.to(wide) * (share / total).to(wide).unsqueeze(-1)
+        merged = merged + part.masked_fill((share == 0.0).unsqueeze(-1), 0.0)  # be it NaN
     together = torch.where(nothing, torch.full_like(total, -torch.inf), largest + total.log())
     return merged.to(outputs[0].dtype), together
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    logsumexp: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    key_lengths: Tensor | None = None,
+    causal_alignment: str = "top_left",
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+) -> Tensor:
+    """The attention weights of all queries, from the log-sum-exp that the attention itself left.
+
+    query (B, H, Sq, D), key (B, Hkv, Sk, D), Hkv a divisor of H, all float32, bfloat16 or float16, under autocast in
+    autocast's; logsumexp (B, H, Sq) float64: what scaled_dot_product_attention returned for them with return_logsumexp.
+    attn_mask broadcasts against (B, H, Sq, Sk); the other arguments must be the same as there. Returns
+    (B, H, Sq, Sk) in query's dtype: the weights before dropout, zeros where masked. Gradients flow to query, key, a
+    floating attn_mask and learnable_sink, from the weights as functions of these alone (not through logsumexp).
+
+    Raises TypeError for a wrong type or dtype, ValueError for wrong shapes, devices or options. Source: Dao et al.
+    2022, "FlashAttention", section 3.1 (the weights made again from the statistics of the softmax).
+    """
+    query, key, mask, scale = _arguments(
+        query, key, logsumexp, attn_mask, is_causal, scale, key_lengths, causal_alignment, window_size, softcap,
+        alibi_slopes, learnable_sink,
+    )  # fmt: skip
+    return op.attention_weights(query, key, logsumexp, mask, scale)
 
 
 def attention_column_sums(
@@ -74,9 +108,10 @@ def attention_column_sums(
 ) -> Tensor:
     """What each key receives: the sum over the queries of its attention weights, without the matrix of the weights.
 
-    query (B, H, Sq, D), key (B, Hkv, Sk, D), Hkv a divisor of H, all float32, bfloat16 or float16; logsumexp (B, H, Sq)
-    float64: what scaled_dot_product_attention returned for them with return_logsumexp. attn_mask broadcasts against
-    (B, H, Sq, Sk); the other arguments must be the same as there. Returns (B, H, Sk) float32. Gradients flow to query,
+    query (B, H, Sq, D), key (B, Hkv, Sk, D), Hkv a divisor of H, all float32, bfloat16 or float16, under autocast in
+    autocast's; logsumexp (B, H, Sq) float64: what scaled_dot_product_attention returned for them with return_logsumexp.
+    attn_mask broadcasts against (B, H, Sq, Sk); the other arguments must be the same as there. Returns (B, H, Sk)
+    float32. Gradients flow to query,
     key, a floating attn_mask and learnable_sink, from the weights as functions of these alone (not through logsumexp);
     on the CPU they too need no matrix of the weights.
 
@@ -84,8 +119,22 @@ def attention_column_sums(
     2023, "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", section 4 (the sums,
     accumulated over the queries, as the score of a key).
     """
+    query, key, mask, scale = _arguments(
+        query, key, logsumexp, attn_mask, is_causal, scale, key_lengths, causal_alignment, window_size, softcap,
+        alibi_slopes, learnable_sink,
+    )  # fmt: skip
+    return op.attention_column_sums(query, key, logsumexp, mask, scale)
+
+
+def _arguments(
+    query: Tensor, key: Tensor, logsumexp: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None,
+    key_lengths: Tensor | None, causal_alignment: str, window_size: tuple[int, int], softcap: float,
+    alibi_slopes: Tensor | None, learnable_sink: Tensor | None,
+) -> tuple[Tensor, Tensor, Mask, float]:  # fmt: skip
+    """Query, key, rules and scale as the operators take them; raises on what these would not name, or not see."""
     for name, t in (("query", query), ("key", key), ("logsumexp", logsumexp)):
         check.is_tensor(name, t)
+    query, key = autocast.cast(query, key)
     check.rank("query", query, "(B, H, Sq, D)")
     check.rank("key", key, "(B, Hkv, Sk, D)")
     left, right = window(window_size, is_causal)
@@ -98,7 +147,5 @@ def attention_column_sums(
     if scale is None:
         scale = checks.default_scale("query", query, "(B, H, Sq, D)")
     checks.scores(causal_alignment, scale, softcap)
-    bottom_right = causal_alignment == "bottom_right"
-    rules = (left, right, bottom_right, softcap)
-    mask = Mask(attn_mask, key_lengths, alibi_slopes, learnable_sink, None, *rules)
-    return op.attention_column_sums(query, key, logsumexp, mask, scale)
+    rules = (left, right, causal_alignment == "bottom_right", softcap)
+    return query, key, Mask(attn_mask, key_lengths, alibi_slopes, learnable_sink, None, *rules), scale

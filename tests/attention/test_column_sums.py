@@ -7,7 +7,7 @@ import torch
 
 from llmkern.attention import op, reference
 from llmkern.attention.mask import Mask
-from llmkern.functional import attention_column_sums, scaled_dot_product_attention
+from llmkern.functional import attention_column_sums, attention_weights, scaled_dot_product_attention
 from llmkern.verify import verify
 from tests.attention.cases import FEATURES, RULES, attend, differentiable, rule, tensors
 
@@ -56,6 +56,11 @@ def test_rows_without_keys_that_attend_to_all_alike():
     torch.testing.assert_close(op.attention_column_sums(q, k, logsumexp, *args), weights.sum(2))
 
 
+def test_without_queries(isa):
+    q, k, _ = tensors((2, 2, 2, 0, 300, 8, 1))
+    assert torch.equal(sums()(q, k), torch.zeros(2, 2, 300))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["all", "bottom right", "rows", "additive", "everything"])
 def test_half_precision(name, dtype, isa):
@@ -84,6 +89,17 @@ def test_the_function(options):
     logsumexp = scaled_dot_product_attention(q, k, v, enable_gqa=True, return_logsumexp=True, **options)[1]
     weights = scaled_dot_product_attention(q, k, torch.eye(13).expand(2, 2, 13, 13), enable_gqa=True, **options)
     torch.testing.assert_close(attention_column_sums(q, k, logsumexp, **options), weights.sum(2))
+    torch.testing.assert_close(attention_weights(q, k, logsumexp, **options), weights)
+
+
+def test_under_autocast():
+    q, k, v = tensors((1, 2, 2, 9, 13, 8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        logsumexp = scaled_dot_product_attention(q, k, v, return_logsumexp=True)[1]
+        weights, found = attention_weights(q, k, logsumexp), attention_column_sums(q, k, logsumexp)
+    assert weights.dtype == torch.bfloat16
+    torch.testing.assert_close(weights.float().sum(2), found, atol=2e-2, rtol=0)
+    torch.testing.assert_close(found.sum(-1), torch.full((1, 2), 9.0), atol=1e-3, rtol=0)
 
 
 def test_second_derivatives_and_bad_inputs():
@@ -116,5 +132,7 @@ def test_second_derivatives_and_bad_inputs():
         ({"attn_mask": torch.zeros(5, 6, device="meta")}, ValueError, "attn_mask: expected the device of query, cpu"),
         ({"attn_mask": torch.zeros(5, 6).to_sparse()}, TypeError, "attn_mask: expected a dense tensor"),
     ]:
+        with pytest.raises(error, match=message):
+            attention_weights(**{"query": q, "key": k, "logsumexp": logsumexp, **changed})
         with pytest.raises(error, match=message):
             attention_column_sums(**{"query": q, "key": k, "logsumexp": logsumexp, **changed})

@@ -85,6 +85,15 @@ def test_no_gradient_is_left_to_the_reference(name):
     assert all(t.grad is not None and t.grad.isfinite().all() and t.grad.any() for t in (q, k, sink))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_keys_and_values_whose_average_is_not_zero(dtype, isa):
+    """As trained models have them: sums of values of one sign, and gradients that cancel up to a small rest."""
+    for shape in ((1, 2, 2, 60, 700, 64, 64), (1, 2, 2, 1, 512, 64, 64), (1, 2, 1, 50, 300, 24, 40)):
+        q, k, v = tensors(shape, dtype)
+        for keys, values in ((k, v.abs()), (k + 3, v + 3), (k + 3, v + 10)):
+            verify(attend(), attend(plain=True), (q, keys, values)).raise_if_failed()
+
+
 def only(index, function):
     """One of the results of a function that takes what `attend` does."""
 

@@ -152,6 +152,13 @@ def test_rotary(interleaved, causal):
     torch.testing.assert_close(k_cache, keys)
 
 
+def test_rotary_of_no_elements():
+    q, k, v, k_cache, v_cache = inputs()
+    others, none = [t.clone() for t in (k_cache, v_cache)], torch.zeros(SIZE, 0)
+    found = attention_with_kvcache(q, k_cache, v_cache, k, v, none, none, BEFORE)
+    assert torch.equal(found, attention_with_kvcache(q, *others, k, v, cache_seqlens=BEFORE))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8(dtype):
     q, k, v, _, _ = inputs(new=SIZE, dtype=dtype)

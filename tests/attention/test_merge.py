@@ -96,3 +96,12 @@ def test_bad_inputs():
     ]:
         with pytest.raises(error, match=message):
             merge_attention(*arguments)
+
+
+def test_a_part_without_keys_takes_no_part_whatever_it_holds():
+    q, k, v = tensors((1, 2, 2, 3, 8, 8, 8))
+    output, sums = scaled_dot_product_attention(q, k, v, return_logsumexp=True)
+    nothing = torch.full_like(output, torch.nan), torch.full_like(sums, -torch.inf)
+    merged, together = merge_attention([output, nothing[0]], [sums, nothing[1]])
+    assert torch.equal(merged, output)
+    torch.testing.assert_close(together, sums)

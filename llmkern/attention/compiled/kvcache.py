@@ -25,6 +25,7 @@ def _kvcache(
     copied = (query, key, value, rotary_cos, rotary_sin, block_table)
     if any(t is not None and plain(t) is not t for t in copied):
         return through_copies(_kvcache, 9)  # the caches, which are written to, are plain: see _unsupported_kvcache
+    rotates = rotary_cos is not None and rotary_cos.shape[1] > 0
     batch, queries, heads, width = query.shape
     kv_heads, value_width = k_cache.shape[2], v_cache.shape[3]
     capacity, added = cache.capacity(k_cache, block_table), 0 if key is None else key.shape[1]
@@ -35,7 +36,7 @@ def _kvcache(
     rotated_by_token = (queries * heads * width, width, heads * width, 1)
     plan = params(
         [batch, heads, kv_heads, queries, capacity, width, value_width], query.dtype, (*rules, scale, False),
-        query=query.transpose(1, 2) if rotary_cos is None else rotated_by_token, key=k_cache.transpose(1, 2),
+        query=rotated_by_token if rotates else query.transpose(1, 2), key=k_cache.transpose(1, 2),
         value=v_cache.transpose(1, 2), output=by_token,
     )  # fmt: skip
     if key is not None:
@@ -59,7 +60,7 @@ def _kvcache(
         if append is not None:
             if abs(k_cache.data_ptr() - v_cache.data_ptr()) < reach:
                 cache.check_apart(k_cache, v_cache)
-            rotated = query if rotary_cos is None else torch.empty(query.shape, dtype=query.dtype)
+            rotated = torch.empty(query.shape, dtype=query.dtype) if rotates else query
             tables = (cache_seqlens, block_table, k_scale, v_scale, rotary_cos, rotary_sin)
             extension._C.cache_append(append, threads(), *tables, query, rotated, key, value, k_cache, v_cache)
             query = rotated

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern import check
+from llmkern import autocast, check
 from llmkern.attention import compiled, reference
 from llmkern.attention.mask import SCORE_RULES, window
 from llmkern.attention.op import checks, second
@@ -34,11 +34,13 @@ def attention_varlen(
     scale: float | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | int | None = None,
+    deterministic: bool = False,
     return_logsumexp: bool = False,
 ) -> Any:
     """scaled_dot_product_attention within each of the sequences that lie end to end.
 
-    query (Tq, H, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv), all float32, bfloat16 or float16, Hkv a divisor of H.
+    query (Tq, H, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv), all float32, bfloat16 or float16, under autocast in
+    autocast's, Hkv a divisor of H.
     cu_seqlens_q, cu_seqlens_k (N + 1,) int32 or int64: sequence n has the queries from cu_seqlens_q[n] to
     cu_seqlens_q[n + 1], likewise its keys; they rise from 0 to Tq and Tk. max_seqlen_q, max_seqlen_k: the length of
     the longest, where it is known. Returns (Tq, H, Dv), zeros for a query without keys, and with return_logsumexp also
@@ -52,7 +54,10 @@ def attention_varlen(
     layout are those of flash-attention's flash_attn_varlen_func (Dao 2023).
     """
     refuse_forward_ad("attention_varlen", query, key, value, learnable_sink)
-    check.is_tensor("query", query)
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        check.is_tensor(name, t)
+    query, key, value = autocast.cast(query, key, value)
+    check.flag("deterministic", deterministic)
     check.probability("dropout_p", dropout_p)
     seed = None if dropout_p == 0.0 else seed_tensor("dropout_seed", dropout_seed)
     if scale is None:

@@ -32,7 +32,8 @@ def attention_weights(
         launch = _WEIGHTS.short.get(found) or _WEIGHTS.short_call(found, _AttentionWeights.apply, *args)
         return launch(*args)
     refuse_forward_ad("attention_weights", query, key, mask.dense, mask.learnable_sink)
-    return torch.ops.llmkern.attention_weights(*args)
+    weights: Tensor = dispatch("attention_weights", *args)
+    return weights
 
 
 def attention_column_sums(

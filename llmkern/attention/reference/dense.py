@@ -1,6 +1,6 @@
 """Attention in plain PyTorch, and its gradients by hand.
 
-The functions take what the operators of op.py take: query (B, H, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv)
+The functions take what the operators of op/ take: query (B, H, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv)
 with Hkv a divisor of H, and at the end `rules`: what `Mask.arguments` gives, the scale, and uniform_empty_rows. Masked
 keys and values are left out, not multiplied by zero, so that nothing that stands in them can reach the result.
 """
