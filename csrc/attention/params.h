@@ -63,7 +63,7 @@ struct AttentionParams {
   const double* grad_logsumexp;  // as logsumexp
   float* grad_scores;            // (B, H, Sq, Sk) contiguous, zeroed
   float* row_sums;               // (B, H, Sq) contiguous: the sums of weight times gradient, from the weights' backward
-  float* column_sums;            // (B, H, Sk) contiguous: of the weights, over the queries
+  float* column_sums;            // (B, H, Sk) contiguous, zeroed: of the weights, over the queries
   AttentionMask mask;
   int64_t batch, heads, kv_heads, queries, keys, width, value_width;
   // In this order: scale * q k; softcap * tanh(score / softcap) unless 0; -slope * |i + diagonal - j| with the slopes

@@ -78,7 +78,7 @@ def _column_sums(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> 
         query: Tensor, key: Tensor, logsumexp: Tensor, mask: Tensor | None, key_lengths: Tensor | None,
         slopes: Tensor | None, sink: Tensor | None, *rest: Any,
     ) -> Tensor:  # fmt: skip
-        sums = query.new_empty(shape, dtype=torch.float32)
+        sums = query.new_zeros(shape, dtype=torch.float32)  # without queries no kernel writes to them
         logsumexp = logsumexp.contiguous()
         kernel(plan, threads(), sums, mask, key_lengths, logsumexp, slopes, as_sink(sink), None, query, key)
         return sums
