@@ -144,7 +144,9 @@ struct Backward {
     for (int i = 0; i < count; i++) {
       float *w = weights + i * kBlockKeys, *grad = grads + i * kBlockKeys;
       float of_row = whole_rows ? dot(w, grad, keys) : of_rows[i];
-      if (whole_rows && p.row_sums && key_sums) of_rows[i] = of_row;
+      if (of_weights && whole_rows && key_sums) of_rows[i] = of_row;
+      // Not from the output: a sink's gradient is a sum of them over all rows, and the output is rounded.
+      if (!of_weights && p.row_sums && query_sums) p.row_sums[s.row(p, h) + row + i] += dot(w, grad, keys);
       // The log-sum-exp's part comes last: it may be small beside two that cancel.
       if (more)
         through_softmax(w, grad, keys, [d = broadcast(of_row), m = broadcast(static_cast<float>(more[i]))](Float g) {
@@ -458,7 +460,7 @@ void run(const AttentionParams& p, bool of_weights) {
   Pieces key_blocks(p.key_bounds, p.batch, p.keys, kBlockKeys);
   int64_t packed = whole_heads ? 0 : p.kv_heads * key_blocks.count() * sizes.block_units();
   Memory memory{static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * (rows + packed + 32))))};
-  Backward<T> backward{p, sizes, of_weights, p.row_sums ? p.row_sums : memory.take(rows)};
+  Backward<T> backward{p, sizes, of_weights, of_weights && p.row_sums ? p.row_sums : memory.take(rows)};
   if (whole_heads)
     by_head(backward, threads);
   else

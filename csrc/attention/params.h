@@ -62,7 +62,7 @@ struct AttentionParams {
   // Each of these may be null: not given, or not asked for.
   const double* grad_logsumexp;  // as logsumexp
   float* grad_scores;            // (B, H, Sq, Sk) contiguous, zeroed
-  float* row_sums;               // (B, H, Sq) contiguous: the sums of weight times gradient, from the weights' backward
+  float* row_sums;               // (B, H, Sq) contiguous, zeroed: of each row the sum of weight times gradient
   float* column_sums;            // (B, H, Sk) contiguous, zeroed: of the weights, over the queries
   AttentionMask mask;
   int64_t batch, heads, kv_heads, queries, keys, width, value_width;

@@ -92,6 +92,11 @@ def test_keys_and_values_whose_average_is_not_zero(dtype, isa):
         q, k, v = tensors(shape, dtype)
         for keys, values in ((k, v.abs()), (k + 3, v + 3), (k + 3, v + 10)):
             verify(attend(), attend(plain=True), (q, keys, values)).raise_if_failed()
+    shape = (1, 64, 64, 30, 250, 16, 16)
+    q, k, v = tensors(shape, dtype)
+    kinds = {"sink_grad": True}
+    sink = {"sink": rule("sink", shape, dtype)["sink"]}
+    verify(attend(**kinds), attend(plain=True, **kinds), (q, k + 3, v + 3), sink).raise_if_failed()
 
 
 def only(index, function):

@@ -58,9 +58,11 @@ def _backward(
         grads = [empty_in_order(t, t.shape[3]) for t in (query, key, value)]
         logsumexp, of_sums = logsumexp.contiguous(), as_rows(grad_logsumexp)
         grad_scores = empty_grad_scores(query, key, mask_grad and mask is not None)
+        row_sums = empty_row_sums(sink, logsumexp)
         rules = (mask, key_lengths, logsumexp, slopes, as_sink(sink), seed)
-        kernel(plan, threads(), of_sums, grad_scores, None, *rules, query, key, value, output, grad_output, *grads)
-        of_sink = sink_grad(sink, grad_output, output, logsumexp, of_sums)
+        tensors = (query, key, value, output, grad_output, *grads)
+        kernel(plan, threads(), of_sums, grad_scores, row_sums, *rules, *tensors)
+        of_sink = sink_grad(sink, row_sums, logsumexp, of_sums)
         return *grads, mask_grad_of(query, mask, grad_scores), of_sink
 
     return launch
@@ -76,17 +78,15 @@ def as_rows(grad_logsumexp: Tensor | None) -> Tensor | None:
     return None if grad_logsumexp is None else grad_logsumexp.contiguous()
 
 
-def sink_grad(
-    sink: Tensor | None, grad_output: Tensor, output: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None
-) -> Tensor:
-    """A sink's logit takes from every row its own weight times what the row's values give."""
-    if sink is None:
-        return output.new_empty(0, dtype=torch.float32)
-    return sink_grad_of_rows(sink, (grad_output.double() * output.double()).sum(-1), logsumexp, grad_logsumexp)
+def empty_row_sums(sink: Tensor | None, logsumexp: Tensor) -> Tensor | None:
+    """For the kernel: of each row the sum of weight times gradient, which a sink's gradient is made of."""
+    return None if sink is None else torch.zeros(logsumexp.shape, dtype=torch.float32)
 
 
-def sink_grad_of_rows(sink: Tensor, row_sums: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None) -> Tensor:
-    """row_sums (B, H, Sq): of each row the sum of weight times gradient."""
+def sink_grad(sink: Tensor | None, row_sums: Tensor | None, logsumexp: Tensor, grad_logsumexp: Tensor | None) -> Tensor:
+    """A sink's logit takes from every row its own weight times what the row's values give. Tensors (B, H, Sq)."""
+    if sink is None or row_sums is None:
+        return logsumexp.new_empty(0, dtype=torch.float32)
     weight = torch.exp(sink.double()[:, None] - logsumexp).nan_to_num(0.0)
     given = -row_sums if grad_logsumexp is None else grad_logsumexp - row_sums
     return (weight * given).sum((0, 2)).float()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmkern import extension
-from llmkern.attention.compiled.dense import as_rows, sink_grad
+from llmkern.attention.compiled.dense import as_rows, empty_row_sums, sink_grad
 from llmkern.attention.compiled.params import Strides, as_sink, params, plain, through_copies, unsupported
 from llmkern.backend import Backend
 
@@ -63,9 +63,9 @@ def _varlen_backward(
         logsumexp, of_sums = logsumexp.contiguous(), as_rows(grad_logsumexp)
         rules = (None, None, logsumexp, slopes, as_sink(sink), seed)
         tensors = (query, key, value, output, grad_output, *grads)
-        kernel(plan, threads(), of_sums, None, None, cu_seqlens_q, cu_seqlens_k, *rules, *tensors)
-        by_head = (grad_output.transpose(0, 1)[None], output.transpose(0, 1)[None])
-        return *grads, sink_grad(sink, *by_head, logsumexp[None], of_sums)
+        row_sums = empty_row_sums(sink, logsumexp)
+        kernel(plan, threads(), of_sums, None, row_sums, cu_seqlens_q, cu_seqlens_k, *rules, *tensors)
+        return *grads, sink_grad(sink, None if row_sums is None else row_sums[None], logsumexp[None], of_sums)
 
     return launch
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmkern import extension
-from llmkern.attention.compiled.dense import empty_grad_scores, mask_grad_of, sink_grad_of_rows
+from llmkern.attention.compiled.dense import empty_grad_scores, empty_row_sums, mask_grad_of, sink_grad
 from llmkern.attention.compiled.params import as_sink, params, plain, sizes_of, through_copies, unsupported
 from llmkern.attention.layout import empty_in_order, output_strides
 from llmkern.backend import Backend
@@ -55,14 +55,10 @@ def _weights_backward(
         grads = [empty_in_order(t, t.shape[3]) for t in (query, key)]
         logsumexp = logsumexp.contiguous()
         grad_scores = empty_grad_scores(query, key, mask_grad and mask is not None)
-        row_sums = None if sink is None else query.new_zeros(logsumexp.shape, dtype=torch.float32)
+        row_sums = empty_row_sums(sink, logsumexp)
         rules = (mask, key_lengths, logsumexp, slopes, as_sink(sink), None)
         kernel(plan, threads(), None, grad_scores, row_sums, *rules, query, key, grad_weights, *grads)
-        if sink is None or row_sums is None:
-            of_sink = query.new_empty(0, dtype=torch.float32)
-        else:
-            of_sink = sink_grad_of_rows(sink, row_sums, logsumexp, None)
-        return *grads, mask_grad_of(query, mask, grad_scores), of_sink
+        return *grads, mask_grad_of(query, mask, grad_scores), sink_grad(sink, row_sums, logsumexp, None)
 
     return launch
 
