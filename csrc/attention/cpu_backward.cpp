@@ -23,11 +23,10 @@ struct Work {
     value_sums = memory.take(kBlockKeys * sizes.value_width);
     average = memory.take(sizes.value_width);
     panels = memory.take(2 * kPanel * sizes.value_depth);
-    centre = memory.take(sizes.width);
   }
   static int64_t units(const Sizes<T>& sizes) {
     return sizes.block_units() + 2 * sizes.strip_units() + (kBlockKeys + 2) * (sizes.width + sizes.value_width) +
-           2 * kPanel * sizes.value_depth + sizes.width + 80;
+           2 * kPanel * sizes.value_depth + 64;
   }
   Memory memory;
   Block<T> block;
@@ -38,7 +37,6 @@ struct Work {
   float *key_sums, *value_sums;
   float* average;
   float* panels;  // of rows of the output and of its gradient
-  float* centre;  // of the keys (Backward::find_centre)
 };
 
 template <class T>
@@ -47,6 +45,7 @@ struct Backward {
   Sizes<T> sizes;
   bool of_weights;  // the gradient of the weights is given, not that of the output
   float* delta;     // (B, H, Sq): the sum of weights * their gradient
+  float* centres;   // (B, Hkv, width): see find_centre
 
   int64_t group() const { return p.heads / p.kv_heads; }
 
@@ -139,14 +138,14 @@ struct Backward {
     if (!keys) return;
     float *weights = work.weights, *grads = work.grad_scores;
     bool whole_rows = sees_one_block(mask, row + count - 1);
-    float* of_rows = delta + s.row(p, h) + row;
+    const float* of_rows = delta + s.row(p, h) + row;
+    float* row_sums = query_sums && p.row_sums ? p.row_sums + s.row(p, h) + row : nullptr;
     const double* more = p.grad_logsumexp ? p.grad_logsumexp + s.row(p, h) + row : nullptr;
     for (int i = 0; i < count; i++) {
       float *w = weights + i * kBlockKeys, *grad = grads + i * kBlockKeys;
-      float of_row = whole_rows ? dot(w, grad, keys) : of_rows[i];
-      if (of_weights && whole_rows && key_sums) of_rows[i] = of_row;
-      // Not from the output: a sink's gradient is a sum of them over all rows, and the output is rounded.
-      if (!of_weights && p.row_sums && query_sums) p.row_sums[s.row(p, h) + row + i] += dot(w, grad, keys);
+      float of_block = whole_rows || row_sums ? dot(w, grad, keys) : 0, of_row = whole_rows ? of_block : of_rows[i];
+      // Not delta, which may come from the output: a sink's gradient sums them over all rows, and that is rounded.
+      if (row_sums) row_sums[i] += of_block;
       // The log-sum-exp's part comes last: it may be small beside two that cancel.
       if (more)
         through_softmax(w, grad, keys, [d = broadcast(of_row), m = broadcast(static_cast<float>(more[i]))](Float g) {
@@ -208,8 +207,9 @@ struct Backward {
             excess = add(excess, g);
         }
         Float by = broadcast(-sum(excess));
+        const float* centre = centre_of(s, h / group());
         float* to = query_sums + i * sizes.width;
-        for (int64_t d = 0; d < sizes.width; d += kWidth) store(to + d, fma(by, load(work.centre + d), load(to + d)));
+        for (int64_t d = 0; d < sizes.width; d += kWidth) store(to + d, fma(by, load(centre + d), load(to + d)));
       }
   }
 
@@ -221,9 +221,14 @@ struct Backward {
   }
   static constexpr int32_t kPairOfOnes = 0x3f803f80;
 
+  float* centre_of(const Sequence& s, int64_t kv_head) const {
+    return centres + (s.b * p.kv_heads + kv_head) * sizes.width;
+  }
+
   // The average of keys of (s, kv_head) that some queries see, where all are finite; else zeros.
-  void find_centre(const Sequence& s, int64_t kv_head, float* centre) const {
+  void find_centre(const Sequence& s, int64_t kv_head) const {
     if (!centred(s)) return;
+    float* centre = centre_of(s, kv_head);
     HeadMask mask(p, s, kv_head * group());
     int64_t found = 0;
     std::memset(centre, 0, static_cast<size_t>(4 * sizes.width));
@@ -310,7 +315,7 @@ struct Backward {
     for (int64_t end = row + total; row < end; row += kPanel) {
       int64_t count = at_most(kPanel, end - row);
       auto pack = [&](float* to, const AttentionTensor& t) {
-        pack_panels<kPairs<T>>(to, queries_of<T>(t, s, h) + row * t.row, t.row, 0, count, p.value_width,
+        pack_panels<kPairs<T>>(to, queries_of<T>(t, s, h) + row * t.row, t.row, count, p.value_width,
                                sizes.value_depth);
       };
       pack(x, p.grad_output), pack(y, p.output);
@@ -340,7 +345,6 @@ struct Backward {
   void queries(const float* blocks, Work<T>& work, const Sequence& s, int64_t h, int64_t row, int64_t total,
                float* sums) const {
     HeadMask mask(p, s, h);
-    find_centre(s, h / group(), work.centre);
     std::memset(sums, 0, static_cast<size_t>(4 * total * sizes.width));
     for (int64_t index = 0; index * kBlockKeys < s.keys; index++) {
       Block<T> block(sizes, const_cast<float*>(blocks) + index * sizes.block_units());
@@ -369,7 +373,7 @@ void by_head(const Backward<T>& backward, int threads) {
       Sequence s(p, i / p.kv_heads);
       int64_t kv_head = i % p.kv_heads;
       std::memset(query_sums, 0, static_cast<size_t>(4 * units));
-      backward.find_centre(s, kv_head, work.centre);
+      backward.find_centre(s, kv_head);
       for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h++)
         if (s.queries && !backward.sees_one_block(s, h)) backward.delta_of_output(work, s, h, 0, s.queries);
       for (int64_t index = 0; index * kBlockKeys < s.keys; index++) {
@@ -391,10 +395,8 @@ void by_block(const Backward<T>& backward, const Pieces& key_blocks, float* bloc
   const AttentionParams& p = backward.p;
   const Sizes<T>& sizes = backward.sizes;
   int64_t each = key_blocks.count();
-  auto chunks_of = [&](int64_t rows) { return Pieces(p.query_bounds, p.batch, p.queries, rows); };
-  int64_t rows = kRowsOfTask;  // of a piece of work: fewer where else the last pieces would keep few threads busy
-  while (rows > kStrip && chunks_of(rows).count() * p.heads < 4 * threads) rows /= 2;
-  Pieces chunks = chunks_of(rows);
+  int64_t rows = rows_of_task(p, kRowsOfTask, kStrip, threads);
+  Pieces chunks(p.query_bounds, p.batch, p.queries, rows);
   Counter counter;
   // function(block, its sequence, kv head, its number in the sequence) for every block of keys.
   auto for_keys = [&](auto function) {
@@ -428,6 +430,7 @@ void by_block(const Backward<T>& backward, const Pieces& key_blocks, float* bloc
   };
   for_keys([&](Block<T>& block, Work<T>&, const Sequence& s, int64_t kv_head, int64_t index) {
     block.pack(p, sizes, s, kv_head, index);
+    if (index == 0) backward.find_centre(s, kv_head);
   });
   for_queries(
       [&](const float* of_head, Work<T>& work, const Sequence& s, int64_t h, int64_t row, int64_t count, float*) {
@@ -454,13 +457,14 @@ void run(const AttentionParams& p, bool of_weights) {
   int threads = static_cast<double>(rows) * static_cast<double>(p.keys * p.width) < 32768 ? 1 : p.threads;
   bool quick = true;  // delta is from the output, or not needed
   for (int64_t b = 0; b < (p.query_bounds.data ? p.batch : 1) && p.keys > kBlockKeys; b++)
-    quick = quick && Backward<T>{p, sizes, of_weights, nullptr}.delta_from_output(Sequence(p, b));
+    quick = quick && Backward<T>{p, sizes, of_weights, nullptr, nullptr}.delta_from_output(Sequence(p, b));
   bool whole_heads = quick && (heads % threads == 0 || heads >= 4 * threads) &&
                      p.heads / p.kv_heads * p.queries * sizes.width <= kMostSums;
   Pieces key_blocks(p.key_bounds, p.batch, p.keys, kBlockKeys);
   int64_t packed = whole_heads ? 0 : p.kv_heads * key_blocks.count() * sizes.block_units();
-  Memory memory{static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * (rows + packed + 32))))};
-  Backward<T> backward{p, sizes, of_weights, of_weights && p.row_sums ? p.row_sums : memory.take(rows)};
+  Memory memory{
+      static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * (rows + heads * sizes.width + packed + 48))))};
+  Backward<T> backward{p, sizes, of_weights, memory.take(rows), memory.take(heads * sizes.width)};
   if (whole_heads)
     by_head(backward, threads);
   else

@@ -22,7 +22,6 @@ struct Forward {
 
   int64_t group() const { return p.heads / p.kv_heads; }
   Pieces key_pieces(int64_t size) const { return {p.key_bounds, p.batch, p.keys, size}; }
-  Pieces query_pieces(int64_t size) const { return {p.query_bounds, p.batch, p.queries, size}; }
 
   Source<T> keys_of_head(const Sequence& s, int64_t kv_head) const {
     return {p, p.key, p.key_scales, s, kv_head, p.width};
@@ -40,14 +39,14 @@ struct Forward {
   void pack_keys(float* keys, const Source<T>& source, int64_t begin, int64_t end, float* space) const {
     pieces(source, begin, end, [&](int64_t first, int64_t past) {
       Slice<T> rows = source.rows(first, past, space);
-      pack_panels<kPairs<T>>(keys + (first - begin) * sizes.depth, rows.data, rows.step, 0, past - first, p.width,
+      pack_panels<kPairs<T>>(keys + (first - begin) * sizes.depth, rows.data, rows.step, past - first, p.width,
                              sizes.depth);
     });
   }
   void pack_values(float* values, const Source<T>& source, int64_t begin, int64_t end, float* space) const {
     pieces(source, begin, end, [&](int64_t first, int64_t past) {
       Slice<T> rows = source.rows(first, past, space);
-      pack_rows<kPairs<T>>(values + (first - begin) / (kPairs<T> ? 2 : 1) * sizes.value_width, rows.data, rows.step, 0,
+      pack_rows<kPairs<T>>(values + (first - begin) / (kPairs<T> ? 2 : 1) * sizes.value_width, rows.data, rows.step,
                            past - first, p.value_width, sizes.value_width);
     });
   }
@@ -140,13 +139,6 @@ struct Forward {
     for (int64_t i = 0; i < rows; i++) finish(p, sizes, *state, i, s, h, begin + i, of_values);
   }
 
-  // How many queries make a piece of work: fewer where else the last pieces would keep few threads busy.
-  int64_t rows_of_task(int threads) const {
-    int64_t rows = kBlockQueries;
-    while (rows > 2 * kTileRows && query_pieces(rows).count() * p.heads < 4 * threads) rows /= 2;
-    return rows;
-  }
-
   void many_queries(int threads) const {
     int64_t kv_total = p.batch * p.kv_heads, head_units = sizes.blocks * block_units();
     Pieces keys = key_pieces(kBlockKeys);
@@ -185,8 +177,8 @@ struct Forward {
     };
     parallel(threads, pack);
     counter.next = 0;
-    int64_t rows = rows_of_task(threads);
-    Pieces queries = query_pieces(rows);
+    int64_t rows = rows_of_task(p, kBlockQueries, 2 * kTileRows, threads);
+    Pieces queries(p.query_bounds, p.batch, p.queries, rows);
     auto body = [&](int, int) {
       Work work(*this);
       int64_t all = queries.count() * p.heads;

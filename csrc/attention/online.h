@@ -143,8 +143,7 @@ void soften(const Tile& tile, int n, const Span* spans, int span_count, const bo
   }
   Float factor = broadcast(scale);
   for (int i = 0; i < n; i++) {
-    const float* s = tile.scores + i * kBlockKeys;
-    float* weights = tile.scores + i * kBlockKeys;
+    float *s = tile.scores + i * kBlockKeys, *weights = s;
     Float by = broadcast(-shift[i]), sum0 = zero(), sum1 = zero();
     auto some = [&](auto is_whole, int64_t c, int64_t end) {
       auto weight = [&](int64_t at) {

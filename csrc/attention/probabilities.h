@@ -46,11 +46,11 @@ struct Block {
   void pack(const AttentionParams& p, const Sizes<T>& sizes, const Sequence& s, int64_t h, int64_t block) {
     int64_t begin = block * kBlockKeys, count = at_most(kBlockKeys, s.keys - begin);
     const T* from = keys_of<T>(p.key, s, h) + begin * p.key.row;
-    pack_panels<kPairs<T>>(keys, from, p.key.row, 0, count, p.width, sizes.depth);
-    *special = pack_rows<kPairs<T>>(key_rows, from, p.key.row, 0, count, p.width, sizes.width);
+    pack_panels<kPairs<T>>(keys, from, p.key.row, count, p.width, sizes.depth);
+    *special = pack_rows<kPairs<T>>(key_rows, from, p.key.row, count, p.width, sizes.width);
     if (p.value.data)
-      pack_panels<kPairs<T>>(values, keys_of<T>(p.value, s, h) + begin * p.value.row, p.value.row, 0, count,
-                             p.value_width, sizes.value_depth);
+      pack_panels<kPairs<T>>(values, keys_of<T>(p.value, s, h) + begin * p.value.row, p.value.row, count, p.value_width,
+                             sizes.value_depth);
   }
 };
 
@@ -68,7 +68,7 @@ struct Rows {
   bool special = false;
 
   void pack(const T* from, int64_t row, int count, int64_t n) {
-    special = pack_rows<kPairs<T>>(rows, from, row, 0, count, n, width);
+    special = pack_rows<kPairs<T>>(rows, from, row, count, n, width);
     if constexpr (kPairs<T>)
       for (int i = 0; i < count; i++) pack_row<true>(along + i * depth, from + i * row, n, depth);
   }

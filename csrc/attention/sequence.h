@@ -64,5 +64,12 @@ class Pieces {
   int64_t batch_, each_, size_;
 };
 
+// How many queries make a piece of work: `most`, halved down to about `least` where else the last pieces would keep few
+// threads busy.
+inline int64_t rows_of_task(const AttentionParams& p, int64_t most, int64_t least, int threads) {
+  while (most > least && Pieces(p.query_bounds, p.batch, p.queries, most).count() * p.heads < 4 * threads) most /= 2;
+  return most;
+}
+
 }  // namespace
 }  // namespace llmkern::LLMKERN_ISA

@@ -336,14 +336,13 @@ LLMKERN_INLINE void load_square(Float* to, const T* from, int64_t step, int rows
   }
 }
 
-// Rows [begin, end) of a matrix into panels of kPanel rows, transposed: panel[unit][row], zeros past `end`.
-// `begin` is a multiple of kPanel, and `panels` the place of row 0.
+// `count` rows into panels of kPanel rows, transposed: panel[unit][row], zeros past the last.
 template <bool kPair, class T>
-void pack_panels(float* panels, const T* from, int64_t step, int64_t begin, int64_t end, int64_t n, int64_t units) {
+void pack_panels(float* panels, const T* from, int64_t step, int64_t count, int64_t n, int64_t units) {
   constexpr int kElements = kPair ? 2 : 1;  // of a unit
-  for (int64_t r = begin; r < round_up(end, kPanel); r += kWidth) {
+  for (int64_t r = 0; r < round_up(count, kPanel); r += kWidth) {
     float* to = panels + r / kPanel * kPanel * units + r % kPanel;
-    int rows = end - r >= kWidth ? kWidth : end > r ? static_cast<int>(end - r) : 0;
+    int rows = count - r >= kWidth ? kWidth : count > r ? static_cast<int>(count - r) : 0;
     const T* source = from + r * step;
     int64_t u = 0;
     for (; (u + kWidth) * kElements <= n; u += kWidth) {
@@ -365,15 +364,15 @@ void pack_panels(float* panels, const T* from, int64_t step, int64_t begin, int6
   }
 }
 
-// Rows [begin, end) of a matrix, padded to `width` units; pairs of rows interleaved where kPair, where `begin` is even
-// and an odd last row is paired with zeros. Returns whether anything in them is infinite or NaN.
+// `count` rows, padded to `width` units; pairs of rows interleaved where kPair, and an odd last row paired with zeros.
+// Returns whether anything in them is infinite or NaN.
 template <bool kPair, class T>
-bool pack_rows(float* to, const T* from, int64_t step, int64_t begin, int64_t end, int64_t n, int64_t width) {
+bool pack_rows(float* to, const T* from, int64_t step, int64_t count, int64_t n, int64_t width) {
   if constexpr (kPair) {
     uint32_t special = 0;
-    for (int64_t r = begin; r < end; r += 2) {
+    for (int64_t r = 0; r < count; r += 2) {
       const uint16_t* a = reinterpret_cast<const uint16_t*>(from + r * step);
-      const uint16_t* b = r + 1 < end ? a + step : nullptr;
+      const uint16_t* b = r + 1 < count ? a + step : nullptr;
       uint32_t* out = reinterpret_cast<uint32_t*>(to + r / 2 * width);
       for (int64_t d = 0; d < n; d++) {
         uint32_t x = a[d], y = b ? b[d] : 0;
@@ -385,7 +384,7 @@ bool pack_rows(float* to, const T* from, int64_t step, int64_t begin, int64_t en
     return special != 0;
   } else {
     Float special = zero();  // NaN as soon as something is not finite
-    for (int64_t r = begin; r < end; r++) {
+    for (int64_t r = 0; r < count; r++) {
       float* out = to + r * width;
       pack_row<false>(out, from + r * step, n, width);
       for (int64_t d = 0; d < width; d += kWidth) special = fma(load(out + d), zero(), special);

@@ -111,9 +111,8 @@ def attention_column_sums(
     query (B, H, Sq, D), key (B, Hkv, Sk, D), Hkv a divisor of H, all float32, bfloat16 or float16, under autocast in
     autocast's; logsumexp (B, H, Sq) float64: what scaled_dot_product_attention returned for them with return_logsumexp.
     attn_mask broadcasts against (B, H, Sq, Sk); the other arguments must be the same as there. Returns (B, H, Sk)
-    float32. Gradients flow to query,
-    key, a floating attn_mask and learnable_sink, from the weights as functions of these alone (not through logsumexp);
-    on the CPU they too need no matrix of the weights.
+    float32. Gradients flow to query, key, a floating attn_mask and learnable_sink, from the weights as functions of
+    these alone (not through logsumexp); on the CPU they too need no matrix of the weights.
 
     Raises TypeError for a wrong type or dtype, ValueError for wrong shapes, devices or options. Source: Zhang et al.
     2023, "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", section 4 (the sums,
