@@ -23,14 +23,18 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 # One list per machine: the name in csrc/common/isa.h and the flags it compiles with, nothing of the build machine.
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16"
 ISA_FLAGS = {
-    "x86_64": {
-        "portable": "",
-        "avx2": "-mavx2 -mfma -mf16c",
-        "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16",
-    },
+    "x86_64": {"portable": "", "avx2": AVX2, "avx512": AVX512},
     "aarch64": {"portable": "", "neon": ""},
 }
+# Those that add products of bytes to one above: only the sources below differ.
+BYTE_ISA_FLAGS = {
+    "x86_64": {"avxvnni": f"{AVX2} -mavxvnni", "amx": f"{AVX512} -mamx-tile -mamx-int8"},
+    "aarch64": {"neondot": "-march=armv8.2-a+dotprod"},
+}
+BYTE_SOURCES = ("common/cpu_roofline.cpp", "int8/cpu.cpp")
 CUDA_ARCHITECTURES = "80 86 89 90 100 120"
 
 
@@ -78,6 +82,12 @@ def compiler() -> list[str]:
     if not shutil.which(cxx[0]):
         raise wrong("CXX", "a C++ compiler")
     return cxx
+
+
+def compiles(cxx: list[str], flags: str) -> bool:
+    """Whether the compiler knows these flags."""
+    command = [*cxx, *flags.split(), "-x", "c++", "-E", "-o", os.devnull, os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def quoted(*words: object) -> str:
@@ -130,6 +140,10 @@ class NinjaBuild(build_ext):
             link_flags.append(f"-fsanitize={sanitize}")
         if emulate:
             flags += " -DLLMKERN_EMULATE_AVX512 -Wno-psabi"
+        byte_isas = BYTE_ISA_FLAGS.get(platform.machine(), {})
+        if byte_isas and not compiles(cxx, " ".join(byte_isas.values())):
+            byte_isas = {}
+            flags += " -DLLMKERN_OLD_COMPILER"
         archs = cuda_architectures(nvcc) if nvcc else [""]
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
@@ -156,9 +170,12 @@ class NinjaBuild(build_ext):
             lines.append(f"build {name}.o: {rule} {path(source)}\n  flags = {flags}")
 
         for source in sorted(CSRC.glob("*/cpu*.cpp")):
-            for isa, isa_flags in ISA_FLAGS.get(platform.machine(), {"portable": ""}).items():
-                if emulate and isa == "avx512":
-                    isa_flags = ISA_FLAGS["x86_64"]["avx2"]
+            isas = dict(ISA_FLAGS.get(platform.machine(), {"portable": ""}))
+            if str(source.relative_to(CSRC)) in BYTE_SOURCES:
+                isas |= byte_isas
+            for isa, isa_flags in isas.items():
+                if emulate and isa in ("avx512", "amx"):
+                    isa_flags = AVX2 + (" -DLLMKERN_EMULATE_AMX" if isa == "amx" else "")
                 compile("cxx", source, f"{source.parent.name}.{source.stem}.{isa}", f"-DLLMKERN_ISA={isa} {isa_flags}")
         for source in sorted(CSRC.glob("common/*.cpp")):
             if not source.stem.startswith("cpu"):

@@ -24,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("built_isas", &llmkern::built_isas, "Instruction sets in this library, best first.");
   m.def("supported_isas", &llmkern::supported_isas, "Those of them that this processor runs, best first.");
   m.def("active_isa", [] { return llmkern::isa_name(llmkern::active_isa()); }, "The one that serves calls.");
+  m.def("isa_base", &llmkern::isa_base, py::arg("name"), "The one whose kernels it takes, but for products of bytes.");
   m.def("force_isa", &llmkern::force_isa, py::arg("name"), "Serve calls by this one; '' goes back to the best.");
   m.def("parallel_source", &llmkern::parallel_source, "Where the kernels' threads come from.");
 #ifdef LLMKERN_CUDA

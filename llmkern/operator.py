@@ -67,7 +67,9 @@ def refuse_forward_ad(name: str, *tensors: Any) -> None:
 
 
 _signatures: dict[str, list[tuple[str, str]]] = {}
-_KINDS = {"bool": check.flag, "int": check.integer, "float": check.number, "Tensor": check.is_tensor}
+_KINDS = {
+    "bool": check.flag, "int": check.integer, "float": check.number, "str": check.text, "Tensor": check.is_tensor,
+}  # fmt: skip
 
 
 def check_types(name: str, args: tuple[Any, ...], public: Mapping[str, str] | None = None) -> None:

@@ -11,7 +11,9 @@ from llmkern import backend, extension
 
 SUPPORTED = extension._C.supported_isas() if extension._C else []
 #: LLMKERN_TEST_ISAS narrows the choice, where one of them is what is under test (`make emulate`).
-ISAS = os.environ.get("LLMKERN_TEST_ISAS", "").split() or SUPPORTED
+BYTE_ISAS = os.environ.get("LLMKERN_TEST_ISAS", "").split() or SUPPORTED
+#: Those that differ from others in more than products of bytes.
+ISAS = [isa for isa in BYTE_ISAS if extension._C.isa_base(isa) == isa] if extension._C else []
 
 
 @pytest.fixture(autouse=True)

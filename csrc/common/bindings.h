@@ -9,7 +9,7 @@
 
 namespace llmkern {
 
-LLMKERN_KERNEL(roofline, RooflineParams)
+LLMKERN_BYTE_KERNEL(roofline, RooflineParams)
 
 inline void bind_common(pybind11::module_& m) {
   namespace py = pybind11;

@@ -32,6 +32,16 @@ LLMKERN_INLINE float lane_zero(Float v) {
 using Bytes = __m512i;
 constexpr int kByteProducts = 64;
 LLMKERN_INLINE Bytes dot_bytes(Bytes acc, Bytes a, Bytes b) { return _mm512_dpbusd_epi32(acc, a, b); }
+#elif defined(__AVXVNNI__)
+using Bytes = __m256i;
+constexpr int kByteProducts = 32;
+LLMKERN_INLINE Bytes dot_bytes(Bytes acc, Bytes a, Bytes b) { return _mm256_dpbusd_avx_epi32(acc, a, b); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+using Bytes = int32x4_t;
+constexpr int kByteProducts = 16;
+LLMKERN_INLINE Bytes dot_bytes(Bytes acc, Bytes a, Bytes b) {
+  return vdotq_s32(acc, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
+}
 #elif defined(__AVX2__)
 using Bytes = __m256i;
 constexpr int kByteProducts = 32;
@@ -70,6 +80,26 @@ float bf16_chains(int64_t repeats) {
   return lane_zero(acc[0]);
 }
 
+#ifdef __AMX_INT8__
+// Multiplies of whole tiles: `kTileProducts` operations each, four of them in a repeat.
+constexpr double kTileProducts = 2.0 * 16 * 16 * 64;
+float int8_chains(int64_t repeats) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } configuration;
+  _tile_loadconfig(&configuration);
+  for (int64_t r = 0; r < repeats; r++) {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+  }
+  _tile_release();
+  return 0.0f;
+}
+#else
 float int8_chains(int64_t repeats) {
   Bytes acc[kChains] = {}, a = {}, b = {};
   for (int i = 0; i < kChains; i++) opaque(acc[i]);  // equal chains would become one
@@ -81,6 +111,7 @@ float int8_chains(int64_t repeats) {
   for (int i = 0; i < kChains; i++) opaque(acc[i]);
   return 0.0f;
 }
+#endif
 
 float read_block(const float* data, int64_t count) {
   Float acc[8];
@@ -130,7 +161,11 @@ void roofline(const RooflineParams& p) {
       *p.work = chains * kWidth * 2;
       break;
     case Roofline::int8:
+#ifdef __AMX_INT8__
+      *p.work = 4 * kTileProducts * static_cast<double>(p.repeats) * used;
+#else
       *p.work = chains * kByteProducts;
+#endif
       break;
     case Roofline::read:
       *p.work = static_cast<double>(p.bytes) * static_cast<double>(p.repeats);

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmkern import extension
 from llmkern.backend import Backend
-from llmkern.int8.packing import packed
+from llmkern.int8.packing import packed, transposed
+from llmkern.int8.scheme import ACTIVATIONS, INPUTS, PAIRS
 
 #: A sum of K products of 0..255 and -128..127 stays within int32 up to here.
 MOST_DEPTH = (2**31 - 1) // (255 * 128)
 
 
-def _unsupported(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> str | None:
+def _unsupported(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *rest: Any) -> str | None:
     if extension.MISSING:
         return extension.MISSING
     if x.device.type != "cpu":
@@ -46,36 +48,74 @@ def _row_stride(x: Tensor) -> int | None:
     return x.size(-1) if row is None else row
 
 
-def _plan(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+def _plan(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+    input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
+) -> Callable[..., Tensor]:  # fmt: skip
     kernel, threads, isa = extension._C.int8_linear, extension.threads, extension._C.active_isa()
-    row_stride = _row_stride(x) if x.numel() else x.size(-1)
-    rows_dense = x.stride(-1) == 1 or x.size(-1) == 1 or x.numel() == 0
-    vectors_dense = all(t is None or t.stride(0) == 1 or t.size(0) <= 1 for t in (weight_scale, bias))
-    if row_stride is None or not rows_dense or not vectors_dense:
+    rows_of = [None if t is None else _rows(t) for t in (x, residual, out)]
+    vectors_dense = all(t is None or t.stride(0) == 1 or t.size(0) <= 1 for t in (bias, input_scale))
+    if not group:
+        vectors_dense = vectors_dense and (weight_scale.stride(0) == 1 or weight_scale.size(0) <= 1)
+    if -1 in rows_of or not vectors_dense:
         return _on_copies
     outputs, depth = weight.shape
-    shape = (*x.shape[:-1], outputs)
+    pairs = activation in PAIRS
+    shape = (*x.shape[:-1], outputs // 2 if pairs else outputs)
     rows = 1
     for size in x.shape[:-1]:
         rows *= size
     dtype, codes = x.dtype, extension.DTYPE_CODES
-    bias_code = 0 if bias is None else codes[bias.dtype]
-    plan = extension._C.Int8LinearPlan(rows, outputs, depth, row_stride, codes[dtype], bias_code)
+    plan = extension._C.Int8LinearPlan(
+        rows=rows, outputs=outputs, depth=depth, x_stride=rows_of[0], residual_stride=rows_of[1] or 0,
+        out_stride=shape[-1] if out is None else rows_of[2],
+        quantization=extension._C.Quantization(INPUTS[inputs], inputs == "outliers", group, rotate),
+        activation=ACTIVATIONS[activation], dtype=codes[dtype], bias_dtype=0 if bias is None else codes[bias.dtype],
+    )  # fmt: skip
     strides = torch.empty(shape, device="meta").stride()
     empty = torch.empty_strided  # quicker than torch.empty
+    if out is None and residual is None and input_scale is None and not group and not pairs:
 
-    def launch(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-        out = empty(shape, strides, dtype=dtype)
-        kernel(plan, threads(), x, packed(weight, isa), weight_scale, bias, out)
+        def plain(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+            out = empty(shape, strides, dtype=dtype)
+            kernel(plan, threads(), x, packed(weight, isa), weight_scale, bias, None, None, out)
+            return out
+
+        return plain
+
+    def launch(
+        x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+        input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if out is None:
+            out = empty(shape, strides, dtype=dtype)
+        scale = transposed(weight_scale) if group else weight_scale
+        kernel(plan, threads(), x, packed(weight, isa, group, pairs), scale, bias, residual, input_scale, out)
         return out
 
     return launch
 
 
-def _on_copies(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    args = (x.contiguous(), weight, weight_scale.contiguous(), None if bias is None else bias.contiguous())
-    return _plan(*args)(*args)
+def _rows(x: Tensor) -> int:
+    """The distance of the rows of x as one matrix, or -1 where its elements do not lie in such rows."""
+    if not x.numel():
+        return x.size(-1)
+    stride = _row_stride(x)
+    return -1 if stride is None or (x.stride(-1) != 1 and x.size(-1) != 1) else stride
 
 
-#: int8_linear(x, weight, weight_scale, bias) -> y
+def _on_copies(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+    input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    dense = [None if t is None else t.contiguous() for t in (bias, residual, input_scale)]
+    if not group:
+        weight_scale = weight_scale.contiguous()
+    args = (x.contiguous(), weight, weight_scale, *dense, inputs, group, rotate, activation)
+    if out is None or _rows(out) >= 0:
+        return _plan(*args, out)(*args, out)
+    return out.copy_(_plan(*args)(*args))
+
+
+#: int8_linear(x, weight, weight_scale, bias, residual, input_scale, inputs, group, rotate, activation[, out]) -> y
 CPU_INT8_LINEAR = Backend("cpu", _plan, _unsupported)

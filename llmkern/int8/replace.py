@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from llmkern import check
+from llmkern.int8.scheme import Int8Scheme
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,15 @@ class QuantizationReport:
 
 def replace_linears(
     model: nn.Module,
-    from_linear: Callable[[nn.Linear, tuple[Tensor, Tensor]], nn.Module],
-    quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
+    kind: Any,
+    scheme: Int8Scheme,
     bits: int = 8,
     skip: Iterable[str] = (),
 ) -> nn.Module:
     """Replaces every nn.Linear in place and attaches `quantization_report` to the model that it returns.
 
-    from_linear(layer, (values, scales)) makes the new layer, quantize(weight) the values and scales, made once for a
-    weight that several layers share. skip: names to leave, "lm_head" (a whole name or its last parts) or a pattern,
+    kind: the new layers' class, an Int8Linear; values and scales are made once for a weight that several layers share.
+    skip: names to leave, "lm_head" (a whole name or its last parts) or a pattern,
     "layers.0.*".
 
     Raises TypeError for what is no module, for bits that are no integer, for names that are no strings and for weights
@@ -94,10 +96,10 @@ def replace_linears(
             report.layers.append(LayerReport(name, tuple(linear.weight.shape), reason, before, before, 0.0))
             continue
         if id(linear.weight) not in quantized:
-            quantized[id(linear.weight)] = quantize(linear.weight)
+            quantized[id(linear.weight)] = kind.quantize(linear.weight, scheme)
         values, scale = quantized[id(linear.weight)]
         if id(linear) not in made:
-            made[id(linear)] = from_linear(linear, (values, scale))
+            made[id(linear)] = kind.from_linear(linear, (values, scale), scheme)
         weight = linear.weight.detach().float()
         error = (values * scale[:, None] - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
         after = values.numel() + scale.numel() * scale.element_size()

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from llmkern.int8.module import Int8Linear
-from llmkern.int8.reference import quantize_weight
 from llmkern.int8.replace import replace_linears
+from llmkern.int8.scheme import Int8Scheme, named
 
 
-def quantize_model(model: nn.Module, bits: int = 8, *, skip: Sequence[str] = ()) -> nn.Module:
+def quantize_model(model: nn.Module, bits: int = 8, *, scheme: Int8Scheme | str = "outliers", skip: Sequence[str] = ()) -> nn.Module:
     """Replaces every nn.Linear of the model by an `Int8Linear`, in place, and returns the model.
 
     bits: 8. skip: names of layers to leave: "lm_head" (a whole name or its last parts) or a pattern, "layers.0.*". A
@@ -26,4 +26,4 @@ def quantize_model(model: nn.Module, bits: int = 8, *, skip: Sequence[str] = ())
     or float16; ValueError for other bits, for a name in skip that fits no layer, and for weights on the meta device.
     Source of the scheme: Jacob et al. 2018, section 2 (see llmkern.functional.int8_linear).
     """
-    return replace_linears(model, Int8Linear.from_linear, quantize_weight, bits, skip)
+    return replace_linears(model, Int8Linear, named(scheme), bits, skip)

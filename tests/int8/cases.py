@@ -24,6 +24,40 @@ SHAPES = {
 }
 
 
+# How inputs become integers: keyword arguments of int8_linear.
+QUANTIZATIONS = {
+    "outliers": {},
+    "row": {"inputs": "row"},
+    "symmetric": {"inputs": "symmetric"},
+    "static": {"inputs": "static", "input_scale": torch.tensor([0.02, 131.0])},
+    "16bit": {"inputs": "16bit"},
+    "groups of 32": {"inputs": "symmetric", "group": 32},
+    "groups of 96": {"inputs": "symmetric", "group": 96},
+    "groups of 128": {"inputs": "symmetric", "group": 128},
+    "rotated": {"inputs": "row", "rotate": 4},
+    "rotated outliers": {"rotate": 2},
+}
+
+
+def with_outliers(x: Tensor) -> Tensor:
+    """Some rows get values far outside the others': in a channel that rows share, one of a row's own, both signs."""
+    x = x.clone()
+    rows, depth = x.shape
+    if rows and depth:
+        x[::2, depth // 3] *= 40
+        x[torch.arange(0, rows, 3), torch.arange(0, rows, 3) * 7 % depth] = -30
+    return x
+
+
+def quantized(weight: Tensor, group: int = 0, **_: object) -> tuple[Tensor, Tensor]:
+    return reference.quantize_weight(weight, group)
+
+
+def positional(input_scale=None, inputs="outliers", group=0, rotate=1, activation="none", residual=None):
+    """Those keyword arguments in the order of the operator and the reference."""
+    return residual, input_scale, inputs, group, rotate, activation
+
+
 def inputs(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, depth, outputs = shape
     weight, scale = reference.quantize_weight(torch.randn(outputs, depth))

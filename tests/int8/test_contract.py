@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmkern import backend
+from llmkern import backend, extension
 from llmkern.functional import int8_linear
-from llmkern.int8 import reference
+from llmkern.int8 import reference, scheme
 from llmkern.int8.compiled import MOST_DEPTH
 from llmkern.verify import verify
-from tests.int8.cases import FLOATS, SHAPES, inputs, row_kinds
+from llmkern.verify.report import judge_row
+from tests.int8.cases import FLOATS, QUANTIZATIONS, SHAPES, inputs, positional, quantized, row_kinds, with_outliers
 
 
 def same(a, b):
@@ -25,6 +26,86 @@ def test_equal_to_the_reference(shape, dtype, isa):
     x, weight, scale, bias = inputs(shape, dtype)
     for b in (None, bias, bias.to(dtype)):
         assert same(int8_linear(x, weight, scale, b), reference.int8_linear(x, weight, scale, b))
+
+
+# Depths that a rotation of size 4 takes; rows around tiles of 6, of 3, of 16 and 32.
+ROWS = [1, 2, 3, 4, 5, 7, 13, 16, 17, 31, 33, 70]
+
+
+@pytest.mark.parametrize("depth", [64, 128, 320])
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_every_quantization(kind, depth, isa):
+    """The same integers, and results within the contract: exactly the reference's but for sums over groups."""
+    choice = QUANTIZATIONS[kind]
+    for rows in ROWS:
+        x = with_outliers(torch.randn(rows, depth))
+        weight, scale = quantized(torch.randn(67, depth), **choice)
+        bias = torch.randn(67)
+        args = (weight, scale, bias, *positional(**choice))
+        out, expected = int8_linear(x, weight, scale, bias, **choice), reference.int8_linear(x, *args)
+        if choice.get("group"):
+            truth = reference.int8_linear(x.double(), *args)
+            assert judge_row("", "output", out, expected, truth).passed, (kind, rows)
+        else:
+            assert same(out, expected), (kind, rows)
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_integers_of_rows(kind, dtype, isa):
+    choice = {k: v for k, v in QUANTIZATIONS[kind].items()}
+    for depth in (1, 3, 63, 65, 128, 200, 4096 + 64):
+        if depth % (16 * choice.get("rotate", 1)) and "rotate" in choice:
+            continue
+        x = with_outliers(torch.cat([torch.randn(9, depth), *(r[None] for r in row_kinds(depth).values())])).to(dtype)
+        group = choice.get("group", 0)
+        integers = torch.empty(x.shape, dtype=torch.int32)
+        scale, zero = torch.empty(len(x), -(-depth // group) if group else 1), torch.empty(len(x), dtype=torch.int32)
+        code = scheme.INPUTS[choice.get("inputs", "outliers")]
+        quantization = extension._C.Quantization(code, "inputs" not in choice, group, choice.get("rotate", 1))
+        given = choice.get("input_scale", torch.zeros(0)).data_ptr()
+        dtype_code = extension.DTYPE_CODES[dtype]
+        extension._C.quantize_rows(
+            x.data_ptr(), integers.data_ptr(), scale.data_ptr(), zero.data_ptr(), given, len(x), depth, depth,
+            quantization, dtype_code,
+        )  # fmt: skip
+        expected = reference.quantize_rows(x, **({"inputs": "outliers"} | choice))
+        assert same(scale.view_as(expected[1]), expected[1]), depth
+        whole = expected[1].isfinite().view(len(x), -1).all(1)
+        assert torch.equal(integers[whole], expected[0][whole]) and torch.equal(zero[whole], expected[2][whole]), depth
+
+
+@pytest.mark.parametrize("kind", ["outliers", "row", "16bit", "groups of 32"])
+@pytest.mark.parametrize("activation", scheme.ACTIVATIONS)
+def test_what_follows_the_sum(activation, kind, isa):
+    choice = QUANTIZATIONS[kind]
+    for rows, dtype in ((3, torch.float32), (21, torch.bfloat16), (40, torch.float32)):
+        outputs = 2 * 83
+        x = with_outliers(torch.randn(rows, 96)).to(dtype)
+        weight, scale = quantized(torch.randn(outputs, 96) * 0.3, **choice)
+        bias = torch.randn(outputs)
+        shape = (rows, outputs // 2 if activation in scheme.PAIRS else outputs)
+        residual = torch.randn(shape).to(dtype)
+        for r in (None, residual, torch.stack([residual, residual], 1)[:, 0]):
+            args = (weight, scale, bias, *positional(**choice, activation=activation, residual=r))
+            wide = [t.double() if isinstance(t, torch.Tensor) and t is r else t for t in args]
+            out = int8_linear(x, weight, scale, bias, **choice, activation=activation, residual=r)
+            expected, truth = reference.int8_linear(x, *args), reference.int8_linear(x.double(), *wide)
+            assert judge_row("", "output", out, expected, truth).passed, (rows, dtype)
+
+
+def test_activations_far_out(isa):
+    """Where an exponential would overflow or vanish; at infinity the limit, where torch's may give NaN."""
+    x = torch.tensor([-3e38, -1e4, -100.5, -88, -30, -10, -5.5, -1e-30, -0.0, 0, 1e-30, 0.4, 6, 89, 1e4, 1e38])
+    x = torch.cat([x, torch.linspace(-9, 9, 4001), torch.tensor([-torch.inf, torch.inf, torch.nan])])
+    weight, scale = torch.zeros(len(x), 4, dtype=torch.int8), torch.ones(len(x))
+    for name in ("relu", "gelu", "gelu_tanh", "silu"):  # a weight of zeros leaves the bias
+        out = int8_linear(torch.ones(1, 4), weight, scale, x, activation=name)[0]
+        assert out[-3] == 0 and out[-2] == torch.inf and out[-1].isnan(), name
+        expected, truth = reference.activate(x[:-3], name), reference.activate(x[:-3].double(), name)
+        torch.testing.assert_close(out[:-3].double(), truth, atol=1e-7, rtol=5e-7, msg=name)
+        usual = x[:-3].abs() <= 9
+        assert judge_row("", name, out[:-3][usual], expected[usual], truth[usual]).passed, name
 
 
 def test_the_reference_is_integer_arithmetic():

@@ -15,9 +15,10 @@ OP = torch.ops.llmkern.int8_linear
 
 def test_opcheck():
     x, weight, scale, bias = inputs((5, 24, 17))
-    opcheck(OP, (x.requires_grad_(), weight, scale, bias.requires_grad_()))
-    opcheck(OP, (x.view(5, 1, 24), weight, scale, None))
-    opcheck(OP, (x.detach().bfloat16(), weight, scale, bias.detach()))
+    rest = (None, None, "outliers", 0, 1, "none")
+    opcheck(OP, (x.requires_grad_(), weight, scale, bias.requires_grad_(), *rest))
+    opcheck(OP, (x.view(5, 1, 24), weight, scale, None, *rest))
+    opcheck(OP, (x.detach().bfloat16(), weight, scale, bias.detach(), *rest))
 
 
 def test_compile_fullgraph_with_gradients():

@@ -152,7 +152,7 @@ void call(Kernel kernel, Isa isa, Params params) {
 
 }  // namespace
 
-#define LLMKERN_DEFINE_(isa, name, Params)                                  \
+#define LLMKERN_DEFINE_(isa, base, name, Params)                            \
   namespace isa {                                                           \
   void name(const Params& params) { call(Kernel::name, Isa::isa, params); } \
   }

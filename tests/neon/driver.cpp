@@ -61,7 +61,7 @@ std::string run(int64_t size) {
 }
 
 std::string run(const Call& call) {
-#define LLMKERN_NAME(isa) #isa,
+#define LLMKERN_NAME(isa, base) #isa,
   static const char* const isas[] = {LLMKERN_FOR_EACH_ISA(LLMKERN_NAME)};
   force_isa(isas[call.isa]);
   switch (call.kernel) {

@@ -9,7 +9,9 @@
 #include "../isa.h"
 #include "../types.h"
 
-namespace llmkern::avx2 {
+#define LLMKERN_SIMD_AVX2
+
+namespace llmkern::LLMKERN_ISA {
 
 constexpr int kWidth = 8;
 constexpr int kRegisters = 16;
@@ -44,23 +46,6 @@ LLMKERN_INLINE Int shift_left(Int a) {
 LLMKERN_INLINE Int mul(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
 
 // In 16 bits: vpmaddubsw on bytes would cut off sums at 32767.
-constexpr int kDotDepth = 2;
-using Quantized = int16_t;
-LLMKERN_INLINE void store_quantized(Quantized* p, Int a) {
-  a = _mm256_min_epi32(_mm256_max_epi32(a, _mm256_setzero_si256()), _mm256_set1_epi32(255));
-  __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
-}
-LLMKERN_INLINE Int broadcast_quantized(const Quantized* p) {
-  int32_t pair;
-  std::memcpy(&pair, p, sizeof pair);
-  return _mm256_set1_epi32(pair);
-}
-LLMKERN_INLINE Int load_weights(const int8_t* p) {
-  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-LLMKERN_INLINE Int dot_quantized(Int acc, Int x, Int w) { return _mm256_add_epi32(acc, _mm256_madd_epi16(x, w)); }
-
 LLMKERN_INLINE void transpose(Float* rows) {
   Float t[8], r[8];
 #pragma GCC unroll 8
@@ -177,4 +162,4 @@ LLMKERN_INLINE Float dot_bf16(Float acc, Int a, Int b) {
   return fma(as_float(_mm256_and_si256(a, high)), as_float(_mm256_and_si256(b, high)), acc);
 }
 
-}  // namespace llmkern::avx2
+}  // namespace llmkern::LLMKERN_ISA

@@ -14,7 +14,9 @@
 #include "../isa.h"
 #include "../types.h"
 
-namespace llmkern::avx512 {
+#define LLMKERN_SIMD_AVX512
+
+namespace llmkern::LLMKERN_ISA {
 
 constexpr int kWidth = 16;
 constexpr int kRegisters = 32;
@@ -47,20 +49,6 @@ LLMKERN_INLINE Int shift_left(Int a) {
 }
 
 LLMKERN_INLINE Int mul(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
-
-constexpr int kDotDepth = 4;
-using Quantized = uint8_t;
-LLMKERN_INLINE void store_quantized(Quantized* p, Int a) {
-  a = _mm512_max_epi32(a, _mm512_setzero_si512());
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(a));
-}
-LLMKERN_INLINE Int broadcast_quantized(const Quantized* p) {
-  int32_t four;
-  std::memcpy(&four, p, sizeof four);
-  return _mm512_set1_epi32(four);
-}
-LLMKERN_INLINE Int load_weights(const int8_t* p) { return _mm512_loadu_si512(p); }
-LLMKERN_INLINE Int dot_quantized(Int acc, Int x, Int w) { return _mm512_dpbusd_epi32(acc, x, w); }
 
 LLMKERN_INLINE void transpose(Float* rows) {
   Int r[16], t[16];
@@ -217,4 +205,4 @@ LLMKERN_INLINE Float dot_bf16(Float acc, Int a, Int b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
-}  // namespace llmkern::avx512
+}  // namespace llmkern::LLMKERN_ISA

@@ -9,7 +9,9 @@
 #include "../isa.h"
 #include "../types.h"
 
-namespace llmkern::neon {
+#define LLMKERN_SIMD_NEON
+
+namespace llmkern::LLMKERN_ISA {
 
 constexpr int kWidth = 4;
 constexpr int kRegisters = 32;
@@ -47,23 +49,6 @@ LLMKERN_INLINE Int shift_left(Int a) {
 LLMKERN_INLINE Int mul(Int a, Int b) { return vmulq_s32(a, b); }
 
 // x and w: four values of 16 bits for the first k, then four for the second.
-constexpr int kDotDepth = 2;
-using Quantized = int16_t;
-LLMKERN_INLINE void store_quantized(Quantized* p, Int a) {
-  vst1_s16(p, vqmovn_s32(vminq_s32(vmaxq_s32(a, vdupq_n_s32(0)), vdupq_n_s32(255))));
-}
-LLMKERN_INLINE Int broadcast_quantized(const Quantized* p) {
-  return vreinterpretq_s32_s16(vcombine_s16(vld1_dup_s16(p), vld1_dup_s16(p + 1)));
-}
-LLMKERN_INLINE Int load_weights(const int8_t* p) {
-  int16x8_t w = vmovl_s8(vld1_s8(p));
-  return vreinterpretq_s32_s16(vuzp1q_s16(w, vextq_s16(w, w, 1)));
-}
-LLMKERN_INLINE Int dot_quantized(Int acc, Int x, Int w) {
-  int16x8_t a = vreinterpretq_s16_s32(x), b = vreinterpretq_s16_s32(w);
-  return vmlal_high_s16(vmlal_s16(acc, vget_low_s16(a), vget_low_s16(b)), a, b);
-}
-
 LLMKERN_INLINE void transpose(Float* rows) {
   float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(rows[0], rows[1]));
   float64x2_t b = vreinterpretq_f64_f32(vtrn2q_f32(rows[0], rows[1]));
@@ -155,4 +140,4 @@ LLMKERN_INLINE Float dot_bf16(Float acc, Int a, Int b) {
   return fma(as_float(vandq_s32(a, high)), as_float(vandq_s32(b, high)), acc);
 }
 
-}  // namespace llmkern::neon
+}  // namespace llmkern::LLMKERN_ISA

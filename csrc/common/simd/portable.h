@@ -11,7 +11,7 @@
 #include "../isa.h"
 #include "../types.h"
 
-namespace llmkern::portable {
+namespace llmkern::LLMKERN_ISA {
 
 constexpr int kWidth = 4;
 constexpr int kRegisters = 16;    // how many vectors a micro-kernel may hope to keep in registers
@@ -58,36 +58,6 @@ LLMKERN_INLINE Int shift_left(Int a) {
 }
 
 LLMKERN_INLINE Int mul(Int a, Int b) { return a * b; }
-
-// Exact products of activations quantised to 0..255 and int8 weights. An int32 lane of dot_quantized takes
-// kDotDepth neighbouring values of k; in memory an activation is a Quantized, a weight one byte, kDotDepth weights
-// of one output after another. x and w are what the two loads returned, in a layout of the instruction set's own.
-constexpr int kDotDepth = 2;
-using Quantized = int16_t;
-LLMKERN_INLINE void store_quantized(Quantized* p, Int a) {  // cut off at 0 and 255; writes kWidth elements
-  for (int i = 0; i < kWidth; i++) p[i] = static_cast<int16_t>(a[i] < 0 ? 0 : a[i] > 255 ? 255 : a[i]);
-}
-LLMKERN_INLINE Int broadcast_quantized(const Quantized* p) {  // kDotDepth activations, for every lane
-  int32_t pair;
-  std::memcpy(&pair, p, sizeof pair);
-  return broadcast_int(pair);
-}
-LLMKERN_INLINE Int load_weights(const int8_t* p) {  // kWidth * kDotDepth weights
-  typedef int8_t Bytes __attribute__((vector_size(8)));
-  typedef int16_t Halves __attribute__((vector_size(16)));
-  Bytes bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  return reinterpret_cast<Int>(__builtin_convertvector(bytes, Halves));
-}
-LLMKERN_INLINE Int dot_quantized(Int acc, Int x, Int w) {
-#ifdef __SSE2__  // part of every x86-64 processor
-  typedef int16_t Halves __attribute__((vector_size(16)));
-  return acc +
-         reinterpret_cast<Int>(__builtin_ia32_pmaddwd128(reinterpret_cast<Halves>(x), reinterpret_cast<Halves>(w)));
-#else
-  return acc + (shift_left<16>(x) >> 16) * (shift_left<16>(w) >> 16) + (x >> 16) * (w >> 16);
-#endif
-}
 
 LLMKERN_INLINE void transpose(Float* rows) {  // rows[kWidth]: lane j of row i becomes lane i of row j
   Float a = rows[0], b = rows[1], c = rows[2], d = rows[3];
@@ -204,4 +174,4 @@ LLMKERN_INLINE Float dot_bf16(Float acc, Int a, Int b) {
   return fma(as_float(a & high), as_float(b & high), acc);
 }
 
-}  // namespace llmkern::portable
+}  // namespace llmkern::LLMKERN_ISA

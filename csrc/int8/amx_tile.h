@@ -1,0 +1,160 @@
+// Tiles of 32 rows and a panel in AMX's tile registers: eight of 16 rows of 64 bytes, one instruction multiplying 16 rows
+// by 64 values of k and 16 outputs. (Intel, Architecture Instruction Set Extensions, chapter 3.) A panel of packed weights is
+// such tiles as it is: 16 steps of four values of k, 256 bytes apart.
+#pragma once
+#include "tile.h"
+
+namespace llmkern::LLMKERN_ISA {
+
+#if defined(__AMX_INT8__) || defined(LLMKERN_EMULATE_AMX)
+#define LLMKERN_TILES
+constexpr int kTileRows = 16, kTileDepth = 64;
+constexpr int kBlockRows = 32;
+
+// Gives the calling thread tile registers of full size for as long as it lives.
+struct Tiles {
+  const bool wanted;
+  explicit Tiles(bool are_wanted) : wanted(are_wanted) {
+    if (!wanted) return;
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } configuration;
+    _tile_loadconfig(&configuration);
+  }
+  ~Tiles() {
+    if (wanted) _tile_release();
+  }
+};
+
+// Registers 0 to 3: sums, 4 and 5: activations, 6 and 7: weights. They are constants of the instructions.
+template <bool kHigh>
+LLMKERN_INLINE void add_products_16(const void* x, int64_t stride, const int8_t* weight) {
+  _tile_loadd(4, x, stride);
+  _tile_loadd(6, weight, kPanel * 4);
+  _tile_loadd(7, weight + 64, kPanel * 4);
+  if (kHigh) {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+  } else {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+  }
+  _tile_loadd(6, weight + 128, kPanel * 4);
+  _tile_loadd(7, weight + 192, kPanel * 4);
+  if (kHigh) {
+    _tile_dpbssd(2, 4, 6);
+    _tile_dpbssd(3, 4, 7);
+  } else {
+    _tile_dpbusd(2, 4, 6);
+    _tile_dpbusd(3, 4, 7);
+  }
+}
+template <bool kHigh>
+LLMKERN_INLINE void add_products_32(const void* x, const void* below, int64_t stride, const int8_t* weight) {
+  _tile_loadd(4, x, stride);
+  _tile_loadd(6, weight, kPanel * 4);
+  _tile_loadd(5, below, stride);
+  _tile_loadd(7, weight + 64, kPanel * 4);
+  if (kHigh) {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(3, 5, 7);
+  } else {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(3, 5, 7);
+  }
+}
+LLMKERN_INLINE void clear_tiles() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Calls each(d) for the multiples d of kTileDepth where one of `rows` rows has a high digit in [d, d + kTileDepth).
+template <class Each>
+LLMKERN_INLINE void where_high(const Work& w, int64_t row, int rows, const Each& each) {
+  constexpr int kQuadsOfTile = kTileDepth / kQuad;
+  for (int64_t word = 0; word < w.words; word++) {
+    uint64_t quads = 0;
+    for (int i = 0; i < rows; i++) quads |= w.bits[(row + i) * w.words + word];
+    for (int part = 0; quads; part++, quads >>= kQuadsOfTile)
+      if (quads & ((1u << kQuadsOfTile) - 1)) each((word * (64 / kQuadsOfTile) + part) * kTileDepth);
+  }
+}
+
+// The sums of `rows` rows, 16 or fewer, or 32 or fewer, and a panel, as int32[32][kPanel]; of high digits with kHigh.
+template <bool kHigh>
+LLMKERN_INLINE void tile_sums(const Work& w, int64_t row, int rows, int64_t panel, int32_t* out) {
+  const int8_t* weight = w.weights + panel * w.layout->panel_bytes;
+  const char* x = kHigh ? reinterpret_cast<const char*>(w.high) : reinterpret_cast<const char*>(w.low);
+  x += row * w.stride;
+  const int64_t depth = w.layout->steps * 4, below = kTileRows * w.stride;
+  constexpr int64_t kRowBytes = kPanel * 4;
+  auto over_depth = [&](const auto& each) {
+    if (kHigh) return where_high(w, row, rows, each);
+    for (int64_t d = 0; d < depth; d += kTileDepth) each(d);
+  };
+  if (rows <= kTileRows) {
+    clear_tiles();
+    over_depth([&](int64_t d) { add_products_16<kHigh>(x + d, w.stride, weight + d * kPanel); });
+    _tile_stored(0, out, kRowBytes);
+    _tile_stored(1, out + 16, kRowBytes);
+    _tile_stored(2, out + 32, kRowBytes);
+    _tile_stored(3, out + 48, kRowBytes);
+    return;
+  }
+  for (int half = 0; half < 2; half++, weight += 128, out += 32) {
+    clear_tiles();
+    over_depth([&](int64_t d) { add_products_32<kHigh>(x + d, x + d + below, w.stride, weight + d * kPanel); });
+    _tile_stored(0, out, kRowBytes);
+    _tile_stored(1, out + 16, kRowBytes);
+    _tile_stored(2, out + 16 * kPanel, kRowBytes);
+    _tile_stored(3, out + 16 * kPanel + 16, kRowBytes);
+  }
+}
+
+template <class T, int Rows>
+LLMKERN_INLINE void finish_tiles(const Work& w, int64_t row, int64_t panel, const int32_t* low, const int32_t* high) {
+  auto load_sum = [&](const int32_t* from, int i, int j) {
+    Int sum;
+    std::memcpy(&sum, from + i * kPanel + j * kWidth, sizeof sum);
+    return sum;
+  };
+  auto low_of = [&](int i, int j) { return low_sum(w, row + i, load_sum(low, i, j), weight_sum(w, panel, j)); };
+  if (!high) return finish<T, Rows>(w, row, panel, low_of);
+  finish<T, Rows>(w, row, panel, [&](int i, int j) {
+    Int sum = load_sum(high, i, j), offset = broadcast_int(kHighOffset * w.high_sums[row + i]);
+    return with_high(w, row + i, add(sum, offset), low_of(i, j));  // these products have both signs already
+  });
+}
+
+// Rows [begin, end) of a panel. Rows up to the next multiple of 32 are read: the chunk has them, with any contents.
+template <class T>
+void amx_tiles(const Work& w, int64_t begin, int64_t end, int64_t panel) {
+  alignas(64) int32_t low[kBlockRows * kPanel], high[kBlockRows * kPanel];
+  for (int64_t row = begin; row < end; row += kBlockRows) {
+    int rows = end - row < kBlockRows ? static_cast<int>(end - row) : kBlockRows;
+    tile_sums<false>(w, row, rows, panel, low);
+    bool two = any_high(w, row, rows);
+    if (two) tile_sums<true>(w, row, rows, panel, high);
+    int i = 0;
+    for (; i + 4 <= rows; i += 4)
+      finish_tiles<T, 4>(w, row + i, panel, low + i * kPanel, two ? high + i * kPanel : nullptr);
+    for (; i < rows; i++) finish_tiles<T, 1>(w, row + i, panel, low + i * kPanel, two ? high + i * kPanel : nullptr);
+  }
+}
+
+#else
+constexpr int kBlockRows = kRows;
+struct Tiles {
+  explicit Tiles(bool) {}
+};
+#endif
+
+}  // namespace llmkern::LLMKERN_ISA

@@ -1,0 +1,80 @@
+// Packed weights: a header, the sums of each output's weights (one for each group of k), and panels of kPanel outputs. A
+// panel holds, for each step of kDotDepth values of k, the weights of its outputs one after another, so that a step of a
+// tile reads one run of memory. Of pairs, the first half of a panel's columns are the first of each pair. What lies
+// beyond the last output or the last k is zero.
+#pragma once
+#include <cstring>
+
+#include "../common/parallel.h"
+#include "dot.h"
+#include "params.h"
+
+namespace llmkern::LLMKERN_ISA {
+
+constexpr int kVectors = kRegisters >= 32 ? 4 : 2;  // of a panel
+constexpr int kPanel = kVectors * kWidth;
+constexpr int64_t kDepthGrain = 64;  // depth is filled up to a multiple, so that a row of digits is whole tiles and vectors
+
+struct Header {
+  int64_t layout, outputs, depth, group, pairs;
+};
+
+struct Layout {
+  int64_t outputs, depth, group, panels, groups, steps, panel_bytes, sums_bytes;
+  bool pairs;
+  Layout(int64_t n, int64_t k, int64_t group_size, bool in_pairs)
+      : outputs(n),
+        depth(k),
+        group(group_size ? group_size : k ? k : 1),
+        panels((n + kPanel - 1) / kPanel),
+        groups((k + group - 1) / group),
+        steps((k + kDepthGrain - 1) / kDepthGrain * kDepthGrain / kDotDepth),
+        panel_bytes(steps * kDotDepth * kPanel),
+        sums_bytes((panels * groups * kPanel * 4 + 63) / 64 * 64),
+        pairs(in_pairs) {
+    if (pairs) panels = (n / 2 + kPanel / 2 - 1) / (kPanel / 2), sums_bytes = (panels * groups * kPanel * 4 + 63) / 64 * 64;
+  }
+  static constexpr int64_t kHeaderBytes = 64;
+  int64_t weights() const { return kHeaderBytes + sums_bytes; }
+  int64_t bytes() const { return weights() + panels * panel_bytes; }
+  Header header() const {
+    return {0x1a80000 + kPanel * 16 + kDotDepth, outputs, depth, group, pairs};
+  }
+  // How many columns of a vector of a panel are outputs, and the first of them.
+  int64_t first_output(int64_t panel, int vector) const {
+    if (!pairs) return panel * kPanel + vector * kWidth;
+    bool second = vector >= kVectors / 2;
+    return panel * (kPanel / 2) + (second ? outputs / 2 + (vector - kVectors / 2) * kWidth : vector * kWidth);
+  }
+  int64_t outputs_in(int64_t panel, int vector) const {
+    bool second = pairs && vector >= kVectors / 2;
+    int64_t left = (pairs && !second ? outputs / 2 : outputs) - first_output(panel, vector);
+    return left < 0 ? 0 : left < kWidth ? left : kWidth;
+  }
+};
+
+LLMKERN_INLINE void pack_panel(const Int8PackParams& p, const Layout& layout, int64_t panel) {
+  char* base = static_cast<char*>(p.packed);
+  int8_t* to = reinterpret_cast<int8_t*>(base + layout.weights() + panel * layout.panel_bytes);
+  int32_t* sums = reinterpret_cast<int32_t*>(base + Layout::kHeaderBytes) + panel * layout.groups * kPanel;
+  for (int column = 0; column < kPanel; column++) {
+    int vector = column / kWidth, lane = column % kWidth;
+    bool is_output = lane < layout.outputs_in(panel, vector);
+    const int8_t* from = p.weight + (is_output ? layout.first_output(panel, vector) + lane : 0) * p.depth;
+    int64_t inside = is_output ? p.depth : 0;
+    for (int64_t g = 0; g < layout.groups; g++) {
+      int64_t begin = g * layout.group, end = begin + layout.group < inside ? begin + layout.group : inside;
+      int32_t sum = 0;
+      for (int64_t k = begin; k < end; k++) sum += from[k];
+      sums[g * kPanel + column] = sum;
+    }
+    int8_t* out = to + column * kDotDepth;
+    for (int64_t step = 0; step < layout.steps; step++, out += kPanel * kDotDepth)
+      for (int i = 0; i < kDotDepth; i++) {
+        int64_t k = step * kDotDepth + i;
+        out[i] = k < inside ? from[k] : int8_t{0};
+      }
+  }
+}
+
+}  // namespace llmkern::LLMKERN_ISA
