@@ -88,10 +88,9 @@ LLMKERN_INLINE void where_high(const Work& w, int64_t row, int rows, const Each&
   }
 }
 
-// The sums of `rows` rows, 16 or fewer, or 32 or fewer, and a panel, as int32[32][kPanel]; of high digits with kHigh.
+// The sums of `rows` rows, at most 32, and two vectors of a panel or, of at most 16 rows, all four: int32[32][kPanel].
 template <bool kHigh>
-LLMKERN_INLINE void tile_sums(const Work& w, int64_t row, int rows, int64_t panel, int32_t* out) {
-  const int8_t* weight = w.weights + panel * w.layout->panel_bytes;
+LLMKERN_INLINE void tile_sums(const Work& w, int64_t row, int rows, const int8_t* weight, int32_t* out) {
   const char* x = kHigh ? reinterpret_cast<const char*>(w.high) : reinterpret_cast<const char*>(w.low);
   x += row * w.stride;
   const int64_t depth = w.layout->steps * 4, below = kTileRows * w.stride;
@@ -100,8 +99,8 @@ LLMKERN_INLINE void tile_sums(const Work& w, int64_t row, int rows, int64_t pane
     if (kHigh) return where_high(w, row, rows, each);
     for (int64_t d = 0; d < depth; d += kTileDepth) each(d);
   };
+  clear_tiles();
   if (rows <= kTileRows) {
-    clear_tiles();
     over_depth([&](int64_t d) { add_products_16<kHigh>(x + d, w.stride, weight + d * kPanel); });
     _tile_stored(0, out, kRowBytes);
     _tile_stored(1, out + 16, kRowBytes);
@@ -109,44 +108,30 @@ LLMKERN_INLINE void tile_sums(const Work& w, int64_t row, int rows, int64_t pane
     _tile_stored(3, out + 48, kRowBytes);
     return;
   }
-  for (int half = 0; half < 2; half++, weight += 128, out += 32) {
-    clear_tiles();
-    over_depth([&](int64_t d) { add_products_32<kHigh>(x + d, x + d + below, w.stride, weight + d * kPanel); });
-    _tile_stored(0, out, kRowBytes);
-    _tile_stored(1, out + 16, kRowBytes);
-    _tile_stored(2, out + 16 * kPanel, kRowBytes);
-    _tile_stored(3, out + 16 * kPanel + 16, kRowBytes);
-  }
+  over_depth([&](int64_t d) { add_products_32<kHigh>(x + d, x + d + below, w.stride, weight + d * kPanel); });
+  _tile_stored(0, out, kRowBytes);
+  _tile_stored(1, out + 16, kRowBytes);
+  _tile_stored(2, out + 16 * kPanel, kRowBytes);
+  _tile_stored(3, out + 16 * kPanel + 16, kRowBytes);
 }
 
-template <class T, int Rows>
-LLMKERN_INLINE void finish_tiles(const Work& w, int64_t row, int64_t panel, const int32_t* low, const int32_t* high) {
-  auto load_sum = [&](const int32_t* from, int i, int j) {
-    Int sum;
-    std::memcpy(&sum, from + i * kPanel + j * kWidth, sizeof sum);
-    return sum;
-  };
-  auto low_of = [&](int i, int j) { return low_sum(w, row + i, load_sum(low, i, j), weight_sum(w, panel, j)); };
-  if (!high) return finish<T, Rows>(w, row, panel, low_of);
-  finish<T, Rows>(w, row, panel, [&](int i, int j) {
-    Int sum = load_sum(high, i, j), offset = broadcast_int(kHighOffset * w.high_sums[row + i]);
-    return with_high(w, row + i, add(sum, offset), low_of(i, j));  // these products have both signs already
-  });
-}
-
-// Rows [begin, end) of a panel. Rows up to the next multiple of 32 are read: the chunk has them, with any contents.
+// Rows [begin, end) of a panel, by halves of the panel, which the first-level cache holds meanwhile. Rows up to the next
+// multiple of 32 are read: the chunk has them, with any contents.
 template <class T>
 void amx_tiles(const Work& w, int64_t begin, int64_t end, int64_t panel) {
   alignas(64) int32_t low[kBlockRows * kPanel], high[kBlockRows * kPanel];
-  for (int64_t row = begin; row < end; row += kBlockRows) {
-    int rows = end - row < kBlockRows ? static_cast<int>(end - row) : kBlockRows;
-    tile_sums<false>(w, row, rows, panel, low);
-    bool two = any_high(w, row, rows);
-    if (two) tile_sums<true>(w, row, rows, panel, high);
-    int i = 0;
-    for (; i + 4 <= rows; i += 4)
-      finish_tiles<T, 4>(w, row + i, panel, low + i * kPanel, two ? high + i * kPanel : nullptr);
-    for (; i < rows; i++) finish_tiles<T, 1>(w, row + i, panel, low + i * kPanel, two ? high + i * kPanel : nullptr);
+  for (int half = 0; half < 2; half++) {
+    for (int64_t row = begin; row < end; row += kBlockRows) {
+      int rows = end - row < kBlockRows ? static_cast<int>(end - row) : kBlockRows;
+      const bool whole = rows <= kTileRows;
+      if (whole && half) continue;
+      const int8_t* weight = w.weights + panel * w.layout->panel_bytes + half * 2 * kWidth * kDotDepth;
+      tile_sums<false>(w, row, rows, weight, low);
+      bool two = any_high(w, row, rows);
+      if (two) tile_sums<true>(w, row, rows, weight, high);
+      const int first = 2 * half, last = whole ? kVectors : first + 2;
+      finish<T, 0>(w, row, rows, panel, first, last, low, two ? high : nullptr);  // these products have both signs
+    }
   }
 }
 

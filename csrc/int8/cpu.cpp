@@ -121,6 +121,7 @@ void linear(const Int8LinearParams& p, const Layout& layout) {
     w.stride = quantized.stride, w.words = quantized.words;
     w.residual_stride = p.residual_stride, w.out_stride = p.out_stride;
     w.activation = p.activation, w.grouped = q.group != 0;
+    w.simple = p.activation == Activation::none && !p.residual;
 
     int64_t block = kBlockBytes / (row_bytes + 1) / kBlockRows * kBlockRows;
     block = block < 8 * kBlockRows ? 8 * kBlockRows : block > 384 ? 384 : block;

@@ -23,7 +23,7 @@ struct Work {
   char* out;
   int64_t stride, words, residual_stride, out_stride;
   Activation activation;
-  bool grouped;
+  bool grouped, simple;  // simple: nothing behind the bias
 };
 
 LLMKERN_INLINE Float sigmoid(Float x) {  // both branches of 1 / (1 + e^-x) by e^-|x|
@@ -73,61 +73,104 @@ LLMKERN_INLINE Float activate(Activation f, Float x) {
   }
 }
 
+// What is the same for all rows of a vector of a panel.
+struct Column {
+  Float scale, bias;
+  int count;
+};
+LLMKERN_INLINE Column column_of(const Work& w, int64_t panel, int j) {
+  int n = w.layout->outputs_in(panel, j);
+  int64_t first = w.layout->first_output(panel, j);
+  Column c{broadcast(1.0f), zero(), n};
+  if (n == 0) return c;
+  if (!w.grouped) c.scale = n == kWidth ? load(w.weight_scale + first) : load_first(w.weight_scale + first, n);
+  if (w.bias) c.bias = n == kWidth ? load(w.bias + first) : load_first(w.bias + first, n);
+  return c;
+}
+
 template <class T>
 LLMKERN_INLINE void put(const Work& w, int64_t row, int64_t column, int count, Float y) {
   T* to = reinterpret_cast<T*>(w.out) + row * w.out_stride + column;
-  const T* residual = reinterpret_cast<const T*>(w.residual) + row * w.residual_stride + column;
   if (count == kWidth)
-    store(to, w.residual ? add(y, load(residual)) : y);
+    store(to, y);
   else
-    store_first(to, w.residual ? add(y, load_first(residual, count)) : y, count);
+    store_first(to, y, count);
 }
 
-// sums(i, j), a Float: the sum of row i of the tile and vector j of the panel without scales, of groups with them.
-template <class T, int Rows, class Sums>
-LLMKERN_INLINE void finish(const Work& w, int64_t row, int64_t panel, const Sums& sums) {
-  const Layout& layout = *w.layout;
-  const int last = takes_pairs(w.activation) ? kVectors / 2 : kVectors;
-  Float scale[Rows];
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; i++) scale[i] = broadcast(w.grouped ? 1.0f : w.scales[row + i]);
-  struct Column {
-    Float scale, bias;
-  };
-  auto column_of = [&](int j) {
-    int64_t first = layout.first_output(panel, j);
-    int n = static_cast<int>(layout.outputs_in(panel, j));
-    Column c{broadcast(1.0f), zero()};
-    if (!w.grouped) c.scale = n == kWidth ? load(w.weight_scale + first) : load_first(w.weight_scale + first, n);
-    if (w.bias) c.bias = n == kWidth ? load(w.bias + first) : load_first(w.bias + first, n);
-    return c;
-  };
-  auto linear = [&](int i, int j, const Column& c) {
-    Float y = sums(i, j);
-    if (!w.grouped) y = mul(y, mul(scale[i], c.scale));
-    return w.bias ? add(y, c.bias) : y;  // not with the product in one rounding: the reference rounds twice
-  };
-#pragma GCC unroll 8
-  for (int j = 0; j < kVectors; j++) {
-    int n = static_cast<int>(layout.outputs_in(panel, j));
-    if (j >= last || n == 0) continue;
-    int64_t column = layout.first_output(panel, j);
-    Column c = column_of(j);
-    if (w.activation == Activation::none) {
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; i++) put<T>(w, row + i, column, n, linear(i, j, c));
-    } else if (last == kVectors) {
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; i++) put<T>(w, row + i, column, n, activate(w.activation, linear(i, j, c)));
-    } else {
-      constexpr int kHalf = kVectors / 2;
-      const int other = j < kHalf ? j + kHalf : j;
-      Column d = column_of(other);
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; i++)
-        put<T>(w, row + i, column, n, mul(activate(w.activation, linear(i, j, c)), linear(i, other, d)));
+// The rest, for rows of a panel whose linear parts are at `y`, kPanel apart: vectors [first, last).
+template <class T>
+__attribute__((noinline)) void finish_rest(const Work& w, int64_t row, int rows, int64_t panel, int first, int last,
+                                           const float* y) {
+  const bool pairs = takes_pairs(w.activation);
+  for (int i = 0; i < rows; i++, y += kPanel) {
+    for (int j = first; j < last; j += pairs ? 2 : 1) {
+      int n = w.layout->outputs_in(panel, j);
+      if (n == 0) continue;
+      int64_t column = w.layout->first_output(panel, j);
+      Float value = activate(w.activation, load(y + j * kWidth));
+      if (pairs) value = mul(value, load(y + (j + 1) * kWidth));
+      if (w.residual) {
+        const T* from = reinterpret_cast<const T*>(w.residual) + (row + i) * w.residual_stride + column;
+        value = add(value, n == kWidth ? load(from) : load_first(from, n));
+      }
+      put<T>(w, row + i, column, n, value);
     }
   }
+}
+
+LLMKERN_INLINE Int load_sums(const int32_t* p) {
+  Int sums;
+  std::memcpy(&sums, p, sizeof sums);
+  return sums;
+}
+
+// Results of `rows` rows and vectors [first, last) of a panel, from the sums of low digits and, where `high` is not
+// null, of high ones, in rows kPanel apart that begin with vector `first`. kOffset: what dot_high adds (dot.h).
+template <class T, int kOffset>
+__attribute__((noinline)) void finish(const Work& w, int64_t row, int rows, int64_t panel, int first, int last,
+                                      const int32_t* low, const int32_t* high) {
+  constexpr int kMostRows = 32;
+  alignas(64) float rest[kMostRows * kPanel];
+  for (int j = first; j < last; j++) {
+    Column c = column_of(w, panel, j);
+    if (c.count == 0) continue;
+    Int total = load_sums(w.weight_sums + panel * w.layout->groups * kPanel + j * kWidth);
+    int64_t column = w.layout->first_output(panel, j), at = (j - first) * kWidth;
+    for (int i = 0; i < rows; i++, at += kPanel) {
+      Int exact = sub(load_sums(low + at), mul(total, broadcast_int(w.zeros[row + i])));
+      Float sum = to_float(exact);
+      if (high) {
+        Int sums = load_sums(high + at);
+        if (kOffset) sums = sub(sums, broadcast_int(kOffset * w.high_sums[row + i]));
+        sum = fma(to_float(sums), broadcast(256.0f), sum);
+      }
+      Float y = mul(sum, mul(broadcast(w.scales[row + i]), c.scale));
+      if (w.bias) y = add(y, c.bias);  // not with the product in one rounding: the reference rounds twice
+      if (w.simple)
+        put<T>(w, row + i, column, c.count, y);
+      else
+        store(rest + i * kPanel + j * kWidth, y);
+    }
+  }
+  if (!w.simple) finish_rest<T>(w, row, rows, panel, first, last, rest);
+}
+
+// The same from totals over groups, which have their scales.
+template <class T>
+__attribute__((noinline)) void finish_groups(const Work& w, int64_t row, int rows, int64_t panel, float* totals) {
+  for (int j = 0; j < kVectors; j++) {
+    Column c = column_of(w, panel, j);
+    int64_t column = w.layout->first_output(panel, j);
+    for (int i = 0; i < rows; i++) {
+      float* at = totals + i * kPanel + j * kWidth;
+      Float y = w.bias ? add(load(at), c.bias) : load(at);
+      if (!w.simple)
+        store(at, y);
+      else if (c.count)
+        put<T>(w, row + i, column, c.count, y);
+    }
+  }
+  if (!w.simple) finish_rest<T>(w, row, rows, panel, 0, kVectors, totals);
 }
 
 }  // namespace llmkern::LLMKERN_ISA

@@ -1,7 +1,7 @@
 // Packed weights: a header, the sums of each output's weights (one for each group of k), and panels of kPanel outputs. A
 // panel holds, for each step of kDotDepth values of k, the weights of its outputs one after another, so that a step of a
-// tile reads one run of memory. Of pairs, the first half of a panel's columns are the first of each pair. What lies
-// beyond the last output or the last k is zero.
+// tile reads one run of memory. Of pairs, a vector of first ones is followed by the one of their seconds. What lies beyond
+// the last output or the last k is zero.
 #pragma once
 #include <cstring>
 
@@ -26,30 +26,26 @@ struct Layout {
       : outputs(n),
         depth(k),
         group(group_size ? group_size : k ? k : 1),
-        panels((n + kPanel - 1) / kPanel),
+        panels(in_pairs ? (n / 2 + kPanel / 2 - 1) / (kPanel / 2) : (n + kPanel - 1) / kPanel),
         groups((k + group - 1) / group),
         steps((k + kDepthGrain - 1) / kDepthGrain * kDepthGrain / kDotDepth),
         panel_bytes(steps * kDotDepth * kPanel),
         sums_bytes((panels * groups * kPanel * 4 + 63) / 64 * 64),
-        pairs(in_pairs) {
-    if (pairs) panels = (n / 2 + kPanel / 2 - 1) / (kPanel / 2), sums_bytes = (panels * groups * kPanel * 4 + 63) / 64 * 64;
-  }
+        pairs(in_pairs) {}
   static constexpr int64_t kHeaderBytes = 64;
   int64_t weights() const { return kHeaderBytes + sums_bytes; }
   int64_t bytes() const { return weights() + panels * panel_bytes; }
   Header header() const {
     return {0x1a80000 + kPanel * 16 + kDotDepth, outputs, depth, group, pairs};
   }
-  // How many columns of a vector of a panel are outputs, and the first of them.
+  // The first output of a vector of a panel, and how many of its columns are outputs.
   int64_t first_output(int64_t panel, int vector) const {
     if (!pairs) return panel * kPanel + vector * kWidth;
-    bool second = vector >= kVectors / 2;
-    return panel * (kPanel / 2) + (second ? outputs / 2 + (vector - kVectors / 2) * kWidth : vector * kWidth);
+    return panel * (kPanel / 2) + vector / 2 * kWidth + (vector % 2 ? outputs / 2 : 0);
   }
-  int64_t outputs_in(int64_t panel, int vector) const {
-    bool second = pairs && vector >= kVectors / 2;
-    int64_t left = (pairs && !second ? outputs / 2 : outputs) - first_output(panel, vector);
-    return left < 0 ? 0 : left < kWidth ? left : kWidth;
+  int outputs_in(int64_t panel, int vector) const {
+    int64_t left = (pairs && vector % 2 == 0 ? outputs / 2 : outputs) - first_output(panel, vector);
+    return left < 0 ? 0 : left < kWidth ? static_cast<int>(left) : kWidth;
   }
 };
 

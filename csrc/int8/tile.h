@@ -40,19 +40,12 @@ LLMKERN_INLINE void clear(Int (&sums)[Rows][kVectors]) {
     for (int j = 0; j < kVectors; j++) sums[i][j] = broadcast_int(0);
 }
 
-LLMKERN_INLINE Int weight_sum(const Work& w, int64_t panel, int j) {
-  Int total;
-  std::memcpy(&total, w.weight_sums + panel * w.layout->groups * kPanel + j * kWidth, sizeof total);
-  return total;
-}
-
-// The sum of low digits without what the zero adds, and of high digits without what dot_high does, times 256.
-LLMKERN_INLINE Float low_sum(const Work& w, int64_t row, Int sum, Int weight_sum) {
-  return to_float(sub(sum, mul(weight_sum, broadcast_int(w.zeros[row]))));
-}
-LLMKERN_INLINE Float with_high(const Work& w, int64_t row, Int sum, Float low) {
-  Int offset = broadcast_int(kHighOffset * w.high_sums[row]);
-  return fma(to_float(sub(sum, offset)), broadcast(256.0f), low);
+template <int Rows>
+LLMKERN_INLINE void put_sums(const Int (&sums)[Rows][kVectors], int32_t* out) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; j++) std::memcpy(out + i * kPanel + j * kWidth, &sums[i][j], sizeof(Int));
 }
 
 // Whether one of the rows has a high digit.
@@ -64,8 +57,19 @@ LLMKERN_INLINE bool any_high(const Work& w, int64_t row, int rows) {
   return any != 0;
 }
 
-// The sums of high digits of a tile, over the quads of k in which one of its rows has any: the digits of the others are
-// 0 there, so that a row's sum does not depend on its neighbours.
+// Functions of their own, not inlined: within a larger one the compiler would keep sums in memory.
+template <int Rows>
+__attribute__((noinline)) void low_sums(const Work& w, int64_t row, int64_t panel, int32_t* out) {
+  constexpr bool kPrefetch = Rows <= 4;  // where the weights' way from memory is the cost
+  Int sums[Rows][kVectors];
+  clear(sums);
+  multiply<Rows, false, kPrefetch>(sums, w.low + row * w.stride, w.stride,
+                                   w.weights + panel * w.layout->panel_bytes, w.layout->steps);
+  put_sums(sums, out);
+}
+
+// Of high digits, over the quads of k in which one of the rows has any: the digits of the others are 0 there, so that a
+// row's sum does not depend on its neighbours.
 template <int Rows>
 __attribute__((noinline)) void high_sums(const Work& w, int64_t row, int64_t panel, int32_t* out) {
   Int sums[Rows][kVectors];
@@ -80,93 +84,107 @@ __attribute__((noinline)) void high_sums(const Work& w, int64_t row, int64_t pan
       multiply<Rows, true, false>(sums, x + quad * kQuad, w.stride, weight + quad * kQuad * kPanel, kStepsOfQuad);
     }
   }
-  std::memcpy(out, sums, sizeof sums);
+  put_sums(sums, out);
 }
 
-template <class T, int Rows>
-void tile(const Work& w, int64_t row, int64_t panel) {
-  constexpr bool kPrefetch = Rows <= 4;  // where the weights' way from memory is the cost
-  Int sums[Rows][kVectors];
-  clear(sums);
-  multiply<Rows, false, kPrefetch>(sums, w.low + row * w.stride, w.stride,
-                                   w.weights + panel * w.layout->panel_bytes, w.layout->steps);
-  auto low = [&](int i, int j) { return low_sum(w, row + i, sums[i][j], weight_sum(w, panel, j)); };
-  if (!any_high(w, row, Rows)) return finish<T, Rows>(w, row, panel, low);
-  alignas(64) int32_t high[Rows][kVectors][kWidth];
-  high_sums<Rows>(w, row, panel, &high[0][0][0]);
-  finish<T, Rows>(w, row, panel, [&](int i, int j) {
-    Int sum;
-    std::memcpy(&sum, high[i][j], sizeof sum);
-    return with_high(w, row + i, sum, low(i, j));
-  });
-}
-
-// Both digits of all k, with each weight read once.
-template <class T, int Rows>
-void wide_tile(const Work& w, int64_t row, int64_t panel) {
+// Of both digits over all k, with each weight read once.
+template <int Rows>
+__attribute__((noinline)) void wide_sums(const Work& w, int64_t row, int64_t panel, int32_t* out, int32_t* high_out) {
   Int low[Rows][kVectors], high[Rows][kVectors];
   clear(low);
   clear(high);
   const int8_t* weight = w.weights + panel * w.layout->panel_bytes;
-  for (int64_t step = 0; step < w.layout->steps; step++, weight += kPanel * kDotDepth) {
+  const Low* x = w.low + row * w.stride;
+  const High* h = w.high + row * w.stride;
+  for (int64_t step = 0; step < w.layout->steps; step++, weight += kPanel * kDotDepth, x += kDotDepth, h += kDotDepth) {
+#pragma GCC unroll 8
+    for (int b = 0; b < kPanel * kDotDepth; b += 64) __builtin_prefetch(weight + 4096 + b);
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) {
       Int vector = load_weights(weight + j * kWidth * kDotDepth), changed = high_weights(vector);
-      if (kWidth * kDotDepth == 64 || j == 0) __builtin_prefetch(weight + 4096 + j * 64);
 #pragma GCC unroll 8
       for (int i = 0; i < Rows; i++) {
-        const int64_t at = (row + i) * w.stride + step * kDotDepth;
-        low[i][j] = dot(low[i][j], broadcast_step(w.low + at), vector);
-        high[i][j] = dot_high(high[i][j], broadcast_step(w.high + at), changed);
+        low[i][j] = dot(low[i][j], broadcast_step(x + i * w.stride), vector);
+        high[i][j] = dot_high(high[i][j], broadcast_step(h + i * w.stride), changed);
       }
     }
   }
-  finish<T, Rows>(w, row, panel, [&](int i, int j) {
-    return with_high(w, row + i, high[i][j], low_sum(w, row + i, low[i][j], weight_sum(w, panel, j)));
-  });
+  put_sums(low, out);
+  put_sums(high, high_out);
+}
+
+template <class T, int Rows>
+void tile(const Work& w, int64_t row, int64_t panel) {
+  alignas(64) int32_t low[Rows * kPanel], high[Rows * kPanel];
+  low_sums<Rows>(w, row, panel, low);
+  const bool two = any_high(w, row, Rows);
+  if (two) high_sums<Rows>(w, row, panel, high);
+  finish<T, kHighOffset>(w, row, Rows, panel, 0, kVectors, low, two ? high : nullptr);
+}
+
+template <class T, int Rows>
+void wide_tile(const Work& w, int64_t row, int64_t panel) {
+  alignas(64) int32_t low[Rows * kPanel], high[Rows * kPanel];
+  wide_sums<Rows>(w, row, panel, low, high);
+  finish<T, kHighOffset>(w, row, Rows, panel, 0, kVectors, low, high);
 }
 
 // Groups of k, each with scales of its own on both sides; the totals, which have no registers left, are in the cache.
-template <class T, int Rows>
-void grouped_tile(const Work& w, int64_t row, int64_t panel) {
-  const Layout& layout = *w.layout;
-  alignas(64) float totals[Rows][kPanel] = {};
-  const int8_t* weight = w.weights + panel * layout.panel_bytes;
-  const int32_t* weight_sums = w.weight_sums + panel * layout.groups * kPanel;
-  Int zero_point = broadcast_int(128 - kLowOffset);
-  for (int64_t g = 0; g < layout.groups; g++) {
-    int64_t first = g * layout.group / kDotDepth;
-    int64_t steps = layout.group / kDotDepth < layout.steps - first ? layout.group / kDotDepth : layout.steps - first;
-    Int sums[Rows][kVectors];
-    Float scale[kVectors];
+// `first` and what follows: those of the group and panel.
+template <int Rows>
+__attribute__((noinline)) void add_group(const Low* x, int64_t stride, const int8_t* weight, int64_t steps,
+                                         const int32_t* first, const Float* weight_scale, const float* scales,
+                                         int64_t scale_stride, float* totals) {
+  Int sums[Rows][kVectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < kVectors; j++) {
+    Int zero_part = load_sums(first + j * kWidth);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; i++) sums[i][j] = zero_part;
+  }
+  multiply<Rows, false, Rows <= 4>(sums, x, stride, weight, steps);
+  alignas(64) int32_t found[Rows * kPanel];
+  put_sums(sums, found);
+  for (int i = 0; i < Rows; i++) {
+    Float scale = broadcast(scales[i * scale_stride]);
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) {
-      Int total;
-      std::memcpy(&total, weight_sums + g * kPanel + j * kWidth, sizeof total);
-      total = sub(broadcast_int(0), mul(total, zero_point));
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; i++) sums[i][j] = total;
-    }
-    multiply<Rows, false, Rows <= 4>(sums, w.low + row * w.stride + first * kDotDepth, w.stride,
-                                     weight + first * kPanel * kDotDepth, steps);
-    const float* weight_scale = w.weight_scale + g * layout.outputs;
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; j++) {
-      int n = static_cast<int>(layout.outputs_in(panel, j));
-      const float* at = weight_scale + layout.first_output(panel, j);
-      scale[j] = n == kWidth ? load(at) : n ? load_first(at, n) : zero();
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; i++) {
-      Float factor = broadcast(w.scales[(row + i) * layout.groups + g]);
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; j++) {
-        float* total = totals[i] + j * kWidth;
-        store(total, fma(to_float(sums[i][j]), mul(factor, scale[j]), load(total)));
-      }
+      const int at = i * kPanel + j * kWidth;
+      store(totals + at, fma(to_float(load_sums(found + at)), mul(scale, weight_scale[j]), load(totals + at)));
     }
   }
-  finish<T, Rows>(w, row, panel, [&](int i, int j) { return load(totals[i] + j * kWidth); });
+}
+
+template <int Rows>
+void group_totals(const Work& w, int64_t row, int64_t panel, float* totals) {
+  const Layout& layout = *w.layout;
+  const int64_t group_steps = layout.group / kDotDepth;
+  const int8_t* weight = w.weights + panel * layout.panel_bytes;
+  const int32_t* weight_sums = w.weight_sums + panel * layout.groups * kPanel;
+  const Low* x = w.low + row * w.stride;
+  for (int i = 0; i < Rows * kPanel; i++) totals[i] = 0.0f;
+  for (int64_t g = 0, first = 0; g < layout.groups; g++, first += group_steps) {
+    const int64_t steps = group_steps < layout.steps - first ? group_steps : layout.steps - first;
+    alignas(64) int32_t zero_part[kPanel];
+    Float scale[kVectors];
+    for (int j = 0; j < kVectors; j++) {
+      const int n = layout.outputs_in(panel, j);
+      const float* at = w.weight_scale + g * layout.outputs + layout.first_output(panel, j);
+      scale[j] = n == kWidth ? load(at) : n ? load_first(at, n) : zero();
+      Int part = mul(load_sums(weight_sums + g * kPanel + j * kWidth), broadcast_int(kLowOffset - 128));
+      std::memcpy(zero_part + j * kWidth, &part, sizeof part);
+    }
+    add_group<Rows>(x, w.stride, weight, steps, zero_part, scale, w.scales + row * layout.groups + g, layout.groups,
+                    totals);
+    x += group_steps * kDotDepth, weight += group_steps * kPanel * kDotDepth;
+  }
+}
+
+template <class T, int Rows>
+void grouped_tile(const Work& w, int64_t row, int64_t panel) {
+  alignas(64) float totals[Rows * kPanel];
+  group_totals<Rows>(w, row, panel, totals);
+  finish_groups<T>(w, row, Rows, panel, totals);
 }
 
 enum class Kind { plain, wide, grouped };

@@ -13,6 +13,7 @@ from torch import nn
 import llmkern
 from llmkern import Int8Linear, quantize_model, reference
 from llmkern.int8 import reference as int8_reference
+from llmkern.int8.scheme import Int8Scheme
 from llmkern.int8.replace import replace_linears
 
 
@@ -319,7 +320,7 @@ def test_our_attention(dtype, bias_dtype, isa):
 @pytest.mark.parametrize("room", [llmkern, reference])
 def test_our_attention_quantised_in_part(room, skip, isa):
     module, x = room.MultiHeadAttention(16, 4), torch.randn(2, 5, 16)
-    replace_linears(module, room.Int8Linear.from_linear, int8_reference.quantize_weight, skip=[skip])
+    replace_linears(module, room.Int8Linear, Int8Scheme(), skip=[skip])
     assert module(x, x, x)[0].dtype == torch.float32
     for inputs in ((x.bfloat16(), x, x), (x.bfloat16(),) * 3):
         with pytest.raises(TypeError, match="query: expected the dtype of the parameters, float32, got bfloat16"):
