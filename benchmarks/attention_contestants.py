@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -47,6 +47,10 @@ class Problem:
         if self.kv_heads:
             return attention.title((b, h, self.kv_heads, s, d), self.short, "one query")
         return attention.title(self.shape, self.short, "causal" if self.causal else "")
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.short]
 
     def floor(self) -> Callable[[], float]:
         b, h, s, d = self.shape
@@ -230,9 +234,9 @@ CONTESTANTS = {
 }
 
 
-def missing(name: str) -> str | None:
+def missing(name: str, contestants: Mapping[str, Contestant] = CONTESTANTS) -> str | None:
     """Why a contestant cannot run here, and the command that changes it; None where its packages are installed."""
-    contestant = CONTESTANTS[name]
+    contestant = contestants[name]
     absent = [p for p in contestant.packages if not version(p)]
     return f"not installed: {' and '.join(absent)}; {contestant.install}" if absent else None
 
@@ -272,10 +276,12 @@ def settle() -> None:
         quiet = quiet + 1 if time.process_time() - before < 0.0005 else 0
 
 
-def figure(ways: Mapping[str, Way], p: Problem, samples: int, sample_seconds: float) -> dict[str, Any]:
+def figure(
+    ways: Mapping[str, Way], p: Any, samples: int, sample_seconds: float, error: Callable[[Any, Tensor], float] = error
+) -> dict[str, Any]:
     """Times the quickest way that is right, with the floor measured before and after each sample.
 
-    Raises ArithmeticError where none is right.
+    error: of a problem and a result, to be at most p.tolerance. Raises ArithmeticError where none is right.
     """
     tried: dict[str, float] = {}
     errors: dict[str, float] = {}
@@ -284,12 +290,12 @@ def figure(ways: Mapping[str, Way], p: Problem, samples: int, sample_seconds: fl
         out = way.call()
         once = time.perf_counter() - start
         errors[name] = error(p, way.read(out))
-        if errors[name] <= TOLERANCE[p.short]:
+        if errors[name] <= p.tolerance:
             # The first call of a short one says little of the others.
             tried[name] = once if once > LONG else min(harness.sample(way.call, 1) for _ in range(2))
     if not tried:
         raise ArithmeticError(
-            f"wrong, so not timed: error {min(errors.values()):.1e} of a row, {TOLERANCE[p.short]:.1e} is right"
+            f"wrong, so not timed: error {min(errors.values()):.1e} of a row, {p.tolerance:.1e} is right"
         )
     name = min(tried, key=lambda n: tried[n])
     call, once = ways[name].call, tried[name]
@@ -313,7 +319,7 @@ def figure(ways: Mapping[str, Way], p: Problem, samples: int, sample_seconds: fl
     }
 
 
-def job(name: str, problems: list[Problem], report: Path, samples: int, sample_seconds: float) -> str:
+def job(name: str, problems: Sequence[Any], report: Path, samples: int, sample_seconds: float) -> str:
     """What `main` reads."""
     return json.dumps({
         "contestant": name, "problems": [asdict(p) for p in problems], "threads": torch.get_num_threads(),
@@ -321,11 +327,16 @@ def job(name: str, problems: list[Problem], report: Path, samples: int, sample_s
     })  # fmt: skip
 
 
-def main() -> None:
+def main(
+    contestants: Mapping[str, Contestant] = CONTESTANTS,
+    problem: Callable[..., Any] = Problem,
+    error: Callable[[Any, Tensor], float] = error,
+) -> None:
+    """Does the job on the standard input. problem: makes one of the fields as they come, its shape as a tuple."""
     work = json.load(sys.stdin)
     torch.set_num_threads(work["threads"])
     torch.set_grad_enabled(False)
-    contestant = CONTESTANTS[work["contestant"]]
+    contestant = contestants[work["contestant"]]
     with open(work["report"], "a", buffering=1) as file:
 
         def say(**event: Any) -> None:
@@ -334,10 +345,11 @@ def main() -> None:
         say(event="up", versions={p: version(p) for p in contestant.packages})
         before, start = harness.busy(), time.perf_counter()
         for entry in work["problems"]:
-            p = Problem(**{**entry, "shape": tuple(entry["shape"])})
+            p = problem(**{**entry, "shape": tuple(entry["shape"])})
             say(event="start", problem=p.name)
             try:
-                found = figure(contestant.ways(p, work["threads"]), p, work["samples"], work["sample_seconds"])
+                ways = contestant.ways(p, work["threads"])
+                found = figure(ways, p, work["samples"], work["sample_seconds"], error)
             except Exception as failure:  # whatever a peer raises is its result
                 reason = str(failure).split("\n", 1)[0]
                 known = isinstance(failure, Unsupported | ArithmeticError)

@@ -24,10 +24,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from benchmarks import attention_contestants, machine
-from benchmarks.attention_contestants import CONTESTANTS, Problem, missing
+from benchmarks.attention_contestants import CONTESTANTS, Problem
 from benchmarks.family import OURS, RESULTS, progress, slug
 from benchmarks.harness import Spread, markdown
 
@@ -35,7 +36,7 @@ NAME = "attention_peers"
 DOCS = machine.ROOT / "docs" / "attention_share_of_peak.md"
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 CACHES = [(12, 12, 64), (32, 8, 128)]  # heads, key heads, width
-CHILD = [sys.executable, "-m", attention_contestants.__name__]
+CHILD = [sys.executable, "-m"]
 LONGEST = 600.0  #: seconds after which a process counts as hanging
 #: Of the lines in the plot.
 COLOURS = {
@@ -51,9 +52,10 @@ COLOURS = {
 class Comparison:
     """What was measured: by problem and contestant, what each round found, and why something has no figure."""
 
-    problems: list[Problem]
+    problems: list[Any]
     contestants: list[str]
     rounds: int
+    module: ModuleType = attention_contestants  #: what its processes run
     figures: dict[str, dict[str, list[dict[str, Any] | None]]] = field(default_factory=dict)
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class Comparison:
             self.figures[p.name] = {c: [None] * self.rounds for c in self.contestants}
             self.failed[p.name] = {}
 
-    def open(self, contestant: str) -> list[Problem]:
+    def open(self, contestant: str) -> list[Any]:
         """The problems in which the contestant has not failed yet."""
         return [p for p in self.problems if contestant not in self.failed[p.name]]
 
@@ -148,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not found:
         parser.error(f"--match: expected a part of some problem's name, got {arguments.match!r}")
     described = machine.describe()
-    result = compare(found, rounds, arguments.samples, arguments.sample_seconds)
+    result = Comparison(found, list(CONTESTANTS), rounds)
+    compare(result, arguments.samples, arguments.sample_seconds)
     words = ["--quick"] * arguments.quick + ["--shapes", *arguments.shapes] * bool(shapes)
     words += [f"--match {arguments.match!r}"] * bool(arguments.match)
     text = report(result, machine.line(described), " ".join([f"python -m benchmarks.{NAME}", *words]))
@@ -179,23 +182,21 @@ def problems(shapes: Sequence[Sequence[int]], quick: bool) -> list[Problem]:
     return found
 
 
-def compare(wanted: list[Problem], rounds: int, samples: int, sample_seconds: float) -> Comparison:
+def compare(result: Comparison, samples: int, sample_seconds: float) -> None:
     """Runs every contestant once a round, each in processes of its own."""
-    result = Comparison(wanted, list(CONTESTANTS), rounds)
     for name in result.contestants:
-        if reason := missing(name):
-            for p in wanted:
+        if reason := result.module.missing(name):
+            for p in result.problems:
                 result.failed[p.name][name] = reason
-    bar = progress(rounds * len(result.contestants))
+    bar = progress(result.rounds * len(result.contestants))
     order, shuffle = list(result.contestants), random.Random(0).shuffle
     bar.start("processes")
-    for i in range(rounds):
+    for i in range(result.rounds):
         shuffle(order)
         for name in order:
             one_round(result, name, i, samples, sample_seconds)
             bar.step()
     bar.close()
-    return result
 
 
 def one_round(result: Comparison, contestant: str, index: int, samples: int, sample_seconds: float) -> None:
@@ -205,7 +206,7 @@ def one_round(result: Comparison, contestant: str, index: int, samples: int, sam
     """
     left = result.open(contestant)
     while left:
-        death, events = child(contestant, left, samples, sample_seconds)
+        death, events = child(contestant, left, samples, sample_seconds, result.module)
         under_way = ""
         for event in events:
             name = event.pop("problem", "")
@@ -235,17 +236,17 @@ def one_round(result: Comparison, contestant: str, index: int, samples: int, sam
 
 
 def child(
-    contestant: str, wanted: list[Problem], samples: int, sample_seconds: float
+    contestant: str, wanted: list[Any], samples: int, sample_seconds: float, module: ModuleType
 ) -> tuple[str, list[dict[str, Any]]]:
     """Runs one process: why it died (empty where it did not) and the events that it reported."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.jsonl"
         path.touch()
-        job = attention_contestants.job(contestant, wanted, path, samples, sample_seconds)
+        job = module.job(contestant, wanted, path, samples, sample_seconds)
         death = ""
         try:
             done = subprocess.run(
-                CHILD, input=job, text=True, capture_output=True, errors="replace", timeout=LONGEST,
+                [*CHILD, module.__name__], input=job, text=True, capture_output=True, errors="replace", timeout=LONGEST,
                 cwd=machine.ROOT,
             )  # fmt: skip
         except subprocess.TimeoutExpired:

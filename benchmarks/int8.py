@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,9 +42,7 @@ class Way:
     def call(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Callable[[], Tensor]:
         """x, weight and scale as `arguments` gives them."""
         out = x.new_empty(x.size(0), weight.size(0)) if self.into else None
-        return lambda: functional.int8_linear(
-            x, weight, scale, bias, inputs=self.inputs, group=self.group, out=out
-        )  # fmt: skip
+        return lambda: functional.int8_linear(x, weight, scale, bias, inputs=self.inputs, group=self.group, out=out)
 
     def arguments(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """From x (M, K), weight (N, K) and bias (N,), float32."""
@@ -100,7 +99,7 @@ def engines(operations: float) -> tuple[list[str], dict[str, str]]:
     found = peers.quantized_engines()
     if operations <= SLOW:
         return found, {}
-    why = f"left out above {SLOW:.0e} operations, where it takes several times as long as the others"
+    why = f"slow above {SLOW:.0e} operations"
     return [e for e in found if e != "qnnpack"], {quantised(e): why for e in found if e == "qnnpack"}
 
 
@@ -123,7 +122,7 @@ def case(shape: Sequence[int]) -> Case:
     found: dict[str, Callable[[], Any]] = {}
     for engine in timed:
         module = peers.quantized_linear(linear, engine)
-        found[quantised(engine)] = lambda module=module: module(x)
+        found[quantised(engine)] = partial(module, x)
     baseline = next(iter(found), "torch fp32")
     found |= {
         "torch fp32": lambda: F.linear(x, linear.weight, linear.bias),

@@ -71,7 +71,8 @@ def positional_arguments(name: str):
 
 
 def int8_arguments(name: str):
-    return torch.randn(3, 16), torch.randint(-127, 128, (4, 16), dtype=torch.int8), torch.rand(4), torch.randn(4)
+    weight = torch.randint(-127, 128, (4, 16), dtype=torch.int8)
+    return torch.randn(3, 16), weight, torch.rand(4), torch.randn(4), torch.randn(3, 4), None, "outliers", 0, 1, "silu"
 
 
 def arguments(name: str):

@@ -229,7 +229,7 @@ def test_forward_mode_of_the_operators_themselves_is_refused():
     calls = [
         lambda x: torch.ops.llmkern.rotary(x, None, *TABLES, None, False, False)[0],
         lambda x: torch.ops.llmkern.attention(x, x, x, *NO_RULES, 1.0, False)[0],
-        lambda x: torch.ops.llmkern.int8_linear(x, WEIGHT, SCALE, None),
+        lambda x: torch.ops.llmkern.int8_linear(x, WEIGHT, SCALE, None, None, None, "row", 0, 1, "none"),
     ]
     for call in calls:
         with pytest.raises(NotImplementedError, match="forward-mode"):

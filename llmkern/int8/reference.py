@@ -298,6 +298,14 @@ class Int8Linear(nn.Module):
         made._take(linear, scheme, *(quantized or cls.quantize(linear.weight, scheme)))
         return made
 
+    def rotated(self, weight: Tensor) -> Tensor:
+        """A weight (N, K) as this layer multiplies it."""
+        return hadamard(weight, self.rotation)
+
+    def dequantized(self) -> Tensor:
+        """The weight that the integers stand for, (N, K) float32, rotated as they are."""
+        return dequantize_weight(self.weight, self.weight_scale, self.scheme.group)
+
     def arguments(self) -> tuple[Any, ...]:
         """What `int8_linear` takes from input_scale on."""
         return self.input_scale, self.scheme.inputs, self.scheme.group, self.rotation

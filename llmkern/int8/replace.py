@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -53,13 +53,15 @@ class QuantizationReport:
 def replace_linears(
     model: nn.Module,
     kind: Any,
-    scheme: Int8Scheme,
+    scheme: Int8Scheme | Mapping[str, Int8Scheme],
     bits: int = 8,
     skip: Iterable[str] = (),
+    keep: Callable[[nn.Linear], str] = lambda linear: "",
 ) -> nn.Module:
     """Replaces every nn.Linear in place and attaches `quantization_report` to the model that it returns.
 
     kind: the new layers' class, an Int8Linear; values and scales are made once for a weight that several layers share.
+    scheme: of all layers, or by their names. keep: why a layer, which could be replaced, is left; empty: it is not.
     skip: names to leave, "lm_head" (a whole name or its last parts) or a pattern,
     "layers.0.*".
 
@@ -79,7 +81,7 @@ def replace_linears(
     if names is None or not all(isinstance(name, str) for name in names):
         raise TypeError(f"skip: expected a sequence of names, got {skip!r}")
     linears = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
-    reasons = _reasons(model, linears, names)
+    reasons = _reasons(model, linears, names, keep)
     for name, linear in linears:
         if not reasons[id(linear)]:
             check_weight(f"model: layer {name!r}" if name else "model", linear.weight)
@@ -95,15 +97,15 @@ def replace_linears(
         if reason:
             report.layers.append(LayerReport(name, tuple(linear.weight.shape), reason, before, before, 0.0))
             continue
+        chosen = scheme if isinstance(scheme, Int8Scheme) else scheme[name]
         if id(linear.weight) not in quantized:
-            quantized[id(linear.weight)] = kind.quantize(linear.weight, scheme)
+            quantized[id(linear.weight)] = kind.quantize(linear.weight, chosen)
         values, scale = quantized[id(linear.weight)]
         if id(linear) not in made:
-            made[id(linear)] = kind.from_linear(linear, (values, scale), scheme)
-        weight = linear.weight.detach().float()
-        error = (values * scale[:, None] - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
+            made[id(linear)] = kind.from_linear(linear, (values, scale), chosen)
         after = values.numel() + scale.numel() * scale.element_size()
-        report.layers.append(LayerReport(name, tuple(linear.weight.shape), "", before, after, float(error)))
+        error = _weight_error(linear.weight, made[id(linear)])
+        report.layers.append(LayerReport(name, tuple(linear.weight.shape), "", before, after, error))
         if name:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, made[id(linear)])
@@ -111,6 +113,15 @@ def replace_linears(
     result = made.get(id(model), model)
     result.quantization_report = report  # type: ignore[assignment]
     return result
+
+
+def _weight_error(weight: Tensor, layer: Any) -> float:
+    """Root mean square of the rounding error over that of the weight; a rotation changes neither."""
+    given = weight.detach().float()
+    if layer.rotation > 1:
+        given = layer.rotated(given)
+    difference = layer.dequantized() - given
+    return float(difference.norm() / given.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def check_weight(what: str, weight: Tensor) -> None:
@@ -139,7 +150,9 @@ def _leave_torchs_fused_layers(model: nn.Module, replaced: set[nn.Module]) -> No
                 module.activation_relu_or_gelu = 0  # says that it is neither, which the fused function needs
 
 
-def _reasons(model: nn.Module, linears: list[tuple[str, nn.Linear]], skip: list[str]) -> dict[int, str]:
+def _reasons(
+    model: nn.Module, linears: list[tuple[str, nn.Linear]], skip: list[str], keep: Callable[[nn.Linear], str]
+) -> dict[int, str]:
     """Why each layer is left as it is, by identity; empty where it is replaced."""
     used = {pattern: False for pattern in skip}
     reasons: dict[int, str] = {}
@@ -170,6 +183,10 @@ def _reasons(model: nn.Module, linears: list[tuple[str, nn.Linear]], skip: list[
                     owners[id(parameter)] = f"{path}.{attribute}".lstrip(".")
         tied = [m for _, m in linears if not reasons[id(m)] and id(m.weight) in owners]
         if not tied:
-            return reasons
+            break
         for linear in tied:
             reasons[id(linear)] = f"its weight is also {owners[id(linear.weight)]}"
+    for _, linear in linears:
+        if not reasons[id(linear)] and linear.weight.dtype in check.FLOATS and linear.weight.device.type != "meta":
+            reasons[id(linear)] = keep(linear)
+    return reasons

@@ -204,10 +204,10 @@ def plain_version(module: Callable[..., Any]) -> nn.Module:
                 f"{expected}, since {name} has no attribute {parameter.name} to make its plain version from; got None"
             )
     plain: nn.Module = plain_class(**arguments)
-    quantized = {name for name, layer in module.named_modules() if name and isinstance(layer, int8.Int8Linear)}
+    quantized = {n: layer.scheme for n, layer in module.named_modules() if n and isinstance(layer, int8.Int8Linear)}
     if quantized:
         left = [n for n, layer in plain.named_modules() if isinstance(layer, nn.Linear) and n not in quantized]
-        plain = replace_linears(plain, int8.Int8Linear.from_linear, int8.quantize_weight, skip=left)
+        plain = replace_linears(plain, int8.Int8Linear, quantized, skip=left)
     _take_state(plain, module)
     return plain.train(module.training)
 
