@@ -37,12 +37,12 @@ lint: install-lint,test  ## format, lint and types
 
 emulate: install-demo,test  ## the kernels' tests with the AVX-512 code emulated, on a processor that lacks it
 	LLMKERN_EMULATE_AVX512=1 LLMKERN_CUDA=0 $(BIN)/python setup.py -q build_ext
-	LLMKERN_LIBRARY=$$(ls $(CURDIR)/build/*-emulated/_C*.so) LLMKERN_TEST_ISAS=avx512 $(BIN)/python -m pytest $(LIBRARY_TESTS)
+	LLMKERN_LIBRARY=$$(ls $(CURDIR)/build/*-emulated/_C*.so) LLMKERN_TEST_ISAS="avx512 amx" $(BIN)/python -m pytest $(LIBRARY_TESTS)
 
 sanitize: install-demo,test  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/sanitize.py
 
 # AArch64's portable code is that of other processors but for the products of int8.
 neon: install-demo,test  ## the kernels' tests with the NEON code under QEMU (g++-aarch64-linux-gnu, qemu-user-static)
-	LLMKERN_TEST_ISAS=neon $(BIN)/python tests/neon/run.py -k neon tests/neon $(LIBRARY_TESTS)
+	LLMKERN_TEST_ISAS="neon neondot" $(BIN)/python tests/neon/run.py -k neon tests/neon $(LIBRARY_TESTS)
 	LLMKERN_TEST_ISAS=portable $(BIN)/python tests/neon/run.py -k portable tests/int8

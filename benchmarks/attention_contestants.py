@@ -215,7 +215,7 @@ def onnxruntime(p: Problem, threads: int) -> dict[str, Way]:
 
 @dataclass(frozen=True)
 class Contestant:
-    ways: Callable[[Problem, int], dict[str, Way]]
+    ways: Callable[[Any, int], dict[str, Way]]  #: of a problem and a number of threads
     packages: tuple[str, ...]
     install: str
 

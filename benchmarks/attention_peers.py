@@ -37,7 +37,7 @@ DOCS = machine.ROOT / "docs" / "attention_share_of_peak.md"
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 CACHES = [(12, 12, 64), (32, 8, 128)]  # heads, key heads, width
 CHILD = [sys.executable, "-m"]
-LONGEST = 600.0  #: seconds after which a process counts as hanging
+LONGEST = 1800.0  #: seconds after which a process counts as hanging
 #: Of the lines in the plot.
 COLOURS = {
     "llmkern": "#c1272d",

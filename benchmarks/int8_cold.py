@@ -89,10 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result, rates = measure(kinds, copies, rounds, bar.step)
         total = copies * sum(k.bytes for k in kinds.values())
         rate = Spread.of(rates)
-        print(
-            f"## {title}\n\n{copies} copies of each weight, {total / 1e6:.0f} MB in all. A block of {block / 1e6:.0f} MB"
-        )
-        print(f"is read at {rate.median / 1e9:.1f} GB/s.\n\n{table(result, kinds, rates)}\n")
+        used = f"{copies} copies of each weight, {total / 1e6:.0f} MB in all"
+        reading = f"a block of {block / 1e6:.0f} MB is read at {rate.median / 1e9:.1f} GB/s"
+        print(f"## {title}\n\n{used}; {reading}.\n\n{table(result, kinds, rates)}\n")
         content[title] = {
             **result.to_json(), "copies": copies, "bytes": total, "read_rate": rate._asdict(),
             "bytes_of_a_copy": {name: k.bytes for name, k in kinds.items()},

@@ -3,6 +3,9 @@
 // such tiles as it is: 16 steps of four values of k, 256 bytes apart.
 #pragma once
 #include "tile.h"
+#ifdef LLMKERN_EMULATE_AMX  // the tests run this file on any processor, by an emulation of the instructions
+#include "../../tests/emulation/amx.h"
+#endif
 
 namespace llmkern::LLMKERN_ISA {
 

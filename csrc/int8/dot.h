@@ -38,7 +38,8 @@ LLMKERN_INLINE Int dot(Int sum, Int x, Int w) { return _mm512_dpbusd_epi32(sum, 
 LLMKERN_INLINE Int high_weights(Int w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
 LLMKERN_INLINE Int dot_high(Int sum, Int x, Int w) { return _mm512_dpbusd_epi32(sum, w, x); }
 LLMKERN_INLINE int high_quads(Int u) {
-  int m = _mm512_cmp_ps_mask(_mm512_cvtepi32_ps(_mm512_srai_epi32(u, 8)), _mm512_setzero_ps(), _CMP_NEQ_OQ);
+  Int high = _mm512_srai_epi32(u, 8);
+  int m = _mm512_test_epi32_mask(high, high);
   return (m & 0xf ? 1 : 0) | (m & 0xf0 ? 2 : 0) | (m & 0xf00 ? 4 : 0) | (m & 0xf000 ? 8 : 0);
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmkern import extension
 from llmkern.backend import Backend
-from llmkern.int8.packing import packed, transposed
+from llmkern.int8.packing import layout_of, packed, transposed
 from llmkern.int8.scheme import ACTIVATIONS, INPUTS, PAIRS
 
 #: A sum of K products of 0..255 and -128..127 stays within int32 up to here.
@@ -74,11 +74,12 @@ def _plan(
     )  # fmt: skip
     strides = torch.empty(shape, device="meta").stride()
     empty = torch.empty_strided  # quicker than torch.empty
+    layout, scale_layout = layout_of(weight), layout_of(weight_scale)
     if out is None and residual is None and input_scale is None and not group and not pairs:
 
         def plain(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
             out = empty(shape, strides, dtype=dtype)
-            kernel(plan, threads(), x, packed(weight, isa), weight_scale, bias, None, None, out)
+            kernel(plan, threads(), x, packed(weight, layout, isa), weight_scale, bias, None, None, out)
             return out
 
         return plain
@@ -89,8 +90,8 @@ def _plan(
     ) -> Tensor:  # fmt: skip
         if out is None:
             out = empty(shape, strides, dtype=dtype)
-        scale = transposed(weight_scale) if group else weight_scale
-        kernel(plan, threads(), x, packed(weight, isa, group, pairs), scale, bias, residual, input_scale, out)
+        scale = transposed(weight_scale, scale_layout) if group else weight_scale
+        kernel(plan, threads(), x, packed(weight, layout, isa, group, pairs), scale, bias, residual, input_scale, out)
         return out
 
     return launch

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 from llmkern import autocast, check
 from llmkern.backend import Operator, reference_backend
@@ -14,7 +13,7 @@ from llmkern.int8 import reference
 from llmkern.int8.compiled import CPU_INT8_LINEAR
 from llmkern.int8.scheme import PAIRS
 from llmkern.operator import call_key, check_types, define, dispatch, is_compiling, needs_grad, short_autograd
-from llmkern.overlap import between, within
+from llmkern.overlap import between, extent, within
 
 
 def int8_linear(
@@ -82,9 +81,7 @@ def _into(out: Tensor, x: Tensor, *args: Any) -> Tensor:
         launch = _SHORT.get(key)
         if launch is None:
             check_types("int8_linear_out", (x, *args, out))
-            launch = _SHORT.keep(key, _OPERATOR.plan(x, *args, out))
-        _check_apart(out, x, *args)
-        torch.autograd.graph.increment_version(out)
+            launch = _SHORT.keep(key, _launch_into(x, *args, out))
         return launch(x, *args, out)
     if needs_grad(*(t for t in (x, *args[:4], out) if isinstance(t, Tensor))):
         raise ValueError("out: expected None where a gradient is recorded, got a tensor")
@@ -93,20 +90,31 @@ def _into(out: Tensor, x: Tensor, *args: Any) -> Tensor:
     return out
 
 
-def _check_apart(out: Tensor, x: Tensor, *args: Any) -> None:
-    if _functorch.is_functorch_wrapped_tensor(out):
-        return
-    for name, t in zip(("x", "weight", "weight_scale", "bias", "residual"), (x, *args), strict=False):
-        if t is not None and not _functorch.is_functorch_wrapped_tensor(t) and _share(out, t):
-            raise ValueError(f"out: expected memory of its own, got a tensor that shares some with {name}")
+def _launch_into(*args: Any) -> Any:
+    """The launcher of calls with these metadata, which looks at their addresses and tells autograd of the write."""
+    launch, wrote = _OPERATOR.plan(*args), torch.autograd.graph.increment_version
+    behind = extent(args[-1])
+    reach = [(i, extent(t)) for i, t in enumerate(args[:6]) if t is not None]
+
+    def into(*args: Any) -> Tensor:
+        out = args[-1]
+        address = out.data_ptr()
+        for i, size in reach:
+            if -size < args[i].data_ptr() - address < behind:  # else they are apart; rows that alternate may be too
+                _check_apart(_NAMES[i], args[i], out)
+        wrote(out)
+        result: Tensor = launch(*args)
+        return result
+
+    return into
 
 
-def _share(a: Tensor, b: Tensor) -> bool:
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
-        return False
-    if a.dtype == b.dtype:
-        return between(a, b)
-    return between(a.view(torch.uint8), b.view(torch.uint8)) if a.stride(-1) == b.stride(-1) == 1 else True
+_NAMES = ("x", "weight", "weight_scale", "bias", "residual", "input_scale")
+
+
+def _check_apart(name: str, t: Tensor, out: Tensor) -> None:
+    if t.dtype != out.dtype or between(t, out):
+        raise ValueError(f"out: expected memory of its own, got a tensor that shares some with {name}")
 
 
 def _check(x: Tensor, *args: Any) -> None:
@@ -191,9 +199,8 @@ define(
 )  # fmt: skip
 
 
-def _run_out(x: Tensor, *args: Any) -> None:
-    _check_apart(args[-1], x, *args)
-    _OPERATOR.run(x, *args)
+def _run_out(*args: Any) -> None:
+    _launch_into(*args)(*args)
 
 
 def _fake_out(x: Tensor, *args: Any) -> None:

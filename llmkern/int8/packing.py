@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 
@@ -10,37 +11,38 @@ from torch import Tensor
 
 from llmkern import extension
 
-# By id(tensor): a weak reference to it, and by what it was packed for the version and address of the tensor then, and
-# the copy. An entry goes when its tensor does, so that a new tensor at the same address or with the same id never meets
-# it.
-_Copies = dict[Hashable, tuple[int, int, Tensor]]
+# By id(tensor): a weak reference to it, and by what it was packed for the version, address and layout of the tensor then,
+# and the copy. An entry goes when its tensor does, so that a new tensor at the same address or with the same id never
+# meets it.
+_Layout = tuple[torch.Size, tuple[int, ...]]
+_Copies = dict[Hashable, tuple[int, int, _Layout, Tensor]]
 _kept: dict[int, tuple[weakref.ref[Tensor], _Copies]] = {}
+_change = threading.Lock()
 
 
-def packed(weight: Tensor, isa: str, group: int = 0, pairs: bool = False) -> Tensor:
+def layout_of(tensor: Tensor) -> _Layout:
+    return tensor.shape, tensor.stride()
+
+
+def packed(weight: Tensor, layout: _Layout, isa: str, group: int = 0, pairs: bool = False) -> Tensor:
     """The bytes for the kernel `int8_linear` of the instruction set `isa`, which must be the active one.
 
-    weight: (N, K), int8. group, pairs: as the call has them. The copy, of about the same size, is kept for as long as
-    this tensor lives and packed anew after any in-place update that torch records in `weight._version`. A write past
-    torch (through `weight.data` or a NumPy view) is not recorded: call `forget(weight)` after one. Inference tensors
-    have no version and are packed in every call.
+    weight: (N, K), int8. layout: layout_of(weight), for a caller that knows it. group, pairs: as the call has them. The
+    copy, of about the same size, is kept for as long as this tensor lives and packed anew after any in-place update that
+    torch records in `weight._version`. A write past torch (through `weight.data` or a NumPy view) is not recorded: call
+    `forget(weight)` after one. Inference tensors have no version and are packed in every call.
     """
-    entry = _kept.get(id(weight))
-    if entry is not None and entry[0]() is weight:
-        found = entry[1].get((isa, group, pairs))
-        if found is not None and found[0] == weight._version and found[1] == weight.data_ptr():
-            return found[2]
-    return _keep(weight, (isa, group, pairs), lambda: _pack(weight, group, pairs))
+    key = (isa, group, pairs)
+    found = _found(weight, layout, key)
+    return found if found is not None else _keep(weight, layout, key, lambda: _pack(weight, group, pairs))
 
 
-def transposed(scale: Tensor) -> Tensor:
+def transposed(scale: Tensor, layout: _Layout) -> Tensor:
     """(groups, N) from the scales of groups (N, groups), kept as a packed weight is."""
-    entry = _kept.get(id(scale))
-    if entry is not None and entry[0]() is scale:
-        found = entry[1].get("transposed")
-        if found is not None and found[0] == scale._version and found[1] == scale.data_ptr():
-            return found[2]
-    return _keep(scale, "transposed", lambda: scale.detach().t().clone(memory_format=torch.contiguous_format))
+    found = _found(scale, layout, "transposed")
+    if found is not None:
+        return found
+    return _keep(scale, layout, "transposed", lambda: scale.detach().t().clone(memory_format=torch.contiguous_format))
 
 
 def forget(tensor: Tensor) -> None:
@@ -48,19 +50,29 @@ def forget(tensor: Tensor) -> None:
     _kept.pop(id(tensor), None)
 
 
-def _keep(tensor: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    if tensor.is_inference():
-        return make()
-    version, address = tensor._version, tensor.data_ptr()
-    with torch.inference_mode(False):  # the copy outlives the block of the call
-        result = make()
+def _found(tensor: Tensor, layout: _Layout, key: Hashable) -> Tensor | None:
     entry = _kept.get(id(tensor))
     if entry is None or entry[0]() is not tensor:
-        entry = _kept[id(tensor)] = (weakref.ref(tensor, _remover(id(tensor))), {})
-    copies = entry[1]
-    for other in [k for k, kept in copies.items() if kept[:2] != (version, address) or not _same_isa(k, key)]:
-        del copies[other]
-    copies[key] = (version, address, result)
+        return None
+    found = entry[1].get(key)
+    if found is None or found[0] != tensor._version or found[1] != tensor.data_ptr() or found[2] != layout:
+        return None
+    return found[3]
+
+
+def _keep(tensor: Tensor, layout: _Layout, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    if tensor.is_inference():
+        return make()
+    now = (tensor._version, tensor.data_ptr(), layout)
+    with torch.inference_mode(False):  # the copy outlives the block of the call
+        result = make()
+    with _change:
+        entry = _kept.get(id(tensor))
+        copies: _Copies = {}
+        if entry is not None and entry[0]() is tensor:  # a new dictionary, since others may be reading the old one
+            copies = {k: kept for k, kept in entry[1].items() if kept[:3] == now and _same_isa(k, key)}
+        copies[key] = (*now, result)
+        _kept[id(tensor)] = (weakref.ref(tensor, _remover(id(tensor))), copies)
     return result
 
 
@@ -69,7 +81,7 @@ def _same_isa(a: Hashable, b: Hashable) -> bool:
 
 
 def _remover(key: int) -> Callable[[weakref.ref[Tensor]], None]:
-    def remove(reference: weakref.ref[Tensor]) -> None:
+    def remove(reference: weakref.ref[Tensor]) -> None:  # may interrupt the holder of the lock: it takes none
         kept = _kept.get(key)
         if kept is not None and kept[0] is reference:  # and not that of a later tensor with this id
             del _kept[key]

@@ -126,7 +126,8 @@ def hadamard(x: Tensor, size: int) -> Tensor:
     """
     if size == 1:
         return x
-    parts = x.reshape(*x.shape[:-1], -1, size, ROTATION_STRIDE)
+    blocks = x.size(-1) // (size * ROTATION_STRIDE)
+    parts = x.reshape(*x.shape[:-1], blocks, size, ROTATION_STRIDE)
     half = 1
     while half < size:
         pairs = parts.reshape(*parts.shape[:-2], size // (2 * half), 2, half, ROTATION_STRIDE)

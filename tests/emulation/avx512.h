@@ -329,6 +329,12 @@ EMULATED __mmask16 cmp_ps_mask(__m512 a, __m512 b, int predicate) {
     }
   });
 }
+EMULATED __mmask16 test_epi32_mask(__m512i a, __m512i b) {
+  Lanes<int32_t> x = lanes<int32_t>(a), y = lanes<int32_t>(b);
+  unsigned mask = 0;
+  for (int i = 0; i < 16; i++) mask |= static_cast<unsigned>((x.lane[i] & y.lane[i]) != 0) << i;
+  return static_cast<__mmask16>(mask);
+}
 EMULATED __mmask16 test_epi8_mask(__m128i a, __m128i b) {
   return static_cast<__mmask16>(~_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_and_si128(a, b), _mm_setzero_si128())));
 }
@@ -497,4 +503,5 @@ EMULATED __m512i shuffle_i32x4(__m512i a, __m512i b, int control) {  // quarters
 #define _mm256_maskz_loadu_epi16 emulated::maskz_loadu_epi16_256
 #define _mm_mask_storeu_epi8 emulated::mask_storeu_epi8_128
 #define _mm_maskz_loadu_epi8 emulated::maskz_loadu_epi8_128
+#define _mm512_test_epi32_mask emulated::test_epi32_mask
 #define _mm_test_epi8_mask emulated::test_epi8_mask

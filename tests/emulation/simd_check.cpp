@@ -1,9 +1,9 @@
-// Prints the results of the operations of csrc/common/simd on fixed bit patterns, for the instruction set that it is
+// Prints the results of the operations of csrc/common/simd and csrc/int8/dot.h on fixed bit patterns, for the instruction set that it is
 // compiled for. Equal output shows that the emulation of AVX-512 does what the processor does, and that NEON computes
 // what portable C++ does.
 #include <cstdio>
 
-#include "../../csrc/common/simd.h"
+#include "../../csrc/int8/dot.h"
 
 using namespace llmkern::LLMKERN_ISA;
 using llmkern::Bf16;
@@ -96,11 +96,19 @@ int main() {
     for (int row = 0; row < kWidth; row++) square[row] = add(a, broadcast(static_cast<float>(row)));
     transpose(square);
     for (Float row : square) show("transposed", row);
-    Quantized quantized[kWidth];
-    store_quantized(quantized, broadcast_int(3 * round - 100));
-    print("quantized", quantized, sizeof quantized);
+    Low low[kWidth];
+    High high[kWidth];
+    store_low(low, broadcast_int(3 * round - 100));
+    print("low", low, sizeof low);
     Int w = load_weights(reinterpret_cast<const int8_t*>(bytes));
-    show("dot", dot_quantized(i, broadcast_quantized(quantized), w));
-    show("dot", dot_quantized(i, broadcast_quantized(reinterpret_cast<Quantized*>(bytes)), w));
+    show("dot", dot(i, broadcast_step(low), w));
+    Int u = round_to_int(mul(first(round % kWidth, broadcast(7), a), broadcast(finite ? 1e-3f : 1.0f)));
+    u = finite ? u : broadcast_int(300 * round - 32000);
+    store_digits(low, high, u);
+    print("low digits", low, sizeof low), print("high digits", high, sizeof high);
+    int quads = high_quads(u);
+    print("quads", &quads, sizeof quads);
+    show("dot low", dot(i, broadcast_step(low), w));
+    show("dot high", dot_high(i, broadcast_step(high), high_weights(w)));
   }
 }

@@ -14,8 +14,8 @@
 #include "wire.h"
 
 namespace llmkern {
-#define LLMKERN_DECLARE(name, Params) LLMKERN_KERNEL(name, Params)
-LLMKERN_FOR_EACH_KERNEL(LLMKERN_DECLARE)
+LLMKERN_FOR_EACH_PLAIN_KERNEL(LLMKERN_KERNEL)
+LLMKERN_FOR_EACH_BYTE_KERNEL(LLMKERN_BYTE_KERNEL)
 }  // namespace llmkern
 
 namespace {

@@ -23,12 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "neon"
 CROSS = "aarch64-linux-gnu-g++"
 # Those of setup.py; of its warnings none is left out, since this compiler raises none falsely.
+BYTE_SOURCES = ("common/cpu_roofline.cpp", "int8/cpu.cpp")  # as in setup.py
 FLAGS = "-O3 -std=c++17 -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra -Werror"
 
 NO_MEMORY = """
 import torch
 from llmkern import extension
-assert extension._C.active_isa() == "neon"
+assert extension._C.active_isa() == "neondot"
 x, pe, out = torch.ones(4, 1, 64), torch.ones(4, 64), torch.empty(4, 1, 64)
 sizes = (4, 1, 64, 64, 64, 64, 64, 64, 1.0, 0, 1)
 try:
@@ -62,8 +63,11 @@ def build() -> None:
 
     csrc = ROOT / "csrc"
     for source in sorted(csrc.glob("*/cpu*.cpp")):
-        for isa in ("neon", "portable"):
-            compile("driver", source, f"{source.parent.name}.{source.stem}.{isa}", f"-DLLMKERN_ISA={isa}")
+        isas = {"neon": "", "portable": ""}
+        if str(source.relative_to(csrc)) in BYTE_SOURCES:
+            isas["neondot"] = "-march=armv8.2-a+dotprod"
+        for isa, isa_flags in isas.items():
+            compile("driver", source, f"{source.parent.name}.{source.stem}.{isa}", f"-DLLMKERN_ISA={isa} {isa_flags}")
     include = shlex.join(["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")])
     missing = "-DLLMKERN_CUDA_MISSING='\"tests/neon leaves them out\"'"
     for rule in ("driver", "bridge"):

@@ -14,19 +14,21 @@
 #include "../../csrc/int8/params.h"
 #include "../../csrc/positional/params.h"
 
-// Every kernel, with its parameters.
-#define LLMKERN_FOR_EACH_KERNEL(X)               \
+// Every kernel, with its parameters; and those that instruction sets which add products of bytes alone have for themselves.
+#define LLMKERN_FOR_EACH_PLAIN_KERNEL(X)         \
   X(attention_forward, AttentionParams)          \
   X(attention_backward, AttentionParams)         \
   X(attention_weights, AttentionParams)          \
   X(attention_weights_backward, AttentionParams) \
   X(cache_append, CacheParams)                   \
-  X(int8_pack, Int8PackParams)                   \
-  X(int8_linear, Int8LinearParams)               \
-  X(quantize_rows, QuantizeRowsParams)           \
   X(sinusoidal_add, SinusoidalAddParams)         \
-  X(rotary, RotaryParams)                        \
+  X(rotary, RotaryParams)
+#define LLMKERN_FOR_EACH_BYTE_KERNEL(X) \
+  X(int8_pack, Int8PackParams)          \
+  X(int8_linear, Int8LinearParams)      \
+  X(quantize_rows, QuantizeRowsParams)  \
   X(roofline, RooflineParams)
+#define LLMKERN_FOR_EACH_KERNEL(X) LLMKERN_FOR_EACH_PLAIN_KERNEL(X) LLMKERN_FOR_EACH_BYTE_KERNEL(X)
 
 namespace llmkern::wire {
 

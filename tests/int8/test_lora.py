@@ -1,0 +1,256 @@
+"""Training around frozen int8 weights: gradients are those of the dequantised weight, and a low-rank adapter learns.
+
+The adapter is that of Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from llmkern import Int8Linear
+from llmkern import reference as plain_modules
+from llmkern.functional import int8_linear
+from llmkern.int8 import reference, scheme
+from llmkern.int8.scheme import Int8Scheme
+from llmkern.verify import verify
+from tests.int8.cases import FLOATS, QUANTIZATIONS, positional, quantized, with_outliers
+
+SCHEMES = {
+    **{name: name for name in ("outliers", "row", "symmetric", "groups", "static", "rotated", "weight_only")},
+    "groups of 32": Int8Scheme("symmetric", group=32),
+    "groups, rotated": Int8Scheme("symmetric", group=64, rotate=True),
+    "outliers, rotated": Int8Scheme(rotate=True),
+}
+
+
+class LoRA(nn.Module):
+    """base(x) + x A^T B^T, the base frozen."""
+
+    def __init__(self, base: nn.Module, rank: int = 4) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
+        self.b = nn.Parameter(torch.randn(base.out_features, rank) * 0.1)
+
+    def forward(self, x):
+        return self.base(x) + x @ self.a.t() @ self.b.t()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return checkpoint(self.model, x, use_reentrant=False)
+
+
+def int8(inputs, outputs, name, kind=Int8Linear):
+    layer = kind(inputs, outputs, scheme=SCHEMES[name])
+    if layer.input_scale is not None:
+        layer.input_scale.copy_(torch.tensor([0.03, 131.0]))
+    return layer
+
+
+def dequantised(layer):
+    """The nn.Linear whose weight is what the integers stand for."""
+    linear = nn.Linear(layer.in_features, layer.out_features)
+    weight = reference.dequantize_weight(layer.weight, layer.weight_scale, layer.scheme.group)
+    with torch.no_grad():
+        linear.weight.copy_(reference.hadamard(weight, layer.rotation))
+        linear.bias.copy_(layer.bias)
+    return linear
+
+
+def network(name, between=nn.Identity, kind=Int8Linear):
+    torch.manual_seed(1)
+    return nn.Sequential(LoRA(int8(128, 96, name, kind)), between(), LoRA(int8(96, 64, name, kind)))
+
+
+def gradients(model, x, cotangent):
+    leaf = x.clone().requires_grad_()
+    wanted = [leaf, *(p for p in model.parameters() if p.requires_grad)]
+    return torch.autograd.grad(model(leaf), wanted, cotangent)
+
+
+def passed(report, names):
+    assert {row.name for row in report.rows if row.kind == "gradient"} >= set(names), report
+    wrong = [row for row in report.rows if row.kind == "gradient" and row.name in names and not row.passed]
+    assert not wrong, report
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_gradients_are_those_of_the_dequantised_weight(kind, dtype, isa):
+    """Of x, exactly linear: no rounding of x enters; of bias and residual the sums and the cotangent itself."""
+    choice = QUANTIZATIONS[kind]
+    for shape in ((9, 128), (1, 128), (2, 3, 128), (128,)):
+        x = torch.randn(shape).to(dtype)
+        weight, scale = quantized(torch.randn(33, 128), **choice)
+        bias, residual = torch.randn(33).to(dtype), torch.randn(*shape[:-1], 33).to(dtype)
+        dense = reference.dequantize_weight(weight, scale, choice.get("group", 0), torch.float64)
+        dense = reference.hadamard(dense, choice.get("rotate", 1))
+
+        def ours(x, bias, residual, weight=weight, scale=scale):
+            return int8_linear(x, weight, scale, bias, residual=residual, **choice)
+
+        def linear(x, bias, residual, dense=dense):
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            return (x.to(wide) @ dense.to(wide).t() + bias.to(wide) + residual.to(wide)).to(x.dtype)
+
+        passed(verify(ours, linear, (x, bias, residual)), ["x", "bias", "residual"])
+        leaf, cotangent = residual.clone().requires_grad_(), torch.randn_like(residual)
+        ours(x, bias, leaf).backward(cotangent)
+        assert torch.equal(leaf.grad, cotangent)
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_gradients_of_no_elements(kind, isa):
+    choice = QUANTIZATIONS[kind]
+    for rows, outputs in ((0, 33), (5, 0), (0, 0)):
+        weight, scale = quantized(torch.randn(outputs, 128), **choice)
+        leaves = [torch.randn(size, requires_grad=True) for size in ((rows, 128), (outputs,), (rows, outputs))]
+        int8_linear(leaves[0], weight, scale, leaves[1], residual=leaves[2], **choice).sum().backward()
+        assert [t.grad.shape for t in leaves] == [t.shape for t in leaves]
+        assert not leaves[0].grad.any() and not leaves[1].grad.any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("activation", scheme.ACTIVATIONS)
+def test_through_what_follows_the_sum(activation, dtype, isa):
+    """The function's slope is that at the quantised sum, as in the plain version."""
+    for kind in ("outliers", "row", "static", "16bit", "groups of 32", "rotated"):
+        choice = {**QUANTIZATIONS[kind], "activation": activation}
+        x = with_outliers(torch.randn(9, 128)).to(dtype)
+        weight, scale = quantized(torch.randn(66, 128) * 0.1, **choice)
+        residual = torch.randn(9, 33 if activation in scheme.PAIRS else 66).to(dtype)
+        bias = torch.randn(66)
+
+        def ours(x, bias, residual, weight=weight, scale=scale, choice=choice):
+            return int8_linear(x, weight, scale, bias, residual=residual, **choice)
+
+        def plain(x, bias, residual, weight=weight, scale=scale, choice=choice):
+            return reference.int8_linear(x, weight, scale, bias, *positional(**choice, residual=residual))
+
+        report = verify(ours, plain, (x, bias, residual))
+        assert report.passed and [row.name for row in report.rows] == ["output", "x", "bias", "residual"], report
+
+
+def test_each_gradient_alone_and_none(isa):
+    x, residual, bias = torch.randn(5, 64), torch.randn(5, 34), torch.randn(34)
+    weight, scale = quantized(torch.randn(34, 64))
+    for activation in ("none", "gelu"):
+        given = {"x": x, "bias": bias, "residual": residual}
+        leaves = {name: t.clone().requires_grad_() for name, t in given.items()}
+        int8_linear(weight=weight, weight_scale=scale, activation=activation, **leaves).square().sum().backward()
+        for name, leaf in leaves.items():
+            alone = given[name].clone().requires_grad_()
+            out = int8_linear(weight=weight, weight_scale=scale, activation=activation, **{**given, name: alone})
+            assert torch.equal(torch.autograd.grad(out.square().sum(), alone)[0], leaf.grad), (activation, name)
+        with torch.no_grad():
+            assert not int8_linear(weight=weight, weight_scale=scale, activation=activation, **leaves).requires_grad
+        assert not int8_linear(weight=weight, weight_scale=scale, activation=activation, **given).requires_grad
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_in_the_transforms_of_torch_func(kind, isa):
+    choice, (weight, scale) = QUANTIZATIONS[kind], quantized(torch.randn(17, 64), **QUANTIZATIONS[kind])
+    x, residual = torch.randn(4, 3, 64), torch.randn(4, 3, 17)
+
+    def function(x, residual):
+        return int8_linear(x, weight, scale, residual=residual, **choice).sin().sum()
+
+    leaves = x.clone().requires_grad_(), residual.clone().requires_grad_()
+    expected = torch.autograd.grad(function(*leaves), leaves)
+    both = torch.func.grad(function, (0, 1))
+    for found in (both(x, residual), torch.vmap(both)(x, residual), torch.vmap(both, 1, 1)(x, residual)):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    only_x = torch.vmap(lambda x: int8_linear(x, weight, scale, residual=residual[0], **choice))(x)
+    assert torch.equal(only_x, int8_linear(x, weight, scale, residual=residual[:1].expand(4, 3, 17), **choice))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_an_adapters_gradients_are_those_with_the_dequantised_base(name, isa):
+    """No value that the base rounds enters them: neither those of one layer, nor those of a layer below another."""
+    ours = network(name)
+    dense = copy.deepcopy(ours)
+    for layer in (dense[0], dense[2]):
+        layer.base = dequantised(layer.base).requires_grad_(False)
+    x = torch.randn(2, 7, 128)
+    passed(verify(ours[0], dense[0], (x,)), ["x", "a", "b"])
+    passed(verify(ours, dense, (x,)), ["input", "0.a", "0.b"])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_an_adapted_networks_gradients_are_the_plain_versions(name, isa):
+    """With a function between, whose slope depends on what the first layer gives."""
+    ours, plain = network(name, nn.GELU), network(name, nn.GELU, plain_modules.Int8Linear)
+    plain.load_state_dict(ours.state_dict())
+    report = verify(ours, plain, (torch.randn(2, 7, 128),))
+    report.raise_if_failed()
+    assert {row.name for row in report.rows} == {"output", "input", "0.a", "0.b", "2.a", "2.b"}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_checkpointed_and_compiled_give_the_same_gradients(name, isa):
+    torch._dynamo.reset()  # which counts the models that came before
+    model, x, cotangent = network(name, nn.GELU), torch.randn(33, 128), torch.randn(33, 64)
+    expected = gradients(model, x, cotangent)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    both = torch.compile(Checkpointed(model), backend="aot_eager", fullgraph=True)
+    for other in (Checkpointed(model), compiled, both):
+        for a, b in zip(gradients(other, x, cotangent), expected, strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["outliers", "groups", "rotated"])
+def test_under_autocast(name, isa):
+    """In bfloat16, within its precision of the float32 gradients; the adapter's come in its own dtype."""
+    model, x = network(name, nn.GELU), torch.randn(33, 128)
+    expected = gradients(model, x, torch.ones(33, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+        found = gradients(model, x, torch.ones(33, 64, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32 and nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_an_adapter_learns_and_its_base_stays(name, isa):
+    """What another adapter on the same base does."""
+    model, teacher, x = network(name, nn.GELU), network(name, nn.GELU), torch.randn(32, 128)
+    with torch.no_grad():
+        for layer in (teacher[0], teacher[2]):
+            layer.b.normal_()
+    target, before = teacher(x).detach(), copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) == ("base" in key), key
+    assert all(p.grad is None for key, p in model.named_parameters() if "base" in key)
+
+
+def test_the_bias_of_a_base_trains_too(isa):
+    layer, x = int8(128, 33, "outliers"), torch.randn(16, 128)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    for _ in range(20):
+        optimizer.zero_grad()
+        layer(x).mean(0).sub(1).square().sum().backward()
+        optimizer.step()
+    assert layer(x).mean(0).sub(1).abs().max() < 1e-3
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
