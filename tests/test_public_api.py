@@ -9,7 +9,7 @@ import pytest
 import llmkern  # which must bring its rooms along
 
 MODULES = ["MultiHeadAttention", "PositionalEncoding", "RotaryEmbedding", "Int8Linear", "Transformer"]
-FUNCTIONS = ["quantize_model", "verify"]
+FUNCTIONS = ["quantize_like", "quantize_model", "verify"]
 FUNCTIONAL = llmkern.functional.__all__
 PUBLIC = [
     *((llmkern, name) for name in MODULES + FUNCTIONS),

@@ -31,6 +31,13 @@ def test_every_operator_is_listed_with_what_serves_it():
         assert line.split()[1:4] == ["cpu", "float32", "cpu"], line
 
 
+def test_what_int8_gains_here_is_shown():
+    page = status()
+    lines = [line for line in page.splitlines() if "times as fast in int8" in line]
+    assert len(lines) == 6 and all(re.search(r"\d at 768x768", line) for line in lines)
+    assert "us a call" in page and "multiply-adds/s" in page
+
+
 def test_a_missing_library_is_said_with_the_way_to_get_it():
     page = status(LLMKERN_LIBRARY="/nowhere/_C.so")
     assert "missing" in page and "pip install -e ." in page
