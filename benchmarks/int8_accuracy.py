@@ -234,7 +234,8 @@ def encoder(
 
 
 def quantised(names: Sequence[str], left: Sequence[str]) -> str:
-    return f"all quantise {len(names)} of its linear layers and leave {', '.join(left) or 'none'}"
+    named = ", ".join(left) if len(left) < 4 else f"{len(left)}, {left[0]} and others"
+    return f"all quantise {len(names)} of its linear layers and leave {named or 'none'}"
 
 
 def run(model: nn.Module, batches: Sequence[sentence_encoder.Batch]) -> list[Tensor]:

@@ -43,7 +43,8 @@ class Problem:
 
     def floor(self) -> Callable[[], float]:
         m, k, n = self.shape
-        return roofline.floor(2.0 * m * k * n, torch.int8, float(k * n), PEAK)
+        measure = roofline.floor(2.0 * m * k * n, torch.int8, float(k * n), PEAK)
+        return lambda: min(measure() for _ in range(3))  # one alone may have had to wait for a thread
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 """How each library quantises a model to int8, and a small trained decoder with text to try it on.
 
-All quantise the same layers: those that llmkern.quantize_model does, which leaves a head that is tied to an embedding.
+All quantise the same layers: those that llmkern.quantize_model does where it leaves none for its time. A head that is
+tied to an embedding stays as it is.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def by_torchao(config: str) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
 
 def by_llmkern(scheme: str) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
     def make(model: nn.Module, names: Sequence[str]) -> nn.Module:
-        made = llmkern.quantize_model(model, scheme=scheme)
+        made = llmkern.quantize_model(model, scheme=scheme, measure=False)
         if list(made.quantization_report.replaced) != list(names):  # type: ignore[union-attr, arg-type]
             raise ValueError(f"names: expected those that llmkern quantises, got {list(names)}")
         return made
@@ -93,7 +94,7 @@ def available() -> tuple[dict[str, Contestant], dict[str, str]]:
 
 def quantised_names(model: nn.Module) -> tuple[list[str], list[str]]:
     """The names of the linear layers that llmkern quantises, and of those that it leaves."""
-    report: Any = llmkern.quantize_model(twin(model)).quantization_report
+    report: Any = llmkern.quantize_model(twin(model), measure=False).quantization_report
     return report.replaced, [entry.name for entry in report.layers if entry.left]
 
 

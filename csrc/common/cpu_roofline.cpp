@@ -3,6 +3,7 @@
 #include "parallel.h"
 #include "roofline.h"
 #include "simd.h"
+#include "tile_configuration.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
@@ -84,12 +85,7 @@ float bf16_chains(int64_t repeats) {
 // Multiplies of whole tiles: `kTileProducts` operations each, four of them in a repeat.
 constexpr double kTileProducts = 2.0 * 16 * 16 * 64;
 float int8_chains(int64_t repeats) {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } configuration;
-  _tile_loadconfig(&configuration);
+  _tile_loadconfig(&kFullTiles);
   for (int64_t r = 0; r < repeats; r++) {
     _tile_dpbusd(0, 4, 6);
     _tile_dpbusd(1, 4, 7);

@@ -2,6 +2,7 @@
 // by 64 values of k and 16 outputs. (Intel, Architecture Instruction Set Extensions, chapter 3.) A panel of packed weights is
 // such tiles as it is: 16 steps of four values of k, 256 bytes apart.
 #pragma once
+#include "../common/tile_configuration.h"
 #include "tile.h"
 #ifdef LLMKERN_EMULATE_AMX  // the tests run this file on any processor, by an emulation of the instructions
 #include "../../tests/emulation/amx.h"
@@ -18,13 +19,7 @@ constexpr int kBlockRows = 32;
 struct Tiles {
   const bool wanted;
   explicit Tiles(bool are_wanted) : wanted(are_wanted) {
-    if (!wanted) return;
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } configuration;
-    _tile_loadconfig(&configuration);
+    if (wanted) _tile_loadconfig(&kFullTiles);
   }
   ~Tiles() {
     if (wanted) _tile_release();

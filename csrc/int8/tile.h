@@ -20,7 +20,7 @@ LLMKERN_INLINE void multiply(Int (&sums)[Rows][kVectors], const Digit* x, int64_
     }
     if (kPrefetch) {
 #pragma GCC unroll 8
-      for (int b = 0; b < kPanel * kDotDepth; b += 64) __builtin_prefetch(weight + 4096 + b);
+      for (int b = 0; b < kPanel * kDotDepth; b += 64) __builtin_prefetch(weight + 2048 + b);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; i++) {
@@ -60,7 +60,7 @@ LLMKERN_INLINE bool any_high(const Work& w, int64_t row, int rows) {
 // Functions of their own, not inlined: within a larger one the compiler would keep sums in memory.
 template <int Rows>
 __attribute__((noinline)) void low_sums(const Work& w, int64_t row, int64_t panel, int32_t* out) {
-  constexpr bool kPrefetch = Rows <= 4;  // where the weights' way from memory is the cost
+  constexpr bool kPrefetch = true;  // where the weights' way from memory is the cost
   Int sums[Rows][kVectors];
   clear(sums);
   multiply<Rows, false, kPrefetch>(sums, w.low + row * w.stride, w.stride,
@@ -98,7 +98,7 @@ __attribute__((noinline)) void wide_sums(const Work& w, int64_t row, int64_t pan
   const High* h = w.high + row * w.stride;
   for (int64_t step = 0; step < w.layout->steps; step++, weight += kPanel * kDotDepth, x += kDotDepth, h += kDotDepth) {
 #pragma GCC unroll 8
-    for (int b = 0; b < kPanel * kDotDepth; b += 64) __builtin_prefetch(weight + 4096 + b);
+    for (int b = 0; b < kPanel * kDotDepth; b += 64) __builtin_prefetch(weight + 2048 + b);
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) {
       Int vector = load_weights(weight + j * kWidth * kDotDepth), changed = high_weights(vector);

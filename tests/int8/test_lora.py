@@ -18,6 +18,7 @@ from llmkern.functional import int8_linear
 from llmkern.int8 import reference, scheme
 from llmkern.int8.scheme import Int8Scheme
 from llmkern.verify import verify
+from llmkern.verify.report import judge_row
 from tests.int8.cases import FLOATS, QUANTIZATIONS, positional, quantized, with_outliers
 
 SCHEMES = {
@@ -57,10 +58,10 @@ def int8(inputs, outputs, name, kind=Int8Linear):
     return layer
 
 
-def dequantised(layer):
+def dequantised(layer, dtype=torch.float32):
     """The nn.Linear whose weight is what the integers stand for."""
-    linear = nn.Linear(layer.in_features, layer.out_features)
-    weight = reference.dequantize_weight(layer.weight, layer.weight_scale, layer.scheme.group)
+    linear = nn.Linear(layer.in_features, layer.out_features, dtype=dtype)
+    weight = reference.dequantize_weight(layer.weight, layer.weight_scale, layer.scheme.group, dtype)
     with torch.no_grad():
         linear.weight.copy_(reference.hadamard(weight, layer.rotation))
         linear.bias.copy_(layer.bias)
@@ -78,10 +79,10 @@ def gradients(model, x, cotangent):
     return torch.autograd.grad(model(leaf), wanted, cotangent)
 
 
-def passed(report, names):
-    assert {row.name for row in report.rows if row.kind == "gradient"} >= set(names), report
-    wrong = [row for row in report.rows if row.kind == "gradient" and row.name in names and not row.passed]
-    assert not wrong, report
+def within_contract(found, plain, truth):
+    for i, gradients in enumerate(zip(found, plain, truth, strict=True)):
+        row = judge_row(str(i), "gradient", *gradients)
+        assert row.passed, row
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -95,18 +96,16 @@ def test_gradients_are_those_of_the_dequantised_weight(kind, dtype, isa):
         bias, residual = torch.randn(33).to(dtype), torch.randn(*shape[:-1], 33).to(dtype)
         dense = reference.dequantize_weight(weight, scale, choice.get("group", 0), torch.float64)
         dense = reference.hadamard(dense, choice.get("rotate", 1))
-
-        def ours(x, bias, residual, weight=weight, scale=scale):
-            return int8_linear(x, weight, scale, bias, residual=residual, **choice)
-
-        def linear(x, bias, residual, dense=dense):
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            return (x.to(wide) @ dense.to(wide).t() + bias.to(wide) + residual.to(wide)).to(x.dtype)
-
-        passed(verify(ours, linear, (x, bias, residual)), ["x", "bias", "residual"])
-        leaf, cotangent = residual.clone().requires_grad_(), torch.randn_like(residual)
-        ours(x, bias, leaf).backward(cotangent)
-        assert torch.equal(leaf.grad, cotangent)
+        leaves = [t.clone().requires_grad_() for t in (x, bias, residual)]
+        cotangent = torch.randn_like(residual)
+        int8_linear(leaves[0], weight, scale, leaves[1], residual=leaves[2], **choice).backward(cotangent)
+        results = []
+        for wide in (torch.float32, torch.float64):
+            copies = [t.to(wide, copy=True).requires_grad_() for t in (x, bias, residual)]
+            (copies[0] @ dense.to(wide).t() + copies[1] + copies[2]).backward(cotangent.to(wide))
+            results.append([t.grad if wide == torch.float64 else t.grad.to(dtype) for t in copies])
+        within_contract([t.grad for t in leaves], *results)
+        assert torch.equal(leaves[2].grad, cotangent)
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
@@ -178,13 +177,16 @@ def test_in_the_transforms_of_torch_func(kind, isa):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_an_adapters_gradients_are_those_with_the_dequantised_base(name, isa):
     """No value that the base rounds enters them: neither those of one layer, nor those of a layer below another."""
-    ours = network(name)
-    dense = copy.deepcopy(ours)
-    for layer in (dense[0], dense[2]):
-        layer.base = dequantised(layer.base).requires_grad_(False)
-    x = torch.randn(2, 7, 128)
-    passed(verify(ours[0], dense[0], (x,)), ["x", "a", "b"])
-    passed(verify(ours, dense, (x,)), ["input", "0.a", "0.b"])
+    ours, x, middle, cotangent = network(name), *(torch.randn(2, 7, size) for size in (128, 96, 64))
+    results, results_of_one = [], []
+    for wide in (torch.float32, torch.float64):
+        dense = copy.deepcopy(ours).to(wide)
+        for i in (0, 2):
+            dense[i].base = dequantised(ours[i].base, wide).requires_grad_(False)
+        results_of_one.append(gradients(dense[0], x.to(wide), middle.to(wide)))
+        results.append(gradients(dense, x.to(wide), cotangent.to(wide)))
+    within_contract(gradients(ours[0], x, middle), *results_of_one)
+    within_contract(gradients(ours, x, cotangent)[:3], *(found[:3] for found in results))
 
 
 @pytest.mark.parametrize("name", SCHEMES)

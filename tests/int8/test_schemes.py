@@ -256,8 +256,9 @@ def test_rows_beyond_what_32_bits_count(kind, isa, tmp_path):
     x, residual = torch.randn(5, 64).bfloat16(), torch.randn(5, 35).bfloat16()
     weight, scale = quantized(torch.randn(35, 64), **choice)
     expected = int8_linear(x, weight, scale, residual=residual, **choice)
-    path = str(tmp_path / "holes")
-    whole = torch.from_file(path, shared=True, size=4 * apart + 192, dtype=torch.bfloat16)
+    file = tmp_path / "holes"
+    whole = torch.from_file(str(file), shared=True, size=4 * apart + 192, dtype=torch.bfloat16)
+    file.unlink()
     far_x, far_residual, out = (
         whole.as_strided((5, n), (apart, 1), offset) for n, offset in ((64, 0), (35, 64), (35, 128))
     )
