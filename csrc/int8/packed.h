@@ -27,7 +27,7 @@ struct Layout {
         depth(k),
         group(group_size ? group_size : k ? k : 1),
         panels(in_pairs ? (n / 2 + kPanel / 2 - 1) / (kPanel / 2) : (n + kPanel - 1) / kPanel),
-        groups((k + group - 1) / group),
+        groups(group_size ? (k + group - 1) / group : 1),
         steps((k + kDepthGrain - 1) / kDepthGrain * kDepthGrain / kDotDepth),
         panel_bytes(steps * kDotDepth * kPanel),
         sums_bytes((panels * groups * kPanel * 4 + 63) / 64 * 64),

@@ -1,5 +1,7 @@
 // Tiles of kRows rows and one panel in vector registers: over the whole of k, then finished before they leave them.
 #pragma once
+#include <type_traits>
+
 #include "finish.h"
 
 namespace llmkern::LLMKERN_ISA {
@@ -47,7 +49,6 @@ LLMKERN_INLINE void put_sums(const Int (&sums)[Rows][kVectors], int32_t* out) {
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) std::memcpy(out + i * kPanel + j * kWidth, &sums[i][j], sizeof(Int));
 }
-
 // Whether one of the rows has a high digit.
 LLMKERN_INLINE bool any_high(const Work& w, int64_t row, int rows) {
   if (!w.high) return false;
@@ -57,10 +58,11 @@ LLMKERN_INLINE bool any_high(const Work& w, int64_t row, int rows) {
   return any != 0;
 }
 
-// Functions of their own, not inlined: within a larger one the compiler would keep sums in memory.
+// Functions of their own, not inlined, whose sums begin as zeros and end in memory: in any other form g++ 12 keeps a copy
+// of them there in the loop too.
 template <int Rows>
 __attribute__((noinline)) void low_sums(const Work& w, int64_t row, int64_t panel, int32_t* out) {
-  constexpr bool kPrefetch = true;  // where the weights' way from memory is the cost
+  constexpr bool kPrefetch = Rows <= 4;  // where the weights' way from memory is the cost
   Int sums[Rows][kVectors];
   clear(sums);
   multiply<Rows, false, kPrefetch>(sums, w.low + row * w.stride, w.stride,
@@ -98,7 +100,7 @@ __attribute__((noinline)) void wide_sums(const Work& w, int64_t row, int64_t pan
   const High* h = w.high + row * w.stride;
   for (int64_t step = 0; step < w.layout->steps; step++, weight += kPanel * kDotDepth, x += kDotDepth, h += kDotDepth) {
 #pragma GCC unroll 8
-    for (int b = 0; b < kPanel * kDotDepth; b += 64) __builtin_prefetch(weight + 2048 + b);
+    for (int b = 0; b < kPanel * kDotDepth; b += 64) __builtin_prefetch(weight + 4096 + b);
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) {
       Int vector = load_weights(weight + j * kWidth * kDotDepth), changed = high_weights(vector);
@@ -150,7 +152,9 @@ __attribute__((noinline)) void add_group(const Low* x, int64_t stride, const int
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) {
       const int at = i * kPanel + j * kWidth;
-      store(totals + at, fma(to_float(load_sums(found + at)), mul(scale, weight_scale[j]), load(totals + at)));
+      // Not in one rounding, so that portable code, which has no such instruction, gives the same.
+      Float product = mul(to_float(load_sums(found + at)), mul(scale, weight_scale[j]));
+      store(totals + at, add(load(totals + at), product));
     }
   }
 }
@@ -198,22 +202,33 @@ LLMKERN_INLINE void one_tile(const Work& w, int64_t row, int64_t panel) {
     tile<T, Rows>(w, row, panel);
 }
 
-// Rows [begin, end) of a panel, in tiles of at most kRows (kWideRows) rows, the last two of like size.
-template <class T, Kind kKind>
-void tiles(const Work& w, int64_t begin, int64_t end, int64_t panel) {
-  constexpr int kMost = kKind == Kind::wide ? kWideRows : kRows;
+// How many of `left` rows the next tile takes: at most `most`, the last two of like size.
+LLMKERN_INLINE int next_rows(int64_t left, int most) {
+  return static_cast<int>(left >= 2 * most || left == most ? most : left > most ? (left + 1) / 2 : left);
+}
+
+// Calls each(row, constant of the count of rows) for the tiles of rows [begin, end).
+template <int kMost, class Each>
+LLMKERN_INLINE void each_tile(int64_t begin, int64_t end, const Each& each) {
   for (int64_t row = begin; row < end;) {
-    int64_t left = end - row, rows = left >= 2 * kMost || left == kMost ? kMost : left > kMost ? (left + 1) / 2 : left;
+    const int rows = next_rows(end - row, kMost);
     if constexpr (kMost > kWideRows) {
-      if (rows == 6) one_tile<T, 6, kKind>(w, row, panel);
-      if (rows == 5) one_tile<T, 5, kKind>(w, row, panel);
-      if (rows == 4) one_tile<T, 4, kKind>(w, row, panel);
+      if (rows == 6) each(row, std::integral_constant<int, 6>{});
+      if (rows == 5) each(row, std::integral_constant<int, 5>{});
+      if (rows == 4) each(row, std::integral_constant<int, 4>{});
     }
-    if (rows == 3) one_tile<T, 3, kKind>(w, row, panel);
-    if (rows == 2) one_tile<T, 2, kKind>(w, row, panel);
-    if (rows == 1) one_tile<T, 1, kKind>(w, row, panel);
+    if (rows == 3) each(row, std::integral_constant<int, 3>{});
+    if (rows == 2) each(row, std::integral_constant<int, 2>{});
+    if (rows == 1) each(row, std::integral_constant<int, 1>{});
     row += rows;
   }
+}
+
+// Rows [begin, end) of a panel.
+template <class T, Kind kKind>
+void tiles(const Work& w, int64_t begin, int64_t end, int64_t panel) {
+  each_tile<kKind == Kind::wide ? kWideRows : kRows>(
+      begin, end, [&](int64_t row, auto rows) { one_tile<T, decltype(rows)::value, kKind>(w, row, panel); });
 }
 
 }  // namespace llmkern::LLMKERN_ISA

@@ -40,13 +40,12 @@ def int8_linear(
     float32, scale and zero point. rotate: the size of Hadamard's transform of x before, a power of two with 16 * rotate
     dividing K; 1: none (the weight must be of a transformed one). activation: none, relu, gelu, gelu_tanh, silu, swiglu
     or geglu; the last two take the first N / 2 outputs through the function and multiply by the others. residual: in x's
-    dtype and the result's shape. out: a tensor of the result's shape and dtype to write to, apart from the inputs, where
-    no gradient is recorded; it is returned.
+    dtype and the result's shape. out: a tensor of the result's shape and x's dtype to write to, apart from the inputs,
+    where no gradient is recorded; it is returned. As with torch's own, autocast then casts nothing.
 
     The gradient of x is that of the dequantised weight (straight through the rounding); weights have none.
 
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or name, a weight_scale that requires a
-    gradient, or an `out` that shares memory. Source: Jacob et al. 2018, "Quantization and Training of Neural Networks
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or name, a scale that requires a gradient, or an `out` that shares memory. Source: Jacob et al. 2018, "Quantization and Training of Neural Networks
     for Efficient Integer-Arithmetic-Only Inference", section 2; for outliers Dettmers et al. 2022, "LLM.int8()".
     """
     args = (x, weight, weight_scale, bias, residual, input_scale, inputs, group, rotate, activation)
@@ -64,14 +63,18 @@ def int8_linear(
 
 
 def _step_by_step(x: Tensor, *args: Any) -> Tensor:
-    """With the function apart, whose gradient needs what it was given."""
+    """With the function apart, whose gradient needs what it was given; in float32 until the end, as in one kernel."""
     weight, weight_scale, bias, residual, input_scale, inputs, group, rotate, activation = args
-    _check(x, *args)
-    y = int8_linear(
-        x, weight, weight_scale, bias, input_scale=input_scale, inputs=inputs, group=group, rotate=rotate
-    )  # fmt: skip
-    y = reference.activate(y, activation)
-    return y if residual is None else y + residual.to(y.dtype)
+    check.is_tensor("x", x)
+    x, *rest = autocast.cast(x) if residual is None else autocast.cast(x, residual)
+    residual = rest[0] if rest else None
+    _check(x, weight, weight_scale, bias, residual, *args[4:])
+    with torch.autocast(x.device.type, enabled=False):
+        y = int8_linear(
+            x.float(), weight, weight_scale, bias, input_scale=input_scale, inputs=inputs, group=group, rotate=rotate
+        )  # fmt: skip
+        y = reference.activate(y, activation)
+        return (y if residual is None else y + residual.float()).to(x.dtype)
 
 
 def _into(out: Tensor, x: Tensor, *args: Any) -> Tensor:
@@ -158,8 +161,9 @@ def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, weight_scale, bias, residual, _, _, ctx.group, ctx.rotate, activation = inputs
-    if ctx.needs_input_grad[2]:
-        raise ValueError("weight_scale: expected a tensor that requires no gradient, got one that does")
+    for name, needed in (("weight_scale", ctx.needs_input_grad[2]), ("input_scale", ctx.needs_input_grad[5])):
+        if needed:
+            raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does")
     if activation != "none":
         raise ValueError(f"activation: expected 'none' where a gradient is recorded, got {activation!r}")
     ctx.save_for_backward(weight, weight_scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable
@@ -17,7 +18,16 @@ from llmkern import extension
 _Layout = tuple[torch.Size, tuple[int, ...]]
 _Copies = dict[Hashable, tuple[int, int, _Layout, Tensor]]
 _kept: dict[int, tuple[weakref.ref[Tensor], _Copies]] = {}
-_change = threading.Lock()
+_change = threading.RLock()  # one thread may come back: a finalizer may call a layer
+
+
+def _after_fork() -> None:
+    global _change
+    _change = threading.RLock()  # the old one may have been another thread's, which this process has not
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def layout_of(tensor: Tensor) -> _Layout:

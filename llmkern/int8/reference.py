@@ -341,9 +341,12 @@ class Int8Linear(nn.Module):
             assigned = metadata.get("assign_to_params_buffers", False)
             made = self._taken_by_another(loaded) if assigned else self.quantize(loaded, self.scheme)
             state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = made
-        scale = state_dict.get(f"{prefix}weight_scale")
-        if isinstance(scale, Tensor) and scale.is_floating_point():
-            state_dict[f"{prefix}weight_scale"] = scale.float()
+            if self.input_scale is not None:  # a linear layer knows none
+                state_dict.setdefault(f"{prefix}input_scale", self.input_scale.clone())
+        for name in ("weight_scale", "input_scale"):
+            scale = state_dict.get(f"{prefix}{name}")
+            if isinstance(scale, Tensor) and scale.is_floating_point():
+                state_dict[f"{prefix}{name}"] = scale.float()
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def _taken_by_another(self, loaded: Tensor) -> tuple[Tensor, Tensor]:

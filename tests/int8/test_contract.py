@@ -35,7 +35,7 @@ ROWS = [1, 2, 3, 4, 5, 7, 13, 16, 17, 31, 33, 70]
 @pytest.mark.parametrize("depth", [64, 128, 320])
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_every_quantization(kind, depth, isa):
-    """The same integers, and results within the contract: exactly the reference's but for sums over groups."""
+    """Exactly the reference's results, those of groups too."""
     choice = QUANTIZATIONS[kind]
     for rows in ROWS:
         x = with_outliers(torch.randn(rows, depth))
@@ -43,11 +43,7 @@ def test_every_quantization(kind, depth, isa):
         bias = torch.randn(67)
         args = (weight, scale, bias, *positional(**choice))
         out, expected = int8_linear(x, weight, scale, bias, **choice), reference.int8_linear(x, *args)
-        if choice.get("group"):
-            truth = reference.int8_linear(x.double(), *args)
-            assert judge_row("", "output", out, expected, truth).passed, (kind, rows)
-        else:
-            assert same(out, expected), (kind, rows)
+        assert same(out, expected), (kind, rows)
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)

@@ -206,7 +206,7 @@ def test_checkpointed_the_gradients_are_the_same(name, isa):
     assert all(map(torch.equal, found, gradients(model, x, cotangent)))
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", ["outliers", "static", "groups", "groups, rotated"])
 def test_compiled_the_gradients_are_the_same(name):
     torch._dynamo.reset()  # which counts the models that came before
     model, x, cotangent = network(name, nn.GELU), torch.randn(33, 128), torch.randn(33, 64)
@@ -215,6 +215,28 @@ def test_compiled_the_gradients_are_the_same(name):
         compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
         assert all(map(torch.equal, gradients(compiled, x, cotangent), expected))
         assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["outliers", "groups of 32"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_compiled_with_what_follows_the_sum_and_sizes_left_open(activation, kind):
+    torch._dynamo.reset()
+    weight, scale = quantized(torch.randn(34, 192) * 0.1, **QUANTIZATIONS[kind])
+    bias, options = torch.randn(34), {**QUANTIZATIONS[kind], "activation": activation}
+
+    def function(x, weight, scale, residual):
+        return int8_linear(x, weight, scale, bias, residual=residual, **options).square()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for depth, rows in ((192, 3), (128, 5), (128, 40)):
+        weights = weight[:, :depth], scale[:, : depth // 32] if "group" in options else scale
+        given = torch.randn(rows, depth), torch.randn(rows, 17 if activation in scheme.PAIRS else 34)
+        assert torch.equal(compiled(given[0], *weights, given[1]), function(given[0], *weights, given[1]))
+        leaves = [t.requires_grad_() for t in given]
+        found, expected = (
+            torch.autograd.grad(f(leaves[0], *weights, leaves[1]).sum(), leaves) for f in (compiled, function)
+        )
+        assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("name", ["outliers", "groups", "rotated"])
