@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -80,10 +80,13 @@ def only_fp32(p: Problem) -> None:
 
 
 def llmkern(way: int8.Way) -> Callable[[Problem, int], dict[str, Way]]:
+    """With a fresh result, and into a given one, as ONNX Runtime and OpenVINO write theirs."""
+
     def ways(p: Problem, threads: int) -> dict[str, Way]:
         x, weight, bias = inputs(p)
         _, values, scale, _ = way.arguments(x, weight, bias)
-        return {"functional.int8_linear": Way(way.call(x, values, scale, bias))}
+        fresh, into = (replace(way, into=into).call(x, values, scale, bias) for into in (False, True))
+        return {"functional.int8_linear": Way(fresh), "functional.int8_linear, out": Way(into)}
 
     return ways
 
@@ -91,7 +94,12 @@ def llmkern(way: int8.Way) -> Callable[[Problem, int], dict[str, Way]]:
 def plain(p: Problem, threads: int) -> dict[str, Way]:
     """Nothing quantised."""
     x, linear = inputs(p)[0], layer(p)
-    return {"F.linear": Way(lambda: F.linear(x, linear.weight, linear.bias))}
+    weight, bias = linear.weight, linear.bias
+    y = x.new_empty(x.size(0), weight.size(0))
+    return {
+        "F.linear": Way(lambda: F.linear(x, weight, bias)),
+        "addmm, out": Way(lambda: torch.addmm(bias, x, weight.t(), out=y)),
+    }
 
 
 def quantised(p: Problem, threads: int) -> dict[str, Way]:

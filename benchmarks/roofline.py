@@ -81,14 +81,15 @@ def _long_enough(once: Callable[[int], tuple[float, float]], seconds: float) -> 
     """How many repeats last about `seconds`, also where others are at work meanwhile.
 
     There a single repeat, of less than a microsecond, can take as long as that, waiting for a thread. What was waiting
-    shows when many more repeats have a higher rate.
+    shows when another number of repeats has a higher rate; the highest rate tells how many are enough.
     """
-    repeats, before = 1, 0.0
+    repeats, best = 1, 0.0
     while True:
         work, took = min(once(repeats), once(repeats), key=lambda run: run[1])
-        if took >= seconds / 2 and work / took < 2 * before:
-            return math.ceil(repeats * seconds / took)
-        before = work / took
+        rate, before = work / took, best
+        best = max(best, rate)
+        if took >= seconds / 2 and (before / 2 < rate < 2 * before or took > 20 * seconds):
+            return math.ceil(repeats * seconds * best / work)
         repeats *= math.ceil(max(8.0, min(1000.0, 0.6 * seconds / max(took, 1e-7))))
 
 

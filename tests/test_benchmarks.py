@@ -230,6 +230,15 @@ def test_the_roofline_waits_for_work_not_for_threads():
     assert 1000 <= roofline._long_enough(once, 0.002) <= 4000
 
 
+def test_the_roofline_is_not_misled_by_a_wait():
+    """A run that waits for 20 ms, after one that did not, says nothing of how many repeats last long enough."""
+
+    def once(repeats):
+        return repeats * 1000.0, repeats * 1e-6 + (0.02 if repeats == 1000 else 0.0)
+
+    assert 1000 <= roofline._long_enough(once, 0.002) <= 4000
+
+
 @pytest.mark.skipif(extension._C is None, reason="the peaks are measured by the compiled library")
 def test_an_instruction_set_is_forced_on_both_in_a_process_of_its_own(monkeypatch, tmp_path):
     called = []

@@ -14,8 +14,8 @@ enum class Isa { LLMKERN_FOR_EACH_ISA(LLMKERN_NAME) };
 Isa active_isa();
 const char* isa_name(Isa isa);
 const char* isa_base(const std::string& name);  // that of isa.h; null for a name that is none
-std::vector<std::string> built_isas();      // best first
-std::vector<std::string> supported_isas();  // those of them that this processor runs, best first
+std::vector<std::string> built_isas();          // best first
+std::vector<std::string> supported_isas();      // those of them that this processor runs, best first
 // Throws std::invalid_argument, naming the choices, where this processor or this build has no such set.
 // The empty name goes back to the best.
 void force_isa(const std::string& name);

@@ -16,10 +16,10 @@
 #define LLMKERN_FOR_EACH_ISA(X, ...) \
   X(avx512, avx512, ##__VA_ARGS__) X(avx2, avx2, ##__VA_ARGS__) X(portable, portable, ##__VA_ARGS__)  // best first
 #else
-#define LLMKERN_FOR_EACH_ISA(X, ...)                                  \
-  X(amx, avx512, ##__VA_ARGS__)                                       \
-  X(avx512, avx512, ##__VA_ARGS__) X(avxvnni, avx2, ##__VA_ARGS__) X(avx2, avx2, ##__VA_ARGS__) \
-  X(portable, portable, ##__VA_ARGS__)
+#define LLMKERN_FOR_EACH_ISA(X, ...) \
+  X(amx, avx512, ##__VA_ARGS__)      \
+  X(avx512, avx512, ##__VA_ARGS__)   \
+  X(avxvnni, avx2, ##__VA_ARGS__) X(avx2, avx2, ##__VA_ARGS__) X(portable, portable, ##__VA_ARGS__)
 #endif
 #elif (defined(__aarch64__) || defined(LLMKERN_AS_AARCH64)) && defined(LLMKERN_OLD_COMPILER)
 #define LLMKERN_FOR_EACH_ISA(X, ...) X(neon, neon, ##__VA_ARGS__) X(portable, portable, ##__VA_ARGS__)

@@ -1,6 +1,6 @@
-// Tiles of 32 rows and a panel in AMX's tile registers: eight of 16 rows of 64 bytes, one instruction multiplying 16 rows
-// by 64 values of k and 16 outputs. (Intel, Architecture Instruction Set Extensions, chapter 3.) A panel of packed weights is
-// such tiles as it is: 16 steps of four values of k, 256 bytes apart.
+// Tiles of 32 rows and a panel in AMX's tile registers: eight of 16 rows of 64 bytes, one instruction multiplying 16
+// rows by 64 values of k and 16 outputs. (Intel, Architecture Instruction Set Extensions, chapter 3.) A panel of packed
+// weights is such tiles as it is: 16 steps of four values of k, 256 bytes apart.
 #pragma once
 #include "../common/tile_configuration.h"
 #include "tile.h"
@@ -113,8 +113,8 @@ LLMKERN_INLINE void tile_sums(const Work& w, int64_t row, int rows, const int8_t
   _tile_stored(3, out + 16 * kPanel + 16, kRowBytes);
 }
 
-// Rows [begin, end) of a panel, by halves of the panel, which the first-level cache holds meanwhile. Rows up to the next
-// multiple of 32 are read: the chunk has them, with any contents.
+// Rows [begin, end) of a panel, by halves of the panel, which the first-level cache holds meanwhile. Rows up to the
+// next multiple of 32 are read: the chunk has them, with any contents.
 template <class T>
 void amx_tiles(const Work& w, int64_t begin, int64_t end, int64_t panel) {
   alignas(64) int32_t low[kBlockRows * kPanel], high[kBlockRows * kPanel];

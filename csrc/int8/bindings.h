@@ -42,8 +42,8 @@ inline void bind_int8(pybind11::module_& m) {
       "int8_pack",
       [](uintptr_t weight, uintptr_t packed, int64_t outputs, int64_t depth, int64_t group, bool pairs, int threads) {
         int64_t bytes = 0;
-        int8_pack({reinterpret_cast<const int8_t*>(weight), reinterpret_cast<void*>(packed), outputs, depth, group, pairs,
-                   threads, &bytes});
+        int8_pack({reinterpret_cast<const int8_t*>(weight), reinterpret_cast<void*>(packed), outputs, depth, group,
+                   pairs, threads, &bytes});
       },
       py::call_guard<py::gil_scoped_release>());
   py::class_<QuantizeParams>(m, "Quantization")

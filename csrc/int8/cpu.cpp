@@ -63,8 +63,12 @@ struct Rows {
     return stride * kElement % 4096 == 0 ? stride + 64 / kElement : stride;
   }
   QuantizedRow row(int64_t m) const {
-    return {low + m * stride,          high ? high + m * stride : nullptr, bits ? bits + m * words : nullptr,
-            scales + m * scales_of_row, zeros + m,                          high_sums + m};
+    return {low + m * stride,
+            high ? high + m * stride : nullptr,
+            bits ? bits + m * words : nullptr,
+            scales + m * scales_of_row,
+            zeros + m,
+            high_sums + m};
   }
 };
 
@@ -115,8 +119,9 @@ void linear(const Int8LinearParams& p, const Layout& layout) {
     w.weights = reinterpret_cast<const int8_t*>(packed + layout.weights());
     w.weight_sums = reinterpret_cast<const int32_t*>(packed + Layout::kHeaderBytes);
     w.weight_scale = p.weight_scale, w.bias = bias;
-    w.residual = p.residual ? reinterpret_cast<const char*>(static_cast<const T*>(p.residual) + first * p.residual_stride)
-                            : nullptr;
+    w.residual = p.residual
+                     ? reinterpret_cast<const char*>(static_cast<const T*>(p.residual) + first * p.residual_stride)
+                     : nullptr;
     w.out = reinterpret_cast<char*>(static_cast<T*>(p.out) + first * p.out_stride);
     w.stride = quantized.stride, w.words = quantized.words;
     w.residual_stride = p.residual_stride, w.out_stride = p.out_stride;

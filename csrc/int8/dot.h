@@ -1,10 +1,10 @@
 // Exact sums of products of int8 weights and the two digits of a quantised activation, for each instruction set.
 //
 // An activation is an integer u: its low digit u & 255, its high digit u >> 8, of -127..127 (quantize.h). A register of
-// 32-bit sums takes a step: kDotDepth neighbouring values of k of one activation row, for every lane, with a register of
-// weights, kDotDepth of one output after another. In memory a digit is a Low or a High, which may hold another number:
-// the low one less kLowOffset; what the instruction adds for a high one is made good by kHighOffset times the row's sum
-// of high digits.
+// 32-bit sums takes a step: kDotDepth neighbouring values of k of one activation row, for every lane, with a register
+// of weights, kDotDepth of one output after another. In memory a digit is a Low or a High, which may hold another
+// number: the low one less kLowOffset; what the instruction adds for a high one is made good by kHighOffset times the
+// row's sum of high digits.
 #pragma once
 #include <cstring>
 
@@ -137,7 +137,7 @@ LLMKERN_INLINE Int dot(Int sum, Int x, Int w) {
 LLMKERN_INLINE Int high_weights(Int w) { return w; }
 LLMKERN_INLINE Int dot_high(Int sum, Int x, Int w) { return dot(sum, x, w); }
 
-#else  // portable
+#else            // portable
 constexpr int kDotDepth = 2;
 using Low = int16_t;
 using High = int16_t;
@@ -172,7 +172,7 @@ LLMKERN_INLINE int high_quads(Int u) {
 }
 #endif
 
-constexpr int kQuad = 4;                           // values of k: what the bits of rows with high digits stand for
+constexpr int kQuad = 4;  // values of k: what the bits of rows with high digits stand for
 constexpr int kStepsOfQuad = kQuad / kDotDepth;
 
 template <class Digit>

@@ -1,7 +1,7 @@
-// Packed weights: a header, the sums of each output's weights (one for each group of k), and panels of kPanel outputs. A
-// panel holds, for each step of kDotDepth values of k, the weights of its outputs one after another, so that a step of a
-// tile reads one run of memory. Of pairs, a vector of first ones is followed by the one of their seconds. What lies beyond
-// the last output or the last k is zero.
+// Packed weights: a header, the sums of each output's weights (one for each group of k), and panels of kPanel outputs.
+// A panel holds, for each step of kDotDepth values of k, the weights of its outputs one after another, so that a step
+// of a tile reads one run of memory. Of pairs, a vector of first ones is followed by the one of their seconds. What
+// lies beyond the last output or the last k is zero.
 #pragma once
 #include <cstring>
 
@@ -13,7 +13,8 @@ namespace llmkern::LLMKERN_ISA {
 
 constexpr int kVectors = kRegisters >= 32 ? 4 : 2;  // of a panel
 constexpr int kPanel = kVectors * kWidth;
-constexpr int64_t kDepthGrain = 64;  // depth is filled up to a multiple, so that a row of digits is whole tiles and vectors
+constexpr int64_t kDepthGrain =
+    64;  // depth is filled up to a multiple, so that a row of digits is whole tiles and vectors
 
 struct Header {
   int64_t layout, outputs, depth, group, pairs;
@@ -25,7 +26,9 @@ struct Layout {
   Layout(int64_t n, int64_t k, int64_t group_size, bool in_pairs)
       : outputs(n),
         depth(k),
-        group(group_size ? group_size : k ? k : 1),
+        group(group_size ? group_size
+              : k        ? k
+                         : 1),
         panels(in_pairs ? (n / 2 + kPanel / 2 - 1) / (kPanel / 2) : (n + kPanel - 1) / kPanel),
         groups(group_size ? (k + group - 1) / group : 1),
         steps((k + kDepthGrain - 1) / kDepthGrain * kDepthGrain / kDotDepth),
@@ -35,9 +38,7 @@ struct Layout {
   static constexpr int64_t kHeaderBytes = 64;
   int64_t weights() const { return kHeaderBytes + sums_bytes; }
   int64_t bytes() const { return weights() + panels * panel_bytes; }
-  Header header() const {
-    return {0x1a80000 + kPanel * 16 + kDotDepth, outputs, depth, group, pairs};
-  }
+  Header header() const { return {0x1a80000 + kPanel * 16 + kDotDepth, outputs, depth, group, pairs}; }
   // The first output of a vector of a panel, and how many of its columns are outputs.
   int64_t first_output(int64_t panel, int vector) const {
     if (!pairs) return panel * kPanel + vector * kWidth;

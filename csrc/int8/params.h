@@ -36,7 +36,8 @@ struct QuantizeParams {
   const float* given;  // Scaling::given: scale, zero
 };
 
-// out[m, n] = f(sum over k of (u[m, k] - zero[m]) * weight[n, k] * scale[m] * weight_scale[n] + bias[n]) + residual[m, n]
+// out[m, n] = f(sum over k of (u[m, k] - zero[m]) * weight[n, k] * scale[m] * weight_scale[n] + bias[n]) + residual[m,
+// n]
 struct Int8LinearParams {
   const void* x;  // (rows, depth)
   const void* packed;

@@ -16,9 +16,9 @@ constexpr int kChains = kLanes / kWidth;
 // Numbers up to this many times the mean magnitude of the row set its scale; those beyond are outliers, which take a
 // second digit. A normal distribution has 2 of 10^6 of them; docs/int8.md shows the choice.
 constexpr float kUsual = 6.0f;
-constexpr float kMost = 32000.0f;                      // of two digits, with room for the zero
-constexpr float kSmallestScale = 0x1p-126f;            // a smaller one has no inverse
-constexpr int64_t kBitsOfWord = 64 * kQuad;            // values of k in a word of `bits`
+constexpr float kMost = 32000.0f;            // of two digits, with room for the zero
+constexpr float kSmallestScale = 0x1p-126f;  // a smaller one has no inverse
+constexpr int64_t kBitsOfWord = 64 * kQuad;  // values of k in a word of `bits`
 
 // Where a row's integers go, and what is known of it.
 struct QuantizedRow {

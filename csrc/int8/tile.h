@@ -6,7 +6,7 @@
 
 namespace llmkern::LLMKERN_ISA {
 
-constexpr int kRows = 6;  // 6 x kVectors sums, kVectors weights and an activation fill the registers
+constexpr int kRows = 6;      // 6 x kVectors sums, kVectors weights and an activation fill the registers
 constexpr int kWideRows = 3;  // two sums for each
 
 // sums += digits * weights, over `steps` steps. kHigh: of high digits alone.
@@ -58,15 +58,15 @@ LLMKERN_INLINE bool any_high(const Work& w, int64_t row, int rows) {
   return any != 0;
 }
 
-// Functions of their own, not inlined, whose sums begin as zeros and end in memory: in any other form g++ 12 keeps a copy
-// of them there in the loop too.
+// Functions of their own, not inlined, whose sums begin as zeros and end in memory: in any other form g++ 12 keeps a
+// copy of them there in the loop too.
 template <int Rows>
 __attribute__((noinline)) void low_sums(const Work& w, int64_t row, int64_t panel, int32_t* out) {
   constexpr bool kPrefetch = Rows <= 4;  // where the weights' way from memory is the cost
   Int sums[Rows][kVectors];
   clear(sums);
-  multiply<Rows, false, kPrefetch>(sums, w.low + row * w.stride, w.stride,
-                                   w.weights + panel * w.layout->panel_bytes, w.layout->steps);
+  multiply<Rows, false, kPrefetch>(sums, w.low + row * w.stride, w.stride, w.weights + panel * w.layout->panel_bytes,
+                                   w.layout->steps);
   put_sums(sums, out);
 }
 

@@ -101,7 +101,8 @@ class Fold:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes which operations read each storage. Everything that was seen is kept alive, so that addresses stay apart."""
+    """Notes which operations read each storage. Everything that was seen is kept alive, so that addresses stay
+    apart."""
 
     VIEWS = ("view", "_unsafe_view", "reshape", "t", "transpose", "expand", "detach", "alias", "unsqueeze", "squeeze")
     PRODUCTS = ("mm", "addmm", "bmm", "linear")
@@ -191,8 +192,8 @@ def _is_maker(module: nn.Module) -> bool:
 def smooth(fold: Fold, seen: dict[nn.Linear, Seen], strength: float) -> bool:
     """Divides the channels that `fold.maker` makes and multiplies the readers' weights; False where that changes more.
 
-    By |x|^strength / |w|^(1 - strength) of each channel (Xiao et al. 2023, equation 4). What a norm does with its weight
-    is not known: whether its output is divided is tried on numbers first.
+    By |x|^strength / |w|^(1 - strength) of each channel (Xiao et al. 2023, equation 4). What a norm does with its
+    weight is not known: whether its output is divided is tried on numbers first.
     """
     found = [seen[layer].channels for layer in fold.readers if layer in seen]
     if len(found) != len(fold.readers) or any(c is None for c in found):

@@ -112,9 +112,10 @@ def _on_copies(
     dense = [None if t is None else t.contiguous() for t in (bias, residual, input_scale)]
     if not group:
         weight_scale = weight_scale.contiguous()
-    args = (x.contiguous(), weight, weight_scale, *dense, inputs, group, rotate, activation)
+    args: tuple[Any, ...] = (x.contiguous(), weight, weight_scale, *dense, inputs, group, rotate, activation)
     if out is None or _rows(out) >= 0:
-        return _plan(*args, out)(*args, out)
+        args = (*args, out)
+        return _plan(*args)(*args)
     return out.copy_(_plan(*args)(*args))
 
 

@@ -1,8 +1,8 @@
 """Whether int8 pays for a layer on this machine: a small model of it, measured once.
 
 A layer's time is taken to be a call's own cost, plus the longer of reading the weight and multiplying, plus what every
-element of the input and the output costs. The four numbers of each way to compute a layer (torch in the layer's dtype, and
-int8) come from timing a few layers of known size. `python -m llmkern` prints them.
+element of the input and the output costs. The four numbers of each way to compute a layer (torch in the layer's dtype,
+and int8) come from timing a few layers of known size. `python -m llmkern` prints them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Rates:
     def seconds(self, rows: int, depth: int, outputs: int) -> float:
         """The time of a call with x (rows, depth) and a weight (outputs, depth)."""
         size = depth * outputs
-        return self.call + max(size / self.weights, rows * size / self.products) + rows * (depth + outputs) * self.elements
+        return (
+            self.call + max(size / self.weights, rows * size / self.products) + rows * (depth + outputs) * self.elements
+        )
 
     def __str__(self) -> str:
         return (
@@ -129,9 +131,7 @@ def _rates(dtype: torch.dtype, scheme: Int8Scheme, isa: str, threads: int) -> tu
     return found[0], found[1]
 
 
-def compare(
-    depth: int, outputs: int, dtype: torch.dtype, scheme: Int8Scheme, rows: tuple[int, ...] = ROWS
-) -> Verdict:
+def compare(depth: int, outputs: int, dtype: torch.dtype, scheme: Int8Scheme, rows: tuple[int, ...] = ROWS) -> Verdict:
     """Whether a layer of this size gains, by the model; where that sees no clear winner, by timing it.
 
     Raises TypeError for a dtype that is not float32, bfloat16 or float16.
@@ -140,7 +140,9 @@ def compare(
         raise TypeError(f"dtype: expected {' or '.join(map(check.short, check.FLOATS))}, got {dtype}")
     floating, int8 = rates(dtype, scheme)
     found = Verdict(
-        {m: floating.seconds(m, depth, outputs) for m in rows}, {m: int8.seconds(m, depth, outputs) for m in rows}, False
+        {m: floating.seconds(m, depth, outputs) for m in rows},
+        {m: int8.seconds(m, depth, outputs) for m in rows},
+        False,
     )
     ratios = [found.floating[m] / found.int8[m] for m in rows]
     if min(ratios) > DOUBT or min(ratios) < 1 / DOUBT:

@@ -52,7 +52,8 @@ class Int8Linear(reference.Int8Linear):
         )  # fmt: skip
 
     def repack(self) -> None:
-        """Makes the next call read weight and weight_scale anew, after a change past torch: through `.data` or NumPy."""
+        """Makes the next call read weight and weight_scale anew, after a change past torch: through `.data` or
+        NumPy."""
         packing.forget(self.weight)
         packing.forget(self.weight_scale)
 

@@ -39,14 +39,15 @@ def int8_linear(
     inputs, group: how x becomes integers, as in llmkern.int8.scheme.Int8Scheme. input_scale: of inputs="static", (2,)
     float32, scale and zero point. rotate: the size of Hadamard's transform of x before, a power of two with 16 * rotate
     dividing K; 1: none (the weight must be of a transformed one). activation: none, relu, gelu, gelu_tanh, silu, swiglu
-    or geglu; the last two take the first N / 2 outputs through the function and multiply by the others. residual: in x's
-    dtype and the result's shape. out: a tensor of the result's shape and x's dtype to write to, apart from the inputs,
-    where no gradient is recorded; it is returned. As with torch's own, autocast then casts nothing.
+    or geglu; the last two take the first N / 2 outputs through the function and multiply by the others. residual: in
+    x's dtype and the result's shape. out: a tensor of the result's shape and x's dtype to write to, apart from the
+    inputs, where no gradient is recorded; it is returned. As with torch's own, autocast then casts nothing.
 
     The gradient of x is that of the dequantised weight (straight through the rounding); weights have none.
 
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or name, a scale that requires a gradient, or an `out` that shares memory. Source: Jacob et al. 2018, "Quantization and Training of Neural Networks
-    for Efficient Integer-Arithmetic-Only Inference", section 2; for outliers Dettmers et al. 2022, "LLM.int8()".
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or name, a scale that requires a gradient,
+    or an `out` that shares memory. Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for
+    Efficient Integer-Arithmetic-Only Inference", section 2; for outliers Dettmers et al. 2022, "LLM.int8()".
     """
     args = (x, weight, weight_scale, bias, residual, input_scale, inputs, group, rotate, activation)
     if out is not None:
@@ -160,7 +161,7 @@ def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, weight_scale, bias, residual, _, _, ctx.group, ctx.rotate, activation = inputs
+    _, weight, weight_scale, bias, _, _, _, ctx.group, ctx.rotate, activation = inputs
     for name, needed in (("weight_scale", ctx.needs_input_grad[2]), ("input_scale", ctx.needs_input_grad[5])):
         if needed:
             raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does")

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llmkern import extension
 
-# By id(tensor): a weak reference to it, and by what it was packed for the version, address and layout of the tensor then,
-# and the copy. An entry goes when its tensor does, so that a new tensor at the same address or with the same id never
-# meets it.
+# By id(tensor): a weak reference to it, and by what it was packed for the version, address and layout of the tensor
+# then, and the copy. An entry goes when its tensor does, so that a new tensor at the same address or with the same id
+# never meets it.
 _Layout = tuple[torch.Size, tuple[int, ...]]
 _Copies = dict[Hashable, tuple[int, int, _Layout, Tensor]]
 _kept: dict[int, tuple[weakref.ref[Tensor], _Copies]] = {}
@@ -38,9 +38,9 @@ def packed(weight: Tensor, layout: _Layout, isa: str, group: int = 0, pairs: boo
     """The bytes for the kernel `int8_linear` of the instruction set `isa`, which must be the active one.
 
     weight: (N, K), int8. layout: layout_of(weight), for a caller that knows it. group, pairs: as the call has them. The
-    copy, of about the same size, is kept for as long as this tensor lives and packed anew after any in-place update that
-    torch records in `weight._version`. A write past torch (through `weight.data` or a NumPy view) is not recorded: call
-    `forget(weight)` after one. Inference tensors have no version and are packed in every call.
+    copy, of about the same size, is kept for as long as this tensor lives and packed anew after any in-place update
+    that torch records in `weight._version`. A write past torch (through `weight.data` or a NumPy view) is not recorded:
+    call `forget(weight)` after one. Inference tensors have no version and are packed in every call.
     """
     key = (isa, group, pairs)
     found = _found(weight, layout, key)

@@ -18,7 +18,16 @@ from torch.nn import functional as F
 
 from llmkern import autocast, check
 from llmkern.int8.replace import check_weight, replace_linears
-from llmkern.int8.scheme import ACTIVATIONS, INPUTS, PAIRS, ROTATION_STRIDE, Int8Scheme, check_group, named, rotation_size
+from llmkern.int8.scheme import (
+    ACTIVATIONS,
+    INPUTS,
+    PAIRS,
+    ROTATION_STRIDE,
+    Int8Scheme,
+    check_group,
+    named,
+    rotation_size,
+)
 
 #: A scale below the smallest normal number has no float32 inverse.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -43,7 +52,9 @@ def quantize_weight(weight: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
     return values.flatten(1)[:, :depth].contiguous(), scale if group else scale[:, 0]
 
 
-def dequantize_weight(weight: Tensor, weight_scale: Tensor, group: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_weight(
+    weight: Tensor, weight_scale: Tensor, group: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """weight_scale * weight, (N, K)."""
     scale = weight_scale.to(dtype)
     if not group:
@@ -57,8 +68,8 @@ def quantize_rows(
     """int32 integers, float32 scales and int32 zero points of x (M, K): (M, K), (M,) or (M, groups), (M,).
 
     inputs, group: see Int8Scheme. rotate: the size of Hadamard's transform before. input_scale: of "static", (2,), the
-    scale and the zero point. A row whose range is not a finite float32 (it holds inf or NaN) has the scale NaN and zeros
-    as integers.
+    scale and the zero point. A row whose range is not a finite float32 (it holds inf or NaN) has the scale NaN and
+    zeros as integers.
     """
     x = hadamard(x.float(), rotate)
     rows, depth = x.shape
@@ -107,7 +118,8 @@ def _usable(scale: Tensor) -> Tensor:
 
 
 def _mean_magnitude(x: Tensor) -> Tensor:
-    """The mean of |x| (M, K) by rows, added in one order on every machine: 64 sums in the order of k, then by halves."""
+    """The mean of |x| (M, K) by rows, added in one order on every machine: 64 sums in the order of k, then by
+    halves."""
     rows, depth = x.shape
     parts = F.pad(x.abs(), (0, -depth % LANES)).view(rows, math.ceil(depth / LANES), LANES)
     lanes = x.new_zeros(rows, LANES)
@@ -221,10 +233,11 @@ def _quantized(
 class Int8Linear(nn.Module):
     """nn.Linear with int8 weights, inputs quantised on the fly.
 
-    in_features, out_features, bias, device, dtype: as for nn.Linear; dtype is that of the bias. scheme: an Int8Scheme or
-    the name of one (llmkern.int8.scheme). Buffers: weight (out_features, in_features) int8, weight_scale (out_features,)
-    float32 or with groups (out_features, groups), and of a static scheme input_scale (2,), scale and zero point; they
-    keep their dtypes under half() and to(). A state_dict of an nn.Linear loads too: its weight is quantised.
+    in_features, out_features, bias, device, dtype: as for nn.Linear; dtype is that of the bias. scheme: an Int8Scheme
+    or the name of one (llmkern.int8.scheme). Buffers: weight (out_features, in_features) int8, weight_scale
+    (out_features,) float32 or with groups (out_features, groups), and of a static scheme input_scale (2,), scale and
+    zero point; they keep their dtypes under half() and to(). A state_dict of an nn.Linear loads too: its weight is
+    quantised.
 
     Raises TypeError where in_features or out_features is no integer and for a dtype other than float32, bfloat16 or
     float16, ValueError for a negative size or an unknown scheme. Source: see Int8Scheme.

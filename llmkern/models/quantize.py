@@ -30,17 +30,19 @@ def quantize_model(
 ) -> nn.Module:
     """Replaces the nn.Linear layers of the model by `Int8Linear`, in place, and returns the model.
 
-    bits: 8. scheme: an Int8Scheme, or the name of one: "outliers" (the default: 8 bits for each row, outliers in a second
-    digit), "row", "symmetric", "groups", "rotated", "weight_only", and with calibration data "static" and "smooth".
-    skip: names of layers to leave: "lm_head" (a whole name or its last parts) or a pattern, "layers.0.*". A model that is
-    itself an nn.Linear comes back as an Int8Linear. Layers that share a weight share its int8 form; one whose weight
-    something else uses too (an embedding) is left, and so is a subclass of nn.Linear or a layer with hooks.
+    bits: 8. scheme: an Int8Scheme, or the name of one: "outliers" (the default: 8 bits for each row, outliers in a
+    second digit), "row", "symmetric", "groups", "rotated", "weight_only", and with calibration data "static" and
+    "smooth". skip: names of layers to leave: "lm_head" (a whole name or its last parts) or a pattern, "layers.0.*". A
+    model that is itself an nn.Linear comes back as an Int8Linear. Layers that share a weight share its int8 form; one
+    whose weight something else uses too (an embedding) is left, and so is a subclass of nn.Linear or a layer with
+    hooks.
 
     calibration: inputs of the model, each a dict of keywords, a tuple of arguments or one argument; a few batches of
     ordinary data. The model runs over them as it is, with a progress bar (progress=False: without); the report then
     tells each layer's output error against floating point.
-    measure: leaves layers that int8 would not make faster here, on a CPU, with calls of each number of `rows`, by a model
-    of the machine (llmkern.int8.cost) that is measured at the first use. False: replaces all, the same ones everywhere.
+    measure: leaves layers that int8 would not make faster here, on a CPU, with calls of each number of `rows`, by a
+    model of the machine (llmkern.int8.cost) that is measured at the first use. False: replaces all, the same ones
+    everywhere.
 
     `model.quantization_report` says what was done and why; printed, it is a table. The quantised model is saved by its
     state_dict (torch.save, or safetensors' save_model) and loaded into a model that went through `quantize_like(model,
@@ -92,7 +94,9 @@ def quantize_model(
     return replace_linears(model, Int8Linear, scheme, bits, skip, keep, finish)
 
 
-def quantize_like(model: nn.Module, state_dict: dict[str, Tensor], *, scheme: Int8Scheme | str = "outliers") -> nn.Module:
+def quantize_like(
+    model: nn.Module, state_dict: dict[str, Tensor], *, scheme: Int8Scheme | str = "outliers"
+) -> nn.Module:
     """Gives a model the int8 layers that a state_dict of a quantised one has, so that it loads; returns the model.
 
     scheme: that of the quantised model. What `quantize_model` leaves on one machine, since int8 would not pay there, it

@@ -66,7 +66,8 @@ static inline void tile_multiply(int sums, int a, int b) {
   Tiles& t = tiles();
   const TileConfiguration& c = t.configuration;
   require(sums != a && sums != b && a != b, "a tile that is two operands");
-  require(c.rows[sums] == c.rows[a] && c.bytes[a] == 4 * c.rows[b] && c.bytes[sums] == c.bytes[b], "shapes that differ");
+  require(c.rows[sums] == c.rows[a] && c.bytes[a] == 4 * c.rows[b] && c.bytes[sums] == c.bytes[b],
+          "shapes that differ");
   for (int m = 0; m < c.rows[sums]; m++)
     for (int n = 0; n < c.bytes[sums] / 4; n++) {
       uint32_t sum;

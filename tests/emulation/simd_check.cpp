@@ -1,6 +1,6 @@
-// Prints the results of the operations of csrc/common/simd and csrc/int8/dot.h on fixed bit patterns, for the instruction set that it is
-// compiled for. Equal output shows that the emulation of AVX-512 does what the processor does, and that NEON computes
-// what portable C++ does.
+// Prints the results of the operations of csrc/common/simd and csrc/int8/dot.h on fixed bit patterns, for the
+// instruction set that it is compiled for. Equal output shows that the emulation of AVX-512 does what the processor
+// does, and that NEON computes what portable C++ does.
 #include <cstdio>
 
 #include "../../csrc/int8/dot.h"

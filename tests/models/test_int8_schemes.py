@@ -91,7 +91,7 @@ def test_a_scheme_that_needs_data_says_so():
             quantize_model(Gated(), scheme=name)
     with pytest.raises(ValueError, match="calibration: expected an iterable of inputs, got one without any"):
         quantize_model(Gated(), calibration=[], progress=False)
-    with pytest.raises(ValueError, match="scheme: expected an Int8Scheme or one of outliers, .*, got 'int4'"):
+    with pytest.raises(ValueError, match=r"scheme: expected an Int8Scheme or one of outliers, .*, got 'int4'"):
         quantize_model(Gated(), scheme="int4")
 
 
@@ -177,7 +177,10 @@ def test_the_models_arithmetic_of_costs():
     rates = cost.Rates(call=1e-6, weights=1e9, products=1e10, elements=1e-12)
     assert rates.seconds(1, 1000, 1000) == pytest.approx(1e-6 + 1e-3 + 2e-9)
     assert rates.seconds(100, 1000, 1000) == pytest.approx(1e-6 + 1e-2 + 2e-7)
-    assert cost.Verdict({1: 2.0}, {1: 1.0}, False).pays and not cost.Verdict({1: 2.0, 9: 1.0}, {1: 1.0, 9: 1.0}, False).pays
+    assert (
+        cost.Verdict({1: 2.0}, {1: 1.0}, False).pays
+        and not cost.Verdict({1: 2.0, 9: 1.0}, {1: 1.0, 9: 1.0}, False).pays
+    )
 
 
 def test_what_one_machine_replaced_loads_on_another():
@@ -187,7 +190,7 @@ def test_what_one_machine_replaced_loads_on_another():
     other.load_state_dict(model.state_dict())
     x = data()[0]
     assert torch.equal(other(x), model(x))
-    with pytest.raises(ValueError, match="state_dict: expected int8 layers .* got one without"):
+    with pytest.raises(ValueError, match=r"state_dict: expected int8 layers .* got one without"):
         quantize_like(Gated(), Gated().state_dict())
     with pytest.raises(ValueError, match="got one with 'down'"):
         quantize_like(nn.Sequential(nn.Linear(2, 2)), model.state_dict())

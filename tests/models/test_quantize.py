@@ -13,8 +13,8 @@ from torch import nn
 import llmkern
 from llmkern import Int8Linear, quantize_model, reference
 from llmkern.int8 import reference as int8_reference
-from llmkern.int8.scheme import Int8Scheme
 from llmkern.int8.replace import replace_linears
+from llmkern.int8.scheme import Int8Scheme
 
 
 class Block(nn.Module):

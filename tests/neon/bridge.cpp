@@ -57,9 +57,9 @@ void move_pointers(CacheParams& p) {
            p.value_scales, p.pages.table, p.lengths.data, p.rotation.cos, p.rotation.sin);
 }
 void move_pointers(Int8PackParams& p) { move_all(p.weight, p.packed, p.bytes); }
-void move_pointers(Int8LinearParams& p) { 
+void move_pointers(Int8LinearParams& p) {
   move_all(p.x, p.packed, p.weight_scale, p.bias, p.residual, p.out, p.quantize.given, p.accepted);
- }
+}
 void move_pointers(QuantizeRowsParams& p) { move_all(p.x, p.integer, p.scale, p.zero, p.quantize.given); }
 void move_pointers(SinusoidalAddParams& p) { move_all(p.x, p.pe, p.out); }
 void move_pointers(RotaryParams& p) { move_all(p.q, p.k, p.q_out, p.k_out, p.cos, p.sin, p.positions); }

@@ -14,7 +14,8 @@
 #include "../../csrc/int8/params.h"
 #include "../../csrc/positional/params.h"
 
-// Every kernel, with its parameters; and those that instruction sets which add products of bytes alone have for themselves.
+// Every kernel, with its parameters; and those that instruction sets which add products of bytes alone have for
+// themselves.
 #define LLMKERN_FOR_EACH_PLAIN_KERNEL(X)         \
   X(attention_forward, AttentionParams)          \
   X(attention_backward, AttentionParams)         \
