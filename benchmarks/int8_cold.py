@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rate = Spread.of(rates)
         used = f"{copies} copies of each weight, {total / 1e6:.0f} MB in all"
         reading = f"a block of {block / 1e6:.0f} MB is read at {rate.median / 1e9:.1f} GB/s"
+        if result.disturbance:
+            reading += f"; other processes used {Spread.of(result.disturbance).median:.0%} of the cores"
         print(f"## {title}\n\n{used}; {reading}.\n\n{table(result, kinds, rates)}\n")
         content[title] = {
             **result.to_json(), "copies": copies, "bytes": total, "read_rate": rate._asdict(),

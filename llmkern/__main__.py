@@ -86,7 +86,10 @@ def operator_lines() -> list[str]:
 
 def cost_lines() -> list[str]:
     """What linear layers cost here, in floating point and in int8: the model by which quantize_model leaves layers."""
-    lines = ["", "Linear layers, measured now (llmkern.quantize_model leaves those that int8 would not make faster):"]
+    lines = [
+        "",
+        "Linear layers on one thread, measured now; quantize_model leaves what int8 would not make faster:",
+    ]
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         floating, int8 = cost.rates(dtype)

@@ -1,4 +1,4 @@
-"""Whether int8 pays for a layer on this machine: a small model of it, measured once.
+"""Whether int8 pays for a layer on this machine: a small model of it, measured once, on one thread.
 
 A layer's time is taken to be a call's own cost, plus the longer of reading the weight and multiplying, plus what every
 element of the input and the output costs. The four numbers of each way to compute a layer (torch in the layer's dtype,
@@ -8,7 +8,8 @@ and int8) come from timing a few layers of known size. `python -m llmkern` print
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -90,6 +91,17 @@ def layer_functions(
     return lambda: F.linear(x, weight, bias), int8
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Work shared among threads waits for the last of them, so that other programs on the machine would decide."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _time(functions: tuple[Callable[[], object], ...], rounds: int = 7, seconds: float = 0.002) -> list[float]:
     """The best time of each, in turn: what others do on the machine makes some rounds longer, and none shorter."""
     times: list[list[float]] = [[] for _ in functions]
@@ -111,12 +123,12 @@ def _time(functions: tuple[Callable[[], object], ...], rounds: int = 7, seconds:
 def rates(dtype: torch.dtype, scheme: Int8Scheme | None = None) -> tuple[Rates, Rates]:
     """Of torch's linear in this dtype and of int8's, measured at the first call with these settings of the machine."""
     isa = extension._C.active_isa() if extension._C else ""
-    return _rates(dtype, scheme or Int8Scheme(), isa, torch.get_num_threads())
+    return _rates(dtype, scheme or Int8Scheme(), isa)
 
 
 @lru_cache(maxsize=64)
-def _rates(dtype: torch.dtype, scheme: Int8Scheme, isa: str, threads: int) -> tuple[Rates, Rates]:
-    with torch.inference_mode():
+def _rates(dtype: torch.dtype, scheme: Int8Scheme, isa: str) -> tuple[Rates, Rates]:
+    with torch.inference_mode(False), torch.no_grad(), _one_thread():  # weights of inference are packed in every call
         tiny = _time(layer_functions(1, 32, 32, dtype, scheme))
         few = _time(layer_functions(1, 1024, 1024, dtype, scheme))
         many = _time(layer_functions(192, 768, 768, dtype, scheme))
@@ -148,15 +160,15 @@ def compare(depth: int, outputs: int, dtype: torch.dtype, scheme: Int8Scheme, ro
     if min(ratios) > DOUBT or min(ratios) < 1 / DOUBT:
         return found
     isa = extension._C.active_isa() if extension._C else ""
-    return _timed(depth, outputs, dtype, scheme, rows, isa, torch.get_num_threads())
+    return _timed(depth, outputs, dtype, scheme, rows, isa)
 
 
 @lru_cache(maxsize=256)
 def _timed(
-    depth: int, outputs: int, dtype: torch.dtype, scheme: Int8Scheme, rows: tuple[int, ...], isa: str, threads: int
+    depth: int, outputs: int, dtype: torch.dtype, scheme: Int8Scheme, rows: tuple[int, ...], isa: str
 ) -> Verdict:
     floating, int8 = {}, {}
-    with torch.inference_mode():
+    with torch.inference_mode(False), torch.no_grad(), _one_thread():  # weights of inference are packed in every call
         for m in rows:
             floating[m], int8[m] = _time(layer_functions(m, depth, outputs, dtype, scheme))
     return Verdict(floating, int8, True)

@@ -87,7 +87,7 @@ def within_contract(found, plain, truth):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_gradients_are_those_of_the_dequantised_weight(kind, dtype, isa):
+def test_gradients_are_those_of_the_dequantised_weight(kind, dtype, one_isa):
     """Of x, exactly linear: no rounding of x enters; of bias and residual the sums and the cotangent itself."""
     choice = QUANTIZATIONS[kind]
     for shape in ((9, 128), (1, 128), (2, 3, 128), (128,)):
@@ -109,7 +109,7 @@ def test_gradients_are_those_of_the_dequantised_weight(kind, dtype, isa):
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_gradients_of_no_elements(kind, isa):
+def test_gradients_of_no_elements(kind, one_isa):
     choice = QUANTIZATIONS[kind]
     for rows, outputs in ((0, 33), (5, 0), (0, 0)):
         weight, scale = quantized(torch.randn(outputs, 128), **choice)
@@ -121,7 +121,7 @@ def test_gradients_of_no_elements(kind, isa):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activation", scheme.ACTIVATIONS)
-def test_through_what_follows_the_sum(activation, dtype, isa):
+def test_through_what_follows_the_sum(activation, dtype, one_isa):
     """The function's slope is that at the quantised sum, as in the plain version."""
     for kind in ("outliers", "row", "static", "16bit", "groups of 32", "rotated"):
         choice = {**QUANTIZATIONS[kind], "activation": activation}
@@ -140,7 +140,7 @@ def test_through_what_follows_the_sum(activation, dtype, isa):
         assert report.passed and [row.name for row in report.rows] == ["output", "x", "bias", "residual"], report
 
 
-def test_each_gradient_alone_and_none(isa):
+def test_each_gradient_alone_and_none(one_isa):
     x, residual, bias = torch.randn(5, 64), torch.randn(5, 34), torch.randn(34)
     weight, scale = quantized(torch.randn(34, 64))
     for activation in ("none", "gelu"):
@@ -157,7 +157,7 @@ def test_each_gradient_alone_and_none(isa):
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_in_the_transforms_of_torch_func(kind, isa):
+def test_in_the_transforms_of_torch_func(kind, one_isa):
     choice, (weight, scale) = QUANTIZATIONS[kind], quantized(torch.randn(17, 64), **QUANTIZATIONS[kind])
     x, residual = torch.randn(4, 3, 64), torch.randn(4, 3, 17)
 
@@ -175,7 +175,7 @@ def test_in_the_transforms_of_torch_func(kind, isa):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_an_adapters_gradients_are_those_with_the_dequantised_base(name, isa):
+def test_an_adapters_gradients_are_those_with_the_dequantised_base(name, one_isa):
     """No value that the base rounds enters them: neither those of one layer, nor those of a layer below another."""
     ours, x, middle, cotangent = network(name), *(torch.randn(2, 7, size) for size in (128, 96, 64))
     results, results_of_one = [], []
@@ -190,7 +190,7 @@ def test_an_adapters_gradients_are_those_with_the_dequantised_base(name, isa):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_an_adapted_networks_gradients_are_the_plain_versions(name, isa):
+def test_an_adapted_networks_gradients_are_the_plain_versions(name, one_isa):
     """With a function between, whose slope depends on what the first layer gives."""
     ours, plain = network(name, nn.GELU), network(name, nn.GELU, plain_modules.Int8Linear)
     plain.load_state_dict(ours.state_dict())
@@ -200,7 +200,7 @@ def test_an_adapted_networks_gradients_are_the_plain_versions(name, isa):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_checkpointed_the_gradients_are_the_same(name, isa):
+def test_checkpointed_the_gradients_are_the_same(name, one_isa):
     model, x, cotangent = network(name, nn.GELU), torch.randn(33, 128), torch.randn(33, 64)
     found = gradients(Checkpointed(model), x, cotangent)
     assert all(map(torch.equal, found, gradients(model, x, cotangent)))
@@ -240,7 +240,7 @@ def test_compiled_with_what_follows_the_sum_and_sizes_left_open(activation, kind
 
 
 @pytest.mark.parametrize("name", ["outliers", "groups", "rotated"])
-def test_under_autocast(name, isa):
+def test_under_autocast(name, one_isa):
     """In bfloat16, within its precision of the float32 gradients; the adapter's come in its own dtype."""
     model, x = network(name, nn.GELU), torch.randn(33, 128)
     expected = gradients(model, x, torch.ones(33, 64))
@@ -253,7 +253,7 @@ def test_under_autocast(name, isa):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_an_adapter_learns_and_its_base_stays(name, isa):
+def test_an_adapter_learns_and_its_base_stays(name, one_isa):
     """What another adapter on the same base does."""
     model, teacher, x = network(name, nn.GELU), network(name, nn.GELU), torch.randn(32, 128)
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_an_adapter_learns_and_its_base_stays(name, isa):
     assert all(p.grad is None for key, p in model.named_parameters() if "base" in key)
 
 
-def test_the_bias_of_a_base_trains_too(isa):
+def test_the_bias_of_a_base_trains_too(one_isa):
     layer, x = int8(128, 33, "outliers"), torch.randn(16, 128)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
     for _ in range(20):

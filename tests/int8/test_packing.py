@@ -25,7 +25,7 @@ GROUPS = {"inputs": "symmetric", "group": 32}
 SCHEMES = ["outliers", "groups", "static", "rotated"]
 
 
-def test_updates_in_place_are_seen(isa):
+def test_updates_in_place_are_seen(one_isa):
     x, weight, scale, _ = inputs((3, 64, 48))
     for change in (lambda: weight.add_(1), lambda: weight[5].zero_(), lambda: weight.t().copy_(weight.t().flip(0))):
         int8_linear(x, weight, scale)
@@ -135,13 +135,13 @@ SEEN = {
 
 @pytest.mark.parametrize("what", ["weight", "scales of groups"])
 @pytest.mark.parametrize("change", SEEN.values(), ids=SEEN)
-def test_changes_are_seen(change, what, isa):
+def test_changes_are_seen(change, what, one_isa):
     after, fresh, before = kept_and_fresh(change, what)
     assert torch.equal(after, fresh) and not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("what", ["weight", "scales of groups"])
-def test_another_layout_of_the_same_memory_is_seen(what, isa):
+def test_another_layout_of_the_same_memory_is_seen(what, one_isa):
     """Neither the version nor the address tells: the strides do."""
 
     def transpose(t):
@@ -153,7 +153,7 @@ def test_another_layout_of_the_same_memory_is_seen(what, isa):
 
 @pytest.mark.parametrize("what", ["weight", "scales of groups"])
 @pytest.mark.parametrize("how", [".data", "resize_"])
-def test_another_shape_of_the_same_memory_is_seen(how, what, isa):
+def test_another_shape_of_the_same_memory_is_seen(how, what, one_isa):
     """As pruning outputs does; torch does not count it through `.data`. A copy of fewer outputs must not be read on."""
     x, many = torch.randn(3, 96), 96
     all_weights, all_scales = torch.randint(-127, 128, (many, 96), dtype=torch.int8), torch.rand(many, 3)
@@ -193,7 +193,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("write", HIDDEN.values(), ids=HIDDEN)
-def test_what_torch_does_not_count_is_seen_after_repack(write, isa):
+def test_what_torch_does_not_count_is_seen_after_repack(write, one_isa):
     """Version, address and layout are those of before: nothing tells that the numbers are others."""
     for name in ("weight", "weight_scale"):
         layer, x = Int8Linear(256, 48, scheme="groups"), torch.randn(3, 256)
@@ -205,7 +205,7 @@ def test_what_torch_does_not_count_is_seen_after_repack(write, isa):
         assert torch.equal(layer(x), copy.deepcopy(layer)(x)) and not torch.equal(layer(x), before)
 
 
-def test_a_write_past_torch_is_seen_after_forget(isa):
+def test_a_write_past_torch_is_seen_after_forget(one_isa):
     x, weight, scale, _ = inputs((3, 64, 48))
     int8_linear(x, weight, scale)
     weight.data.add_(1)
@@ -213,7 +213,7 @@ def test_a_write_past_torch_is_seen_after_forget(isa):
     assert torch.equal(int8_linear(x, weight, scale), reference.int8_linear(x, weight, scale, None))
 
 
-def test_fresh_weights_in_a_loop(isa):
+def test_fresh_weights_in_a_loop(one_isa):
     """Freed memory comes back at the same address, and the id of a dead tensor with it."""
     x, _, scale, _ = inputs((3, 64, 48))
     for seed in range(40):
@@ -222,7 +222,7 @@ def test_fresh_weights_in_a_loop(isa):
         del weight
 
 
-def test_fresh_scales_and_layers_in_a_loop(isa):
+def test_fresh_scales_and_layers_in_a_loop(one_isa):
     x, weight, _, _ = inputs((3, 64, 48))
     for _ in range(40):
         scale = torch.rand(48, 2)
@@ -233,7 +233,7 @@ def test_fresh_scales_and_layers_in_a_loop(isa):
         del scale, layer
 
 
-def test_views_and_other_instruction_sets(isa):
+def test_views_and_other_instruction_sets(one_isa):
     x, weight, scale, _ = inputs((3, 64, 96))
     int8_linear(x, weight, scale)
     part = weight[:48]
@@ -242,7 +242,7 @@ def test_views_and_other_instruction_sets(isa):
     assert torch.equal(int8_linear(x, weight, scale), reference.int8_linear(x, weight, scale, None))
 
 
-def test_one_weight_serves_calls_that_pack_it_differently(isa):
+def test_one_weight_serves_calls_that_pack_it_differently(one_isa):
     """Each keeps its own copy, and all see an update."""
     x, weight, scale, _ = inputs((3, 64, 48))
     options = [{}, {"inputs": "16bit"}, {"activation": "swiglu"}, GROUPS, {**GROUPS, "group": 64}]
@@ -257,7 +257,7 @@ def test_one_weight_serves_calls_that_pack_it_differently(isa):
         weight.random_(-127, 128)
 
 
-def test_set_moves_a_tensor_to_other_memory(isa):
+def test_set_moves_a_tensor_to_other_memory(one_isa):
     x, weight, scale, _ = inputs((3, 64, 48))
     int8_linear(x, weight, scale)
     weight.set_(torch.randint(-127, 128, (48, 64), dtype=torch.int8))
@@ -296,7 +296,7 @@ def layers(scheme):
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_checkpoint_is_seen(scheme, assign, isa):
+def test_a_checkpoint_is_seen(scheme, assign, one_isa):
     one, other, x = layers(scheme)
     for source in (other, Int8Linear(256, 48, scheme=scheme)):
         one.load_state_dict(source.state_dict(), assign=assign)
@@ -305,7 +305,7 @@ def test_a_checkpoint_is_seen(scheme, assign, isa):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_moves_are_seen(scheme, isa):
+def test_moves_are_seen(scheme, one_isa):
     layer, _, x = layers(scheme)
     values, expected = copy.deepcopy(layer.state_dict()), layer(x)
     moves = {
@@ -327,7 +327,7 @@ def test_moves_are_seen(scheme, isa):
     assert meta(x.to("meta")).shape == (3, 48)
 
 
-def test_weights_lent_to_a_call_are_seen(isa):
+def test_weights_lent_to_a_call_are_seen(one_isa):
     one, other, x = layers("groups")
     expected = one(x), other(x)
     for _ in range(2):
@@ -335,7 +335,7 @@ def test_weights_lent_to_a_call_are_seen(isa):
         assert torch.equal(one(x), expected[0])
 
 
-def test_swapping_tensors_is_refused_or_seen(isa):
+def test_swapping_tensors_is_refused_or_seen(one_isa):
     """Torch swaps no tensor that something refers to weakly, as what is kept of it does; repack() lets go of it."""
     one, other = (Int8Linear(256, 48, bias=False, scheme="groups") for _ in range(2))
     x = torch.randn(3, 256)
@@ -349,7 +349,7 @@ def test_swapping_tensors_is_refused_or_seen(isa):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_deep_copies_are_independent(scheme, isa):
+def test_deep_copies_are_independent(scheme, one_isa):
     layer, _, x = layers(scheme)
     twin = copy.deepcopy(layer)
     expected = layer(x)
@@ -367,7 +367,7 @@ def test_deep_copies_are_independent(scheme, isa):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_saved_and_loaded_as_weights_only(scheme, isa):
+def test_saved_and_loaded_as_weights_only(scheme, one_isa):
     one, other, x = layers(scheme)
     buffer = io.BytesIO()
     torch.save(other.state_dict(), buffer)
@@ -380,7 +380,7 @@ def test_saved_and_loaded_as_weights_only(scheme, isa):
         assert torch.equal(one(x), other(x))
 
 
-def test_memory_mapped_checkpoints(tmp_path, isa):
+def test_memory_mapped_checkpoints(tmp_path, one_isa):
     one, other, x = layers("groups")
     torch.save(other.state_dict(), tmp_path / "state")
     one.load_state_dict(torch.load(tmp_path / "state", weights_only=True, mmap=True), assign=True)
@@ -434,7 +434,7 @@ def changed_by_another(layer, x, results):
     results.put((before.numpy(), layer(x).detach().numpy()))
 
 
-def test_a_child_inherits_what_is_kept_and_changes_its_own(isa):
+def test_a_child_inherits_what_is_kept_and_changes_its_own(one_isa):
     layer, _, x = layers("groups")
     expected, context = layer(x), multiprocessing.get_context("fork")
     results = context.Queue()
@@ -448,7 +448,7 @@ def test_a_child_inherits_what_is_kept_and_changes_its_own(isa):
     assert torch.equal(twin(x), after)
 
 
-def test_what_another_process_writes_to_shared_memory_is_seen_after_repack(isa):
+def test_what_another_process_writes_to_shared_memory_is_seen_after_repack(one_isa):
     layer, _, x = layers("groups")
     expected, context = layer.share_memory()(x), multiprocessing.get_context("fork")
     results = context.Queue()
@@ -490,7 +490,7 @@ def at_once(calls):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_threads_that_call_a_layer_first_at_once(scheme, isa, hasty_threads):
+def test_threads_that_call_a_layer_first_at_once(scheme, one_isa, hasty_threads):
     for _ in range(30):
         layer, x = Int8Linear(256, 48, scheme=scheme), torch.randn(3, 256)
         found = at_once([lambda: layer(x)] * 8)  # noqa: B023
@@ -498,7 +498,7 @@ def test_threads_that_call_a_layer_first_at_once(scheme, isa, hasty_threads):
         assert all(isinstance(y, torch.Tensor) and torch.equal(y, expected) for y in found), found
 
 
-def test_threads_that_call_after_an_update_at_once(isa, hasty_threads):
+def test_threads_that_call_after_an_update_at_once(one_isa, hasty_threads):
     """Each finds copies of before, of several layouts, that all want to drop."""
     x, weight, scale, _ = inputs((2, 1024, 8))
     groups = [0, *range(32, 1025, 32)]
@@ -517,7 +517,7 @@ def test_threads_that_call_after_an_update_at_once(isa, hasty_threads):
             assert all(torch.equal(a, b) for a, b in zip(results, expected[i:], strict=True))
 
 
-def test_threads_with_weights_that_come_and_go(isa, hasty_threads):
+def test_threads_with_weights_that_come_and_go(one_isa, hasty_threads):
     x, _, scale, _ = inputs((2, 64, 8))
 
     def call():
