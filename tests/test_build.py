@@ -63,7 +63,7 @@ def test_a_changed_source_recompiles_its_own_objects_only(source):
     isas = extension._C.built_isas()
     expected = {
         "csrc/common/dispatch.cpp": ["common.dispatch.o"],
-        "csrc/positional/cpu.cpp": [f"positional.cpu.{isa}.o" for isa in isas],
+        "csrc/positional/cpu.cpp": [f"positional.cpu.{isa}.o" for isa in isas if extension._C.isa_base(isa) == isa],
         "csrc/register.cpp": ["register.o"],
     }
     assert sorted(changed) == sorted(expected[source])

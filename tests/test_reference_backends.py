@@ -72,7 +72,18 @@ def positional_arguments(name: str):
 
 def int8_arguments(name: str):
     weight = torch.randint(-127, 128, (4, 16), dtype=torch.int8)
-    return torch.randn(3, 16), weight, torch.rand(4), torch.randn(4), torch.randn(3, 4), None, "outliers", 0, 1, "relu"
+    return (
+        torch.randn(3, 16),
+        weight,
+        torch.rand(4),
+        torch.randn(4),
+        torch.randn(3, 4),
+        torch.tensor([0.02, 128.0]),
+        "static",
+        0,
+        1,
+        "relu",
+    )
 
 
 def arguments(name: str):
