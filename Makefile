@@ -47,4 +47,4 @@ sanitize: install-demo,test  ## the kernels' tests under AddressSanitizer and Un
 # AArch64's portable code is that of other processors but for the products of int8.
 neon: install-demo,test  ## the kernels' tests with the NEON code under QEMU (g++-aarch64-linux-gnu, qemu-user-static)
 	LLMKERN_TEST_ISAS="neon neondot" $(BIN)/python tests/neon/run.py -k neon tests/neon $(LIBRARY_TESTS)
-	LLMKERN_TEST_ISAS=portable $(BIN)/python tests/neon/run.py -k portable tests/int8
+	LLMKERN_TEST_ISAS=portable $(BIN)/python tests/neon/run.py -k portable $(filter-out tests/attention tests/positional,$(LIBRARY_TESTS))
