@@ -138,12 +138,7 @@ __attribute__((noinline)) void add_group(const Low* x, int64_t stride, const int
                                          const int32_t* first, const Float* weight_scale, const float* scales,
                                          int64_t scale_stride, float* totals) {
   Int sums[Rows][kVectors];
-#pragma GCC unroll 8
-  for (int j = 0; j < kVectors; j++) {
-    Int zero_part = load_sums(first + j * kWidth);
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; i++) sums[i][j] = zero_part;
-  }
+  clear(sums);
   multiply<Rows, false, Rows <= 4>(sums, x, stride, weight, steps);
   alignas(64) int32_t found[Rows * kPanel];
   put_sums(sums, found);
@@ -153,7 +148,8 @@ __attribute__((noinline)) void add_group(const Low* x, int64_t stride, const int
     for (int j = 0; j < kVectors; j++) {
       const int at = i * kPanel + j * kWidth;
       // Not in one rounding, so that portable code, which has no such instruction, gives the same.
-      Float product = mul(to_float(load_sums(found + at)), mul(scale, weight_scale[j]));
+      Int sum = add(load_sums(found + at), load_sums(first + j * kWidth));
+      Float product = mul(to_float(sum), mul(scale, weight_scale[j]));
       store(totals + at, add(load(totals + at), product));
     }
   }
