@@ -79,8 +79,7 @@ template <class Each>
 LLMKERN_INLINE void where_high(const Work& w, int64_t row, int rows, const Each& each) {
   constexpr int kQuadsOfTile = kTileDepth / kQuad;
   for (int64_t word = 0; word < w.words; word++) {
-    uint64_t quads = 0;
-    for (int i = 0; i < rows; i++) quads |= w.bits[(row + i) * w.words + word];
+    uint64_t quads = high_quads_of(w, row, rows, word);
     for (int part = 0; quads; part++, quads >>= kQuadsOfTile)
       if (quads & ((1u << kQuadsOfTile) - 1)) each((word * (64 / kQuadsOfTile) + part) * kTileDepth);
   }

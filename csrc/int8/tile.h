@@ -1,4 +1,5 @@
-// Tiles of kRows rows and one panel in vector registers: over the whole of k, then finished before they leave them.
+// Tiles of kRows rows and one panel in vector registers, over the whole of k; finish.h reads the sums from the
+// first-level cache.
 #pragma once
 #include <type_traits>
 
@@ -49,12 +50,17 @@ LLMKERN_INLINE void put_sums(const Int (&sums)[Rows][kVectors], int32_t* out) {
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) std::memcpy(out + i * kPanel + j * kWidth, &sums[i][j], sizeof(Int));
 }
-// Whether one of the rows has a high digit.
+
+// The quads of k, 64 of them, in which one of the rows has a high digit.
+LLMKERN_INLINE uint64_t high_quads_of(const Work& w, int64_t row, int rows, int64_t word) {
+  uint64_t quads = 0;
+  for (int i = 0; i < rows; i++) quads |= w.bits[(row + i) * w.words + word];
+  return quads;
+}
 LLMKERN_INLINE bool any_high(const Work& w, int64_t row, int rows) {
   if (!w.high) return false;
-  const uint64_t* bits = w.bits + row * w.words;
   uint64_t any = 0;
-  for (int64_t i = 0; i < rows * w.words; i++) any |= bits[i];
+  for (int64_t word = 0; word < w.words; word++) any |= high_quads_of(w, row, rows, word);
   return any != 0;
 }
 
@@ -79,9 +85,7 @@ __attribute__((noinline)) void high_sums(const Work& w, int64_t row, int64_t pan
   const int8_t* weight = w.weights + panel * w.layout->panel_bytes;
   const High* x = w.high + row * w.stride;
   for (int64_t word = 0; word < w.words; word++) {
-    uint64_t quads = 0;
-    for (int i = 0; i < Rows; i++) quads |= w.bits[(row + i) * w.words + word];
-    for (; quads; quads &= quads - 1) {
+    for (uint64_t quads = high_quads_of(w, row, Rows, word); quads; quads &= quads - 1) {
       int64_t quad = word * 64 + __builtin_ctzll(quads);
       multiply<Rows, true, false>(sums, x + quad * kQuad, w.stride, weight + quad * kQuad * kPanel, kStepsOfQuad);
     }

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch.nn import functional as F
+from torch import nn
 
 from llmkern import check, extension
-from llmkern.int8.op import int8_linear
-from llmkern.int8.reference import hadamard, quantize_weight
-from llmkern.int8.scheme import Int8Scheme, rotation_size
+from llmkern.int8.module import Int8Linear
+from llmkern.int8.scheme import Int8Scheme
 
 #: Rows of a call for which a layer must not get slower, unless the caller knows better: one token, a small batch, a
 #: prompt.
@@ -73,22 +72,14 @@ class Verdict:
 def layer_functions(
     rows: int, depth: int, outputs: int, dtype: torch.dtype, scheme: Int8Scheme
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Calls of torch's linear and of int8's on inputs and weights of these sizes."""
+    """Calls of an nn.Linear and of its int8 form on inputs and weights of these sizes."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, depth, generator=generator).to(dtype)
-    weight = torch.randn(outputs, depth, generator=generator) / max(depth, 1) ** 0.5
-    bias = torch.zeros(outputs, dtype=dtype)
-    rotate = rotation_size(depth) if scheme.rotate else 1
-    values, scale = quantize_weight(hadamard(weight, rotate), scheme.group)
-    given = torch.tensor([0.03, 128.0]) if scheme.inputs == "static" else None
-    weight = weight.to(dtype)
-
-    def int8() -> object:
-        return int8_linear(
-            x, values, scale, bias, input_scale=given, inputs=scheme.inputs, group=scheme.group, rotate=rotate
-        )  # fmt: skip
-
-    return lambda: F.linear(x, weight, bias), int8
+    linear = nn.utils.skip_init(nn.Linear, depth, outputs, dtype=dtype)  # whose own values would use the user's seed
+    for parameter in linear.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(depth, 1) ** 0.5)
+    int8 = Int8Linear.from_linear(linear, scheme=scheme)
+    return lambda: linear(x), lambda: int8(x)
 
 
 @contextmanager

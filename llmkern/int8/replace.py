@@ -71,8 +71,7 @@ def replace_linears(
     kind: the new layers' class, an Int8Linear; values and scales are made once for a weight that several layers share.
     scheme: of all layers, or by their names. keep: why a layer, which could be replaced, is left; empty: it is not.
     finish(old, new): sets what calibration found, gives the output's error and a note for the report.
-    skip: names to leave, "lm_head" (a whole name or its last parts) or a pattern,
-    "layers.0.*".
+    skip: names to leave, "lm_head" (a whole name or its last parts) or a pattern, "layers.0.*".
 
     Raises TypeError for what is no module, for bits that are no integer, for names that are no strings and for weights
     that are not float32, bfloat16 or float16; ValueError for bits other than 8, for a name in skip that fits no layer,
