@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kFewRows = 4;             // up to here the weights' way from memory is the cost
 constexpr int64_t kBlockBytes = 384 << 10;  // quantised rows that stay in the second-level cache
+constexpr int64_t kPanelsBytes = 512 << 10;  // packed weights that do, where rows pass through the panels
 constexpr int64_t kChunkBytes = 8 << 20;    // quantised rows held at a time
 
 template <class T>
@@ -84,11 +85,35 @@ const float* widened_bias(const Int8LinearParams& p) {
 template <class T>
 void multiply_rows(const Work& w, Kind kind, int64_t begin, int64_t end, int64_t panel) {
   if (kind == Kind::grouped) return tiles<T, Kind::grouped>(w, begin, end, panel);
-#ifdef LLMKERN_TILES
-  if (end - begin > kFewRows) return amx_tiles<T>(w, begin, end, panel);
-#endif
   if (kind == Kind::wide) return tiles<T, Kind::wide>(w, begin, end, panel);
   tiles<T, Kind::plain>(w, begin, end, panel);
+}
+
+bool in_tiles(const Layout& layout, Kind kind, int64_t rows) {
+  return kTiled && rows > kFewRows && (kind != Kind::grouped || layout.group % kTileDepth == 0);
+}
+
+// How the products of a chunk are cut into tasks: `blocks` blocks of `rows` rows, for each `panels` panels.
+struct Cut {
+  bool tiles;
+  int64_t rows, blocks, panels, tasks;
+};
+Cut cut_for(const Layout& layout, int64_t rows, int64_t row_bytes, int threads, bool tiles) {
+  Cut cut{tiles, 0, 0, 1, 0};
+  if (tiles) {  // few rows and many panels: the rows stay in the first-level cache, the panels in the second
+    const int64_t most = kPanelsBytes / layout.panel_bytes, each = (layout.panels + threads - 1) / threads;
+    cut.panels = most < each ? most : each;
+    cut.panels = cut.panels < 1 ? 1 : cut.panels;
+    cut.rows = kBlockRows;
+  } else {
+    int64_t most = kBlockBytes / (row_bytes + 1) / kBlockRows * kBlockRows;
+    most = most < 8 * kBlockRows ? 8 * kBlockRows : most > 384 ? 384 : most;
+    const int64_t blocks = (rows + most - 1) / most;
+    cut.rows = ((rows + blocks - 1) / blocks + kBlockRows - 1) / kBlockRows * kBlockRows;
+  }
+  cut.blocks = (rows + cut.rows - 1) / cut.rows;
+  cut.tasks = cut.blocks * ((layout.panels + cut.panels - 1) / cut.panels);
+  return cut;
 }
 
 template <class T>
@@ -128,23 +153,31 @@ void linear(const Int8LinearParams& p, const Layout& layout) {
     w.activation = p.activation, w.grouped = q.group != 0;
     w.simple = p.activation == Activation::none && !p.residual;
 
-    int64_t block = kBlockBytes / (row_bytes + 1) / kBlockRows * kBlockRows;
-    block = block < 8 * kBlockRows ? 8 * kBlockRows : block > 384 ? 384 : block;
-    int64_t blocks = (rows + block - 1) / block;
-    block = ((rows + blocks - 1) / blocks + kBlockRows - 1) / kBlockRows * kBlockRows;
-    blocks = (rows + block - 1) / block;
+    const Cut cut = cut_for(layout, rows, row_bytes, p.threads, in_tiles(layout, kind, rows));
     Counter counter;
     auto multiply = [&](int thread, int threads) {
-      Tiles tiles(rows > kFewRows && kind != Kind::grouped);
       if (rows <= kFewRows) {  // always the same panels on the same thread, in whose cache they may still be
         auto part = share(layout.panels, 1, thread, threads);
         for (int64_t panel = part.begin; panel < part.end; panel++) multiply_rows<T>(w, kind, 0, rows, panel);
         return;
       }
-      for (int64_t task = counter.take(); task < layout.panels * blocks; task = counter.take()) {
-        int64_t begin = task / layout.panels * block, end = begin + block;
-        multiply_rows<T>(w, kind, begin, end < rows ? end : rows, task % layout.panels);
+      auto each = [&](const auto& body) {
+        for (int64_t task = counter.take(); task < cut.tasks; task = counter.take()) {
+          const int64_t begin = task % cut.blocks * cut.rows, first = task / cut.blocks * cut.panels;
+          body(begin, begin + cut.rows < rows ? begin + cut.rows : rows, first,
+               first + cut.panels < layout.panels ? first + cut.panels : layout.panels);
+        }
+      };
+#ifdef LLMKERN_TILES
+      if (cut.tiles) {
+        Tiles registers;
+        if (kind == Kind::grouped) return Blocks<T, true>(w).all(each);
+        return Blocks<T, false>(w).all(each);
       }
+#endif
+      each([&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+        for (int64_t panel = first; panel < last; panel++) multiply_rows<T>(w, kind, begin, end, panel);
+      });
     };
     parallel(rows * p.depth * p.outputs < 131072 ? 1 : p.threads, multiply);
   }

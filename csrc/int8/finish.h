@@ -6,6 +6,8 @@
 
 namespace llmkern::LLMKERN_ISA {
 
+constexpr int kMostRows = 32;  // of a tile on any instruction set
+
 // A chunk of rows, quantised, and all that its tiles read.
 struct Work {
   const Layout* layout;
@@ -24,6 +26,7 @@ struct Work {
   int64_t stride, words, residual_stride, out_stride;
   Activation activation;
   bool grouped, simple;  // simple: nothing behind the bias
+  const int8_t* panel(int64_t p) const { return weights + p * layout->panel_bytes; }
 };
 
 LLMKERN_INLINE Float sigmoid(Float x) {  // both branches of 1 / (1 + e^-x) by e^-|x|
@@ -97,18 +100,18 @@ LLMKERN_INLINE void put(const Work& w, int64_t row, int64_t column, int count, F
     store_first(to, y, count);
 }
 
-// The rest, for rows of a panel whose linear parts are at `y`, kPanel apart: vectors [first, last).
+// The rest, for vectors [first, last) of a panel, from their linear parts `y`: rows of last - first vectors.
 template <class T>
 __attribute__((noinline)) void finish_rest(const Work& w, int64_t row, int rows, int64_t panel, int first, int last,
                                            const float* y) {
   const bool pairs = takes_pairs(w.activation);
-  for (int i = 0; i < rows; i++, y += kPanel) {
+  for (int i = 0; i < rows; i++, y += (last - first) * kWidth) {
     for (int j = first; j < last; j += pairs ? 2 : 1) {
       int n = w.layout->outputs_in(panel, j);
       if (n == 0) continue;
       int64_t column = w.layout->first_output(panel, j);
-      Float value = activate(w.activation, load(y + j * kWidth));
-      if (pairs) value = mul(value, load(y + (j + 1) * kWidth));
+      Float value = activate(w.activation, load(y + (j - first) * kWidth));
+      if (pairs) value = mul(value, load(y + (j + 1 - first) * kWidth));
       if (w.residual) {
         const T* from = reinterpret_cast<const T*>(w.residual) + (row + i) * w.residual_stride + column;
         value = add(value, n == kWidth ? load(from) : load_first(from, n));
@@ -125,18 +128,18 @@ LLMKERN_INLINE Int load_sums(const int32_t* p) {
 }
 
 // Results of `rows` rows and vectors [first, last) of a panel, from the sums of low digits and, where `high` is not
-// null, of high ones, in rows kPanel apart that begin with vector `first`. kOffset: what dot_high adds (dot.h).
+// null, of high ones: rows of last - first vectors. kOffset: what dot_high adds (dot.h).
 template <class T, int kOffset>
 __attribute__((noinline)) void finish(const Work& w, int64_t row, int rows, int64_t panel, int first, int last,
                                       const int32_t* low, const int32_t* high) {
-  constexpr int kMostRows = 32;
   alignas(64) float rest[kMostRows * kPanel];
+  const int64_t apart = (last - first) * kWidth;
   for (int j = first; j < last; j++) {
     Column c = column_of(w, panel, j);
     if (c.count == 0) continue;
     Int total = load_sums(w.weight_sums + panel * w.layout->groups * kPanel + j * kWidth);
     int64_t column = w.layout->first_output(panel, j), at = (j - first) * kWidth;
-    for (int i = 0; i < rows; i++, at += kPanel) {
+    for (int i = 0; i < rows; i++, at += apart) {
       Int exact = sub(load_sums(low + at), mul(total, broadcast_int(w.zeros[row + i])));
       Float sum = to_float(exact);
       if (high) {
@@ -149,20 +152,57 @@ __attribute__((noinline)) void finish(const Work& w, int64_t row, int rows, int6
       if (w.simple)
         put<T>(w, row + i, column, c.count, y);
       else
-        store(rest + i * kPanel + j * kWidth, y);
+        store(rest + at, y);
     }
   }
   if (!w.simple) finish_rest<T>(w, row, rows, panel, first, last, rest);
 }
 
-// The same from totals over groups, which have their scales.
+// What is the same for all rows of vectors [first, last) of a panel in a group of k: scales, and what the activations'
+// zero of 128 adds to a sum.
+struct GroupColumns {
+  int64_t group;
+  int vectors;
+  Float scale[kVectors];
+  Int zero_part[kVectors];
+};
+LLMKERN_INLINE GroupColumns columns_of_group(const Work& w, int64_t panel, int first, int last, int64_t group) {
+  const Layout& layout = *w.layout;
+  GroupColumns c;
+  c.group = group, c.vectors = last - first;
+  for (int j = first; j < last; j++) {
+    const int n = layout.outputs_in(panel, j);
+    const float* at = w.weight_scale + group * layout.outputs + layout.first_output(panel, j);
+    c.scale[j - first] = n == kWidth ? load(at) : n ? load_first(at, n) : zero();
+    c.zero_part[j - first] = mul(load_sums(w.weight_sums + (panel * layout.groups + group) * kPanel + j * kWidth),
+                                 broadcast_int(kLowOffset - 128));
+  }
+  return c;
+}
+
+// totals += the sums of a group, in units of what they stand for. Both: rows of c.vectors vectors.
+LLMKERN_INLINE void add_group(const Work& w, int64_t row, int rows, const GroupColumns& c, const int32_t* sums,
+                              float* totals) {
+  for (int i = 0; i < rows; i++) {
+    Float scale = broadcast(w.scales[(row + i) * w.layout->groups + c.group]);
+    for (int j = 0; j < c.vectors; j++, sums += kWidth, totals += kWidth) {
+      // Not in one rounding, so that portable code, which has no such instruction, gives the same.
+      Float product = mul(to_float(add(load_sums(sums), c.zero_part[j])), mul(scale, c.scale[j]));
+      store(totals, add(load(totals), product));
+    }
+  }
+}
+
+// Results from totals over groups, which have their scales: rows of last - first vectors.
 template <class T>
-__attribute__((noinline)) void finish_groups(const Work& w, int64_t row, int rows, int64_t panel, float* totals) {
-  for (int j = 0; j < kVectors; j++) {
+__attribute__((noinline)) void finish_groups(const Work& w, int64_t row, int rows, int64_t panel, int first, int last,
+                                             float* totals) {
+  const int64_t apart = (last - first) * kWidth;
+  for (int j = first; j < last; j++) {
     Column c = column_of(w, panel, j);
     int64_t column = w.layout->first_output(panel, j);
     for (int i = 0; i < rows; i++) {
-      float* at = totals + i * kPanel + j * kWidth;
+      float* at = totals + i * apart + (j - first) * kWidth;
       Float y = w.bias ? add(load(at), c.bias) : load(at);
       if (!w.simple)
         store(at, y);
@@ -170,7 +210,7 @@ __attribute__((noinline)) void finish_groups(const Work& w, int64_t row, int row
         put<T>(w, row + i, column, c.count, y);
     }
   }
-  if (!w.simple) finish_rest<T>(w, row, rows, panel, 0, kVectors, totals);
+  if (!w.simple) finish_rest<T>(w, row, rows, panel, first, last, totals);
 }
 
 }  // namespace llmkern::LLMKERN_ISA

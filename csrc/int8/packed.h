@@ -1,7 +1,8 @@
 // Packed weights: a header, the sums of each output's weights (one for each group of k), and panels of kPanel outputs.
 // A panel holds, for each step of kDotDepth values of k, the weights of its outputs one after another, so that a step
-// of a tile reads one run of memory. Of pairs, a vector of first ones is followed by the one of their seconds. What
-// lies beyond the last output or the last k is zero.
+// of a tile reads one run of memory. With AMX the two halves of a panel follow one another, each in the tiles that its
+// registers take: 16 steps of a vector of outputs, then of the next. Of pairs, a vector of first ones is followed by the
+// one of their seconds. What lies beyond the last output or the last k is zero.
 #pragma once
 #include <cstring>
 
@@ -10,6 +11,10 @@
 #include "params.h"
 
 namespace llmkern::LLMKERN_ISA {
+
+#if defined(__AMX_INT8__) || defined(LLMKERN_EMULATE_AMX)
+#define LLMKERN_TILES
+#endif
 
 constexpr int kVectors = kRegisters >= 32 ? 4 : 2;  // of a panel
 constexpr int kPanel = kVectors * kWidth;
@@ -38,7 +43,18 @@ struct Layout {
   static constexpr int64_t kHeaderBytes = 64;
   int64_t weights() const { return kHeaderBytes + sums_bytes; }
   int64_t bytes() const { return weights() + panels * panel_bytes; }
-  Header header() const { return {0x1a80000 + kPanel * 16 + kDotDepth, outputs, depth, group, pairs}; }
+#ifdef LLMKERN_TILES
+  static constexpr int kTileSteps = 16, kTileBytes = 1024;  // of a tile
+  static constexpr int64_t kForm = 0x1a90000;
+  // Where a step, and a vector, of a panel begin: the sum is where a vector of a step does.
+  static int64_t at_step(int64_t step) { return (step / kTileSteps * 2 * kTileSteps + step % kTileSteps) * 64; }
+  int64_t at_vector(int vector) const { return vector / 2 * (panel_bytes / 2) + vector % 2 * kTileBytes; }
+#else
+  static constexpr int64_t kForm = 0x1a80000;
+  static constexpr int64_t at_step(int64_t step) { return step * kPanel * kDotDepth; }
+  static constexpr int64_t at_vector(int vector) { return vector * kWidth * kDotDepth; }
+#endif
+  Header header() const { return {kForm + kPanel * 16 + kDotDepth, outputs, depth, group, pairs}; }
   // The first output of a vector of a panel, and how many of its columns are outputs.
   int64_t first_output(int64_t panel, int vector) const {
     if (!pairs) return panel * kPanel + vector * kWidth;
@@ -65,11 +81,11 @@ LLMKERN_INLINE void pack_panel(const Int8PackParams& p, const Layout& layout, in
       for (int64_t k = begin; k < end; k++) sum += from[k];
       sums[g * kPanel + column] = sum;
     }
-    int8_t* out = to + column * kDotDepth;
-    for (int64_t step = 0; step < layout.steps; step++, out += kPanel * kDotDepth)
+    int8_t* out = to + layout.at_vector(vector) + lane * kDotDepth;
+    for (int64_t step = 0; step < layout.steps; step++)
       for (int i = 0; i < kDotDepth; i++) {
         int64_t k = step * kDotDepth + i;
-        out[i] = k < inside ? from[k] : int8_t{0};
+        out[layout.at_step(step) + i] = k < inside ? from[k] : int8_t{0};
       }
   }
 }

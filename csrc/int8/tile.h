@@ -10,21 +10,29 @@ namespace llmkern::LLMKERN_ISA {
 constexpr int kRows = 6;      // 6 x kVectors sums, kVectors weights and an activation fill the registers
 constexpr int kWideRows = 3;  // two sums for each
 
-// sums += digits * weights, over `steps` steps. kHigh: of high digits alone.
+// The weights of vector j in a step that begins at `weight`, and a hint that those `ahead` bytes on will be wanted.
+LLMKERN_INLINE Int weights_of(const Layout& layout, const int8_t* weight, int j) {
+  return load_weights(weight + layout.at_vector(j));
+}
+LLMKERN_INLINE void prefetch_weights(const Layout& layout, const int8_t* weight, int ahead) {
+  constexpr int kPerLine = 64 / (kWidth * kDotDepth) > 1 ? 64 / (kWidth * kDotDepth) : 1;
+#pragma GCC unroll 8
+  for (int j = 0; j < kVectors; j += kPerLine) __builtin_prefetch(weight + layout.at_vector(j) + ahead);
+}
+
+// sums += digits * weights, over steps [begin, end) of a panel. x: at `begin`. kHigh: of high digits alone.
 template <int Rows, bool kHigh, bool kPrefetch, class Digit>
-LLMKERN_INLINE void multiply(Int (&sums)[Rows][kVectors], const Digit* x, int64_t stride, const int8_t* weight,
-                             int64_t steps) {
-  for (int64_t step = 0; step < steps; step++, weight += kPanel * kDotDepth, x += kDotDepth) {
+LLMKERN_INLINE void multiply(Int (&sums)[Rows][kVectors], const Digit* x, int64_t stride, const Layout& layout,
+                             const int8_t* panel, int64_t begin, int64_t end) {
+  for (int64_t step = begin; step < end; step++, x += kDotDepth) {
+    const int8_t* weight = panel + layout.at_step(step);
     Int vector[kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) {
-      vector[j] = load_weights(weight + j * kWidth * kDotDepth);
+      vector[j] = weights_of(layout, weight, j);
       if (kHigh) vector[j] = high_weights(vector[j]);
     }
-    if (kPrefetch) {
-#pragma GCC unroll 8
-      for (int b = 0; b < kPanel * kDotDepth; b += 64) __builtin_prefetch(weight + 2048 + b);
-    }
+    if (kPrefetch) prefetch_weights(layout, weight, 2048);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; i++) {
       Int activation = broadcast_step(x + i * stride);
@@ -71,7 +79,7 @@ __attribute__((noinline)) void low_sums(const Work& w, int64_t row, int64_t pane
   constexpr bool kPrefetch = Rows <= 4;  // where the weights' way from memory is the cost
   Int sums[Rows][kVectors];
   clear(sums);
-  multiply<Rows, false, kPrefetch>(sums, w.low + row * w.stride, w.stride, w.weights + panel * w.layout->panel_bytes,
+  multiply<Rows, false, kPrefetch>(sums, w.low + row * w.stride, w.stride, *w.layout, w.panel(panel), 0,
                                    w.layout->steps);
   put_sums(sums, out);
 }
@@ -82,12 +90,12 @@ template <int Rows>
 __attribute__((noinline)) void high_sums(const Work& w, int64_t row, int64_t panel, int32_t* out) {
   Int sums[Rows][kVectors];
   clear(sums);
-  const int8_t* weight = w.weights + panel * w.layout->panel_bytes;
   const High* x = w.high + row * w.stride;
   for (int64_t word = 0; word < w.words; word++) {
     for (uint64_t quads = high_quads_of(w, row, Rows, word); quads; quads &= quads - 1) {
       int64_t quad = word * 64 + __builtin_ctzll(quads);
-      multiply<Rows, true, false>(sums, x + quad * kQuad, w.stride, weight + quad * kQuad * kPanel, kStepsOfQuad);
+      multiply<Rows, true, false>(sums, x + quad * kQuad, w.stride, *w.layout, w.panel(panel), quad * kStepsOfQuad,
+                                  (quad + 1) * kStepsOfQuad);
     }
   }
   put_sums(sums, out);
@@ -99,15 +107,15 @@ __attribute__((noinline)) void wide_sums(const Work& w, int64_t row, int64_t pan
   Int low[Rows][kVectors], high[Rows][kVectors];
   clear(low);
   clear(high);
-  const int8_t* weight = w.weights + panel * w.layout->panel_bytes;
+  const Layout& layout = *w.layout;
   const Low* x = w.low + row * w.stride;
   const High* h = w.high + row * w.stride;
-  for (int64_t step = 0; step < w.layout->steps; step++, weight += kPanel * kDotDepth, x += kDotDepth, h += kDotDepth) {
-#pragma GCC unroll 8
-    for (int b = 0; b < kPanel * kDotDepth; b += 64) __builtin_prefetch(weight + 4096 + b);
+  for (int64_t step = 0; step < layout.steps; step++, x += kDotDepth, h += kDotDepth) {
+    const int8_t* weight = w.panel(panel) + layout.at_step(step);
+    prefetch_weights(layout, weight, 4096);
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j++) {
-      Int vector = load_weights(weight + j * kWidth * kDotDepth), changed = high_weights(vector);
+      Int vector = weights_of(layout, weight, j), changed = high_weights(vector);
 #pragma GCC unroll 8
       for (int i = 0; i < Rows; i++) {
         low[i][j] = dot(low[i][j], broadcast_step(x + i * w.stride), vector);
@@ -136,51 +144,26 @@ void wide_tile(const Work& w, int64_t row, int64_t panel) {
 }
 
 // Groups of k, each with scales of its own on both sides; the totals, which have no registers left, are in the cache.
-// `first` and what follows: those of the group and panel.
 template <int Rows>
-__attribute__((noinline)) void add_group(const Low* x, int64_t stride, const int8_t* weight, int64_t steps,
-                                         const int32_t* first, const Float* weight_scale, const float* scales,
-                                         int64_t scale_stride, float* totals) {
+__attribute__((noinline)) void group_sums(const Low* x, int64_t stride, const Layout& layout, const int8_t* panel,
+                                          int64_t begin, int64_t end, int32_t* out) {
   Int sums[Rows][kVectors];
   clear(sums);
-  multiply<Rows, false, Rows <= 4>(sums, x, stride, weight, steps);
-  alignas(64) int32_t found[Rows * kPanel];
-  put_sums(sums, found);
-  for (int i = 0; i < Rows; i++) {
-    Float scale = broadcast(scales[i * scale_stride]);
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; j++) {
-      const int at = i * kPanel + j * kWidth;
-      // Not in one rounding, so that portable code, which has no such instruction, gives the same.
-      Int sum = add(load_sums(found + at), load_sums(first + j * kWidth));
-      Float product = mul(to_float(sum), mul(scale, weight_scale[j]));
-      store(totals + at, add(load(totals + at), product));
-    }
-  }
+  multiply<Rows, false, Rows <= 4>(sums, x, stride, layout, panel, begin, end);
+  put_sums(sums, out);
 }
 
 template <int Rows>
 void group_totals(const Work& w, int64_t row, int64_t panel, float* totals) {
   const Layout& layout = *w.layout;
   const int64_t group_steps = layout.group / kDotDepth;
-  const int8_t* weight = w.weights + panel * layout.panel_bytes;
-  const int32_t* weight_sums = w.weight_sums + panel * layout.groups * kPanel;
   const Low* x = w.low + row * w.stride;
   for (int i = 0; i < Rows * kPanel; i++) totals[i] = 0.0f;
   for (int64_t g = 0, first = 0; g < layout.groups; g++, first += group_steps) {
-    const int64_t steps = group_steps < layout.steps - first ? group_steps : layout.steps - first;
-    alignas(64) int32_t zero_part[kPanel];
-    Float scale[kVectors];
-    for (int j = 0; j < kVectors; j++) {
-      const int n = layout.outputs_in(panel, j);
-      const float* at = w.weight_scale + g * layout.outputs + layout.first_output(panel, j);
-      scale[j] = n == kWidth ? load(at) : n ? load_first(at, n) : zero();
-      Int part = mul(load_sums(weight_sums + g * kPanel + j * kWidth), broadcast_int(kLowOffset - 128));
-      std::memcpy(zero_part + j * kWidth, &part, sizeof part);
-    }
-    add_group<Rows>(x, w.stride, weight, steps, zero_part, scale, w.scales + row * layout.groups + g, layout.groups,
-                    totals);
-    x += group_steps * kDotDepth, weight += group_steps * kPanel * kDotDepth;
+    const int64_t end = first + group_steps < layout.steps ? first + group_steps : layout.steps;
+    alignas(64) int32_t sums[Rows * kPanel];
+    group_sums<Rows>(x + first * kDotDepth, w.stride, layout, w.panel(panel), first, end, sums);
+    add_group(w, row, Rows, columns_of_group(w, panel, 0, kVectors, g), sums, totals);
   }
 }
 
@@ -188,7 +171,7 @@ template <class T, int Rows>
 void grouped_tile(const Work& w, int64_t row, int64_t panel) {
   alignas(64) float totals[Rows * kPanel];
   group_totals<Rows>(w, row, panel, totals);
-  finish_groups<T>(w, row, Rows, panel, totals);
+  finish_groups<T>(w, row, Rows, panel, 0, kVectors, totals);
 }
 
 enum class Kind { plain, wide, grouped };

@@ -88,6 +88,7 @@ static inline void tile_multiply(int sums, int a, int b) {
 #define _tile_release() emulated::tile_release()
 #define _tile_zero(tile) emulated::tile_zero(tile)
 #define _tile_loadd(tile, p, stride) emulated::tile_loadd(tile, p, stride)
+#define _tile_stream_loadd(tile, p, stride) emulated::tile_loadd(tile, p, stride)
 #define _tile_stored(tile, p, stride) emulated::tile_stored(tile, p, stride)
 #define _tile_dpbusd(sums, a, b) emulated::tile_multiply<uint8_t>(sums, a, b)
 #define _tile_dpbssd(sums, a, b) emulated::tile_multiply<int8_t>(sums, a, b)
