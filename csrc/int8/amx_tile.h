@@ -103,7 +103,8 @@ struct Block {
   static constexpr int kSums = kBlockRows * 2 * kWidth;
   alignas(64) int32_t low_sums[kSums], high_sums[kSums];
   alignas(64) float totals[kSums];  // over the groups of k
-  int64_t apart() const { return (last - first) * kWidth; }
+  Columns columns;
+  int64_t apart() const { return columns.vectors * kWidth; }
 };
 
 // Blocks one after another: while one is multiplied, the results of the one before are made.
@@ -134,6 +135,7 @@ class Blocks {
       for (int half = 0; half < (whole ? 1 : 2); half++) {
         now->row = row, now->rows = rows, now->panel = panel, now->high = high;
         now->first = 2 * half, now->last = whole ? kVectors : now->first + 2;
+        now->columns = columns_of(w, panel, now->first, now->last);
         if (kGrouped)
           multiply_groups();
         else
@@ -150,10 +152,9 @@ class Blocks {
     if (rows <= 0) return;
     const int64_t at = done * b.apart();
     if (kGrouped)
-      finish_groups<T>(w, b.row + done, rows, b.panel, b.first, b.last, before->totals + at);
+      finish_groups<T>(w, b.row + done, rows, b.columns, before->totals + at);
     else  // the products of high digits have both signs here
-      finish<T, 0>(w, b.row + done, rows, b.panel, b.first, b.last, b.low_sums + at,
-                   b.high ? b.high_sums + at : nullptr);
+      finish<T, 0>(w, b.row + done, rows, b.columns, b.low_sums + at, b.high ? b.high_sums + at : nullptr);
     done += rows;
   }
 

@@ -14,17 +14,44 @@ constexpr int64_t kBlockBytes = 384 << 10;  // quantised rows that stay in the s
 constexpr int64_t kPanelsBytes = 512 << 10;  // packed weights that do, where rows pass through the panels
 constexpr int64_t kChunkBytes = 8 << 20;    // quantised rows held at a time
 
-template <class T>
-void quantize_one(const QuantizeParams& q, const T* x, int64_t depth, const QuantizedRow& row) {
-  const bool grouped = q.group != 0;
-  if (q.rotate > 1) {
-    auto* turned = static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * depth + 64)));
-    rotate_row(x, depth, q.rotate, turned);
-    if (grouped) return quantize_groups(q, turned, depth, row.low, row.scale);
-    return quantize_row(q, turned, depth, row);
+constexpr int64_t kRowsBytes = 16 << 10;    // rows that are looked at together, in the first-level cache
+
+// Rows [begin, end) of x, as integers in row_of(m). What is found of some is worked out together, since each takes a
+// chain of instructions that wait for one another.
+template <class T, class RowOf>
+void quantize_some(const QuantizeParams& q, const T* x, int64_t stride, int64_t depth, int64_t begin, int64_t end,
+                   const RowOf& row_of) {
+  constexpr int kMost = 8;
+  const int64_t fit = kRowsBytes / (depth * static_cast<int64_t>(sizeof(T)) + 1);
+  const int64_t together = fit < 1 ? 1 : fit > kMost ? kMost : fit;
+  for (int64_t first = begin; first < end; first += together) {
+    const int64_t last = first + together < end ? first + together : end;
+    Found found[kMost];
+    for (int64_t m = first; m < last; m++) found[m - first] = look_at(q, x + m * stride, depth);
+    for (int64_t m = first; m < last; m++) {
+      const int64_t next = m + together < end ? m + together : m;
+      put_row(q, x + m * stride, depth, found[m - first], row_of(m), x + next * stride);
+    }
   }
-  if (grouped) return quantize_groups(q, x, depth, row.low, row.scale);
-  quantize_row(q, x, depth, row);
+}
+
+template <class T, class RowOf>
+void quantize(const QuantizeParams& q, const T* x, int64_t stride, int64_t depth, int64_t begin, int64_t end,
+              const RowOf& row_of) {
+  if (!q.group && q.rotate <= 1) return quantize_some(q, x, stride, depth, begin, end, row_of);
+  for (int64_t m = begin; m < end; m++) {
+    const QuantizedRow row = row_of(m);
+    if (q.rotate <= 1) {
+      quantize_groups(q, x + m * stride, depth, row.low, row.scale);
+      continue;
+    }
+    auto* turned = static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * depth + 64)));
+    rotate_row(x + m * stride, depth, q.rotate, turned);
+    if (q.group)
+      quantize_groups(q, turned, depth, row.low, row.scale);
+    else
+      put_row(q, turned, depth, look_at(q, turned, depth), row, turned);
+  }
 }
 
 bool two_digits(const QuantizeParams& q) { return q.outliers || q.scaling == Scaling::wide; }
@@ -130,12 +157,12 @@ void linear(const Int8LinearParams& p, const Layout& layout) {
   for (int64_t first = 0; first < p.rows; first += chunk) {
     int64_t rows = p.rows - first < chunk ? p.rows - first : chunk;
     const T* x = static_cast<const T*>(p.x) + first * p.x_stride;
-    auto quantize = [&](int thread, int threads) {
+    auto rows_of_thread = [&](int thread, int threads) {
       auto part = share(rows, 1, thread, threads);
-      for (int64_t m = part.begin; m < part.end; m++) quantize_one(q, x + m * p.x_stride, p.depth, quantized.row(m));
+      quantize(q, x, p.x_stride, p.depth, part.begin, part.end, [&](int64_t m) { return quantized.row(m); });
     };
     // Waking the other threads costs as much as quantising this many elements here.
-    parallel(rows * p.depth < 32768 ? 1 : p.threads, quantize);
+    parallel(rows * p.depth < 32768 ? 1 : p.threads, rows_of_thread);
 
     Work w;
     w.layout = &layout;
@@ -218,15 +245,16 @@ void quantize_rows(const QuantizeRowsParams& p) {
   QuantizedRow row = one.row(0);
   for (int64_t m = 0; m < p.rows; m++) {
     row.scale = p.scale + m * one.scales_of_row;
+    auto row_of = [&](int64_t) { return row; };
     switch (p.dtype) {
       case DType::bf16:
-        quantize_one(p.quantize, static_cast<const Bf16*>(p.x) + m * p.x_stride, p.depth, row);
+        quantize(p.quantize, static_cast<const Bf16*>(p.x), p.x_stride, p.depth, m, m + 1, row_of);
         break;
       case DType::f16:
-        quantize_one(p.quantize, static_cast<const Fp16*>(p.x) + m * p.x_stride, p.depth, row);
+        quantize(p.quantize, static_cast<const Fp16*>(p.x), p.x_stride, p.depth, m, m + 1, row_of);
         break;
       default:
-        quantize_one(p.quantize, static_cast<const float*>(p.x) + m * p.x_stride, p.depth, row);
+        quantize(p.quantize, static_cast<const float*>(p.x), p.x_stride, p.depth, m, m + 1, row_of);
     }
     p.zero[m] = p.quantize.group ? 128 : *row.zero + kLowOffset;
     for (int64_t k = 0; k < p.depth; k++)

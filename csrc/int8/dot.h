@@ -13,6 +13,7 @@
 namespace llmkern::LLMKERN_ISA {
 
 // LLMKERN_INLINE void store_low(Low* p, Int u)                kWidth low digits of numbers cut off at 0 and 255
+// LLMKERN_INLINE void store_lows(Low* p, const Int* u)        the same of kRun vectors
 // LLMKERN_INLINE void store_digits(Low* p, High* h, Int u)    both digits of kWidth numbers in -32512..32767
 // LLMKERN_INLINE Int load_weights(const int8_t* p)            kWidth * kDotDepth weights
 // LLMKERN_INLINE Int dot(Int sum, Int x, Int w)               low digits
@@ -27,6 +28,13 @@ constexpr int kLowOffset = 0, kHighOffset = 128;
 LLMKERN_INLINE void store_low(Low* p, Int u) {
   u = _mm512_max_epi32(u, _mm512_setzero_si512());
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(u));
+}
+#define LLMKERN_STORE_LOWS
+LLMKERN_INLINE void store_lows(Low* p, const Int* u) {
+  // Packing works in quarters of 128 bits: quarter i then has lanes 4 i to 4 i + 3 of all four.
+  Int packed = _mm512_packus_epi16(_mm512_packs_epi32(u[0], u[1]), _mm512_packs_epi32(u[2], u[3]));
+  const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, packed));
 }
 LLMKERN_INLINE void store_digits(Low* p, High* h, Int u) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(u));
@@ -169,6 +177,14 @@ LLMKERN_INLINE Int dot_high(Int sum, Int x, Int w) { return dot(sum, x, w); }
 LLMKERN_INLINE int high_quads(Int u) {
   Int h = u >> 8;
   return (h[0] | h[1] | h[2] | h[3]) != 0;
+}
+#endif
+
+constexpr int kRun = 64 / kWidth;  // vectors
+#ifndef LLMKERN_STORE_LOWS
+LLMKERN_INLINE void store_lows(Low* p, const Int* u) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRun; i++) store_low(p + i * kWidth, u[i]);
 }
 #endif
 

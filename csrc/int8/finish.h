@@ -76,86 +76,116 @@ LLMKERN_INLINE Float activate(Activation f, Float x) {
   }
 }
 
-// What is the same for all rows of a vector of a panel.
-struct Column {
-  Float scale, bias;
-  int count;
-};
-LLMKERN_INLINE Column column_of(const Work& w, int64_t panel, int j) {
-  int n = w.layout->outputs_in(panel, j);
-  int64_t first = w.layout->first_output(panel, j);
-  Column c{broadcast(1.0f), zero(), n};
-  if (n == 0) return c;
-  if (!w.grouped) c.scale = n == kWidth ? load(w.weight_scale + first) : load_first(w.weight_scale + first, n);
-  if (w.bias) c.bias = n == kWidth ? load(w.bias + first) : load_first(w.bias + first, n);
-  return c;
-}
-
-template <class T>
-LLMKERN_INLINE void put(const Work& w, int64_t row, int64_t column, int count, Float y) {
-  T* to = reinterpret_cast<T*>(w.out) + row * w.out_stride + column;
-  if (count == kWidth)
-    store(to, y);
-  else
-    store_first(to, y, count);
-}
-
-// The rest, for vectors [first, last) of a panel, from their linear parts `y`: rows of last - first vectors.
-template <class T>
-__attribute__((noinline)) void finish_rest(const Work& w, int64_t row, int rows, int64_t panel, int first, int last,
-                                           const float* y) {
-  const bool pairs = takes_pairs(w.activation);
-  for (int i = 0; i < rows; i++, y += (last - first) * kWidth) {
-    for (int j = first; j < last; j += pairs ? 2 : 1) {
-      int n = w.layout->outputs_in(panel, j);
-      if (n == 0) continue;
-      int64_t column = w.layout->first_output(panel, j);
-      Float value = activate(w.activation, load(y + (j - first) * kWidth));
-      if (pairs) value = mul(value, load(y + (j + 1 - first) * kWidth));
-      if (w.residual) {
-        const T* from = reinterpret_cast<const T*>(w.residual) + (row + i) * w.residual_stride + column;
-        value = add(value, n == kWidth ? load(from) : load_first(from, n));
-      }
-      put<T>(w, row + i, column, n, value);
-    }
-  }
-}
-
 LLMKERN_INLINE Int load_sums(const int32_t* p) {
   Int sums;
   std::memcpy(&sums, p, sizeof sums);
   return sums;
 }
 
-// Results of `rows` rows and vectors [first, last) of a panel, from the sums of low digits and, where `high` is not
-// null, of high ones: rows of last - first vectors. kOffset: what dot_high adds (dot.h).
+// What is the same for all rows of vectors [first, first + vectors) of a panel.
+struct Columns {
+  int vectors;
+  bool whole;              // every vector is full of outputs
+  int count[kVectors];     // outputs of a vector
+  int64_t out[kVectors];   // their first column of the result
+  Float scale[kVectors], bias[kVectors];
+  Int weight_sum[kVectors];
+};
+LLMKERN_INLINE Columns columns_of(const Work& w, int64_t panel, int first, int last) {
+  const Layout& layout = *w.layout;
+  Columns c;
+  c.vectors = last - first, c.whole = true;
+  for (int v = 0; v < c.vectors; v++) {
+    const int n = layout.outputs_in(panel, first + v);
+    const int64_t output = layout.first_output(panel, first + v);
+    auto of = [&](const float* p) { return n == kWidth ? load(p + output) : n ? load_first(p + output, n) : zero(); };
+    c.count[v] = n, c.whole = c.whole && n == kWidth, c.out[v] = output;
+    c.scale[v] = w.grouped ? broadcast(1.0f) : of(w.weight_scale);
+    c.bias[v] = w.bias ? of(w.bias) : zero();
+    c.weight_sum[v] = load_sums(w.weight_sums + panel * layout.groups * kPanel + (first + v) * kWidth);
+  }
+  return c;
+}
+
+template <class T>
+LLMKERN_INLINE void put(const Work& w, int64_t row, const Columns& c, int v, Float y) {
+  T* to = reinterpret_cast<T*>(w.out) + row * w.out_stride + c.out[v];
+  if (c.whole || c.count[v] == kWidth)
+    store(to, y);
+  else if (c.count[v])
+    store_first(to, y, c.count[v]);
+}
+
+// What comes behind the linear part `y`: rows of c.vectors vectors.
+template <class T>
+__attribute__((noinline)) void finish_rest(const Work& w, int64_t row, int rows, const Columns& c, const float* y) {
+  const bool pairs = takes_pairs(w.activation);
+  for (int i = 0; i < rows; i++, y += c.vectors * kWidth) {
+    for (int v = 0; v < c.vectors; v += pairs ? 2 : 1) {
+      const int n = c.count[v];
+      if (n == 0) continue;
+      Float value = activate(w.activation, load(y + v * kWidth));
+      if (pairs) value = mul(value, load(y + (v + 1) * kWidth));
+      if (w.residual) {
+        const T* from = reinterpret_cast<const T*>(w.residual) + (row + i) * w.residual_stride + c.out[v];
+        value = add(value, n == kWidth ? load(from) : load_first(from, n));
+      }
+      put<T>(w, row + i, c, v, value);
+    }
+  }
+}
+
+// `finish` where only low digits, a bias and N whole vectors are.
+template <class T, int N>
+__attribute__((noinline)) void finish_plain(const Work& w, int64_t row, int rows, const Columns& c,
+                                            const int32_t* sums) {
+  Float scale[N], bias[N];
+  Int weight_sum[N];
+  T* out[N];
+  for (int v = 0; v < N; v++) {
+    scale[v] = c.scale[v], bias[v] = c.bias[v], weight_sum[v] = c.weight_sum[v];
+    out[v] = reinterpret_cast<T*>(w.out) + row * w.out_stride + c.out[v];
+  }
+  for (int i = 0; i < rows; i++) {
+    const Int zero_point = broadcast_int(w.zeros[row + i]);
+    const Float row_scale = broadcast(w.scales[row + i]);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; v++, sums += kWidth) {
+      Float sum = to_float(sub(load_sums(sums), mul(weight_sum[v], zero_point)));
+      store(out[v] + i * w.out_stride, add(mul(sum, mul(row_scale, scale[v])), bias[v]));
+    }
+  }
+}
+
+// Results of `rows` rows from the sums of low digits and, where `high` is not null, of high ones: rows of c.vectors
+// vectors. kOffset: what dot_high adds (dot.h).
 template <class T, int kOffset>
-__attribute__((noinline)) void finish(const Work& w, int64_t row, int rows, int64_t panel, int first, int last,
-                                      const int32_t* low, const int32_t* high) {
+__attribute__((noinline)) void finish(const Work& w, int64_t row, int rows, const Columns& c, const int32_t* low,
+                                      const int32_t* high) {
+  if (!high && w.simple && c.whole) {
+    if (c.vectors == 2) return finish_plain<T, 2>(w, row, rows, c, low);
+    return finish_plain<T, kVectors>(w, row, rows, c, low);
+  }
   alignas(64) float rest[kMostRows * kPanel];
-  const int64_t apart = (last - first) * kWidth;
-  for (int j = first; j < last; j++) {
-    Column c = column_of(w, panel, j);
-    if (c.count == 0) continue;
-    Int total = load_sums(w.weight_sums + panel * w.layout->groups * kPanel + j * kWidth);
-    int64_t column = w.layout->first_output(panel, j), at = (j - first) * kWidth;
-    for (int i = 0; i < rows; i++, at += apart) {
-      Int exact = sub(load_sums(low + at), mul(total, broadcast_int(w.zeros[row + i])));
-      Float sum = to_float(exact);
+  for (int i = 0, at = 0; i < rows; i++) {
+    const Int zero_point = broadcast_int(w.zeros[row + i]);
+    const Float row_scale = broadcast(w.scales[row + i]);
+    for (int v = 0; v < c.vectors; v++, at += kWidth) {
+      Float sum = to_float(sub(load_sums(low + at), mul(c.weight_sum[v], zero_point)));
       if (high) {
         Int sums = load_sums(high + at);
         if (kOffset) sums = sub(sums, broadcast_int(kOffset * w.high_sums[row + i]));
         sum = fma(to_float(sums), broadcast(256.0f), sum);
       }
-      Float y = mul(sum, mul(broadcast(w.scales[row + i]), c.scale));
-      if (w.bias) y = add(y, c.bias);  // not with the product in one rounding: the reference rounds twice
+      // Not with the product in one rounding: the reference rounds twice.
+      Float y = add(mul(sum, mul(row_scale, c.scale[v])), c.bias[v]);
       if (w.simple)
-        put<T>(w, row + i, column, c.count, y);
+        put<T>(w, row + i, c, v, y);
       else
         store(rest + at, y);
     }
   }
-  if (!w.simple) finish_rest<T>(w, row, rows, panel, first, last, rest);
+  if (!w.simple) finish_rest<T>(w, row, rows, c, rest);
 }
 
 // What is the same for all rows of vectors [first, last) of a panel in a group of k: scales, and what the activations'
@@ -193,24 +223,20 @@ LLMKERN_INLINE void add_group(const Work& w, int64_t row, int rows, const GroupC
   }
 }
 
-// Results from totals over groups, which have their scales: rows of last - first vectors.
+// Results from totals over groups, which have their scales: rows of c.vectors vectors.
 template <class T>
-__attribute__((noinline)) void finish_groups(const Work& w, int64_t row, int rows, int64_t panel, int first, int last,
-                                             float* totals) {
-  const int64_t apart = (last - first) * kWidth;
-  for (int j = first; j < last; j++) {
-    Column c = column_of(w, panel, j);
-    int64_t column = w.layout->first_output(panel, j);
-    for (int i = 0; i < rows; i++) {
-      float* at = totals + i * apart + (j - first) * kWidth;
-      Float y = w.bias ? add(load(at), c.bias) : load(at);
-      if (!w.simple)
+__attribute__((noinline)) void finish_groups(const Work& w, int64_t row, int rows, const Columns& c, float* totals) {
+  float* at = totals;
+  for (int i = 0; i < rows; i++) {
+    for (int v = 0; v < c.vectors; v++, at += kWidth) {
+      Float y = add(load(at), c.bias[v]);
+      if (w.simple)
+        put<T>(w, row + i, c, v, y);
+      else
         store(at, y);
-      else if (c.count)
-        put<T>(w, row + i, column, c.count, y);
     }
   }
-  if (!w.simple) finish_rest<T>(w, row, rows, panel, first, last, totals);
+  if (!w.simple) finish_rest<T>(w, row, rows, c, totals);
 }
 
 }  // namespace llmkern::LLMKERN_ISA

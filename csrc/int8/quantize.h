@@ -1,6 +1,6 @@
 // Rows of activations as integers: u = round(x / scale) + zero, in one digit of 8 bits or two.
 //
-// Two passes over a row that is in the cache: its range, then the integers. All of it is exact or in one order on every
+// Two passes over rows that are in the cache: their ranges, then the integers. All of it is exact or in one order on every
 // instruction set, so that the integers are the same on all of them.
 #pragma once
 #include <cmath>
@@ -12,7 +12,7 @@
 namespace llmkern::LLMKERN_ISA {
 
 constexpr int kLanes = 64;  // sums of a row's magnitudes: element k in lane k % 64
-constexpr int kChains = kLanes / kWidth;
+static_assert(kLanes == kRun * kWidth);
 // Numbers up to this many times the mean magnitude of the row set its scale; those beyond are outliers, which take a
 // second digit. A normal distribution has 2 of 10^6 of them; docs/int8.md shows the choice.
 constexpr float kUsual = 6.0f;
@@ -35,36 +35,54 @@ struct Extent {
   float broken;             // NaN where an element is NaN or infinite, else 0
 };
 
+// NaN where an element is NaN or infinite, else 0.
+template <class T>
+__attribute__((noinline)) float broken(const T* x, int64_t depth) {
+  Float found = zero();
+  int64_t k = 0;
+  for (; k + kWidth <= depth; k += kWidth) found = fma(load(x + k), zero(), found);
+  if (k < depth) found = fma(load_first(x + k, static_cast<int>(depth - k)), zero(), found);
+  return sum(found);
+}
+
 // kMean: the mean magnitude is wanted.
 template <bool kMean, class T>
 LLMKERN_INLINE Extent extent(const T* x, int64_t depth) {
-  Float lo = zero(), hi = zero(), broken = zero(), magnitude[kChains];
-  if (kMean)
-    for (int i = 0; i < kChains; i++) magnitude[i] = zero();
-  auto look = [&](Float a, Float& chain) {
-    lo = min(a, lo);
-    hi = max(a, hi);
-    broken = fma(a, zero(), broken);
-    if (kMean) chain = add(chain, abs(a));
+  constexpr int kPaths = 2;  // as many as keep the units for minima and maxima busy
+  Float lo[kPaths], hi[kPaths], unusual[kPaths], magnitude[kRun];
+  for (int i = 0; i < kPaths; i++) lo[i] = hi[i] = unusual[i] = zero();
+  for (int i = 0; i < kRun; i++) magnitude[i] = zero();
+  auto look = [&](Float a, int i) {
+    lo[i % kPaths] = min(a, lo[i % kPaths]);
+    hi[i % kPaths] = max(a, hi[i % kPaths]);
+    if (kMean)
+      magnitude[i] = add(magnitude[i], abs(a));
+    else
+      unusual[i % kPaths] = fma(a, zero(), unusual[i % kPaths]);
   };
   int64_t k = 0;
   for (; k + kLanes <= depth; k += kLanes)
 #pragma GCC unroll 16
-    for (int i = 0; i < kChains; i++) look(load(x + k + i * kWidth), magnitude[i]);
-  for (int i = 0; k < depth; i++, k += kWidth) {
+    for (int i = 0; i < kRun; i++) look(load(x + k + i * kWidth), i);
+#pragma GCC unroll 16
+  for (int i = 0; i < kRun; i++, k += kWidth) {
+    if (k >= depth) break;
     int rest = static_cast<int>(depth - k);
-    look(rest >= kWidth ? load(x + k) : load_first(x + k, rest), magnitude[i]);
+    look(rest >= kWidth ? load(x + k) : load_first(x + k, rest), i);
   }
-  Extent e{-largest(sub(zero(), lo)), largest(hi), 0.0f, sum(broken)};
-  if (kMean) {
-    for (int half = kChains / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; i++) magnitude[i] = add(magnitude[i], magnitude[i + half]);
-    alignas(64) float lane[kWidth];
-    store(lane, magnitude[0]);
-    for (int half = kWidth / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    e.mean = depth ? lane[0] / static_cast<float>(depth) : 0.0f;
+  Extent e{-largest(sub(zero(), min(lo[0], lo[1]))), largest(max(hi[0], hi[1])), 0.0f, 0.0f};
+  if (!kMean) {
+    e.broken = sum(add(unusual[0], unusual[1]));
+    return e;
   }
+  for (int half = kRun / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) magnitude[i] = add(magnitude[i], magnitude[i + half]);
+  alignas(64) float lane[kWidth];
+  store(lane, magnitude[0]);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+  e.mean = depth ? lane[0] / static_cast<float>(depth) : 0.0f;
+  if (!(e.mean <= 0x1.fffffep127f)) e.broken = broken(x, depth);  // else no element can be
   return e;
 }
 
@@ -94,15 +112,47 @@ LLMKERN_INLINE Scale choose(const QuantizeParams& q, const Extent& e) {
   return {scale, shift >= 255.0f ? 255 : shift >= 0.0f ? static_cast<int32_t>(shift) : 0};
 }
 
-// Calls put(k, u) for vectors of kWidth integers; what is beyond `depth` is anything.
-template <class T, class Put>
-LLMKERN_INLINE void integers(const T* x, int64_t depth, Scale s, const Put& put) {
-  Float factor = broadcast(1.0f / s.scale), most = broadcast(kMost), least = broadcast(-kMost);
-  Int origin = broadcast_int(s.zero);
-  auto quantized = [&](Float a) { return add(round_to_int(max(min(mul(a, factor), most), least)), origin); };
+// One vector of x as integers. kGiven: the scale says nothing of their range, which is cut off.
+template <bool kGiven>
+LLMKERN_INLINE Int integer(Float x, Float factor, Int origin) {
+  x = mul(x, factor);
+  if (kGiven) x = max(min(x, broadcast(kMost)), broadcast(-kMost));
+  return add(round_to_int(x), origin);
+}
+
+// The low digits of a row, up to the next multiple of kWidth: what is beyond `depth` is anything. `next`, as long as the
+// row, is asked for meanwhile.
+template <bool kGiven, class T>
+void put_lows(const T* x, int64_t depth, Scale s, Low* low, const T* next) {
+  const Float factor = broadcast(1.0f / s.scale);
+  const Int origin = broadcast_int(s.zero);
+  constexpr int kLine = 64 / sizeof(T);
   int64_t k = 0;
-  for (; k + kWidth <= depth; k += kWidth) put(k, quantized(load(x + k)));
-  if (k < depth) put(k, quantized(load_first(x + k, static_cast<int>(depth - k))));
+  for (; k + kLanes <= depth; k += kLanes) {
+    Int u[kRun];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRun; i++) u[i] = integer<kGiven>(load(x + k + i * kWidth), factor, origin);
+    store_lows(low + k, u);
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes; i += kLine) __builtin_prefetch(next + k + i);
+  }
+  for (; k < depth; k += kWidth) {
+    const int rest = static_cast<int>(depth - k);
+    store_low(low + k, integer<kGiven>(rest >= kWidth ? load(x + k) : load_first(x + k, rest), factor, origin));
+  }
+}
+
+// Both digits of a row, and where there are high ones.
+template <bool kGiven, class T>
+void put_digits(const T* x, int64_t depth, Scale s, const QuantizedRow& row) {
+  const Float factor = broadcast(1.0f / s.scale);
+  const Int origin = broadcast_int(s.zero);
+  for (int64_t k = 0; k < depth; k += kWidth) {
+    const int rest = static_cast<int>(depth - k);
+    Int u = integer<kGiven>(rest >= kWidth ? load(x + k) : load_first(x + k, rest), factor, origin);
+    store_digits(row.low + k, row.high + k, u);
+    row.bits[k / kBitsOfWord] |= static_cast<uint64_t>(high_quads(u)) << (k % kBitsOfWord / kQuad);
+  }
 }
 
 template <class T>
@@ -112,30 +162,38 @@ LLMKERN_INLINE bool has_high_digits(const QuantizeParams& q, const Extent& e, Sc
   return std::nearbyintf(e.most * inverse) + origin > 255.0f || std::nearbyintf(e.least * inverse) + origin < 0.0f;
 }
 
-// Writes the row up to the next multiple of 64 elements: beyond `depth` its high digits are 0, and its low digits meet
-// weights of 0.
+struct Found {
+  Extent extent;
+  Scale scale;
+};
+
 template <class T>
-void quantize_row(const QuantizeParams& q, const T* x, int64_t depth, const QuantizedRow& row) {
-  Extent e = q.outliers && q.scaling != Scaling::given ? extent<true>(x, depth) : extent<false>(x, depth);
-  Scale s = choose(q, e);
-  *row.scale = s.scale + e.broken;  // NaN here is all that makes such a row NaN
+Found look_at(const QuantizeParams& q, const T* x, int64_t depth) {
+  Found f;
+  f.extent = q.outliers && q.scaling != Scaling::given ? extent<true>(x, depth) : extent<false>(x, depth);
+  f.scale = choose(q, f.extent);
+  return f;
+}
+
+// Writes the row up to the next multiple of 64 elements: beyond `depth` its high digits are 0, and its low digits meet
+// weights of 0. `next`: as for put_lows.
+template <class T>
+void put_row(const QuantizeParams& q, const T* x, int64_t depth, const Found& f, const QuantizedRow& row,
+             const T* next) {
+  const Scale s = f.scale;
+  const bool given = q.scaling == Scaling::given;
+  *row.scale = s.scale + f.extent.broken;  // NaN here is all that makes such a row NaN
   *row.zero = s.zero - kLowOffset;
-  if (!row.high) {
-    integers(x, depth, s, [&](int64_t k, Int u) { store_low(row.low + k, u); });
-    return;
-  }
+  auto lows = [&] { given ? put_lows<true>(x, depth, s, row.low, next) : put_lows<false>(x, depth, s, row.low, next); };
+  if (!row.high) return lows();
   int64_t filled = (depth + kLanes - 1) / kLanes * kLanes, words = (depth + kBitsOfWord - 1) / kBitsOfWord;
   std::memset(row.bits, 0, static_cast<size_t>(words) * 8);
   *row.high_sum = 0;
-  if (!has_high_digits<T>(q, e, s)) {
+  if (!has_high_digits<T>(q, f.extent, s)) {
     std::memset(row.high, 0, static_cast<size_t>(filled) * sizeof(High));
-    integers(x, depth, s, [&](int64_t k, Int u) { store_low(row.low + k, u); });
-    return;
+    return lows();
   }
-  integers(x, depth, s, [&](int64_t k, Int u) {
-    store_digits(row.low + k, row.high + k, u);
-    row.bits[k / kBitsOfWord] |= static_cast<uint64_t>(high_quads(u)) << (k % kBitsOfWord / kQuad);
-  });
+  given ? put_digits<true>(x, depth, s, row) : put_digits<false>(x, depth, s, row);
   std::memset(row.high + depth, 0, static_cast<size_t>(filled - depth) * sizeof(High));
   if (kHighOffset) {
     int32_t total = 0;
@@ -152,8 +210,7 @@ void quantize_groups(const QuantizeParams& q, const T* x, int64_t depth, Low* lo
     Extent e = extent<false>(x + begin, size);
     Scale s = choose(q, e);
     scales[g] = s.scale + e.broken;
-    // What a vector writes beyond its group, the next group writes over.
-    integers(x + begin, size, s, [&](int64_t k, Int u) { store_low(low + begin + k, u); });
+    put_lows<false>(x + begin, size, s, low + begin, x + begin + q.group);  // and beyond, where the next will write
   }
 }
 

@@ -133,14 +133,14 @@ void tile(const Work& w, int64_t row, int64_t panel) {
   low_sums<Rows>(w, row, panel, low);
   const bool two = any_high(w, row, Rows);
   if (two) high_sums<Rows>(w, row, panel, high);
-  finish<T, kHighOffset>(w, row, Rows, panel, 0, kVectors, low, two ? high : nullptr);
+  finish<T, kHighOffset>(w, row, Rows, columns_of(w, panel, 0, kVectors), low, two ? high : nullptr);
 }
 
 template <class T, int Rows>
 void wide_tile(const Work& w, int64_t row, int64_t panel) {
   alignas(64) int32_t low[Rows * kPanel], high[Rows * kPanel];
   wide_sums<Rows>(w, row, panel, low, high);
-  finish<T, kHighOffset>(w, row, Rows, panel, 0, kVectors, low, high);
+  finish<T, kHighOffset>(w, row, Rows, columns_of(w, panel, 0, kVectors), low, high);
 }
 
 // Groups of k, each with scales of its own on both sides; the totals, which have no registers left, are in the cache.
@@ -171,7 +171,7 @@ template <class T, int Rows>
 void grouped_tile(const Work& w, int64_t row, int64_t panel) {
   alignas(64) float totals[Rows * kPanel];
   group_totals<Rows>(w, row, panel, totals);
-  finish_groups<T>(w, row, Rows, panel, 0, kVectors, totals);
+  finish_groups<T>(w, row, Rows, columns_of(w, panel, 0, kVectors), totals);
 }
 
 enum class Kind { plain, wide, grouped };
