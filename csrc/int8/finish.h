@@ -192,14 +192,13 @@ __attribute__((noinline)) void finish(const Work& w, int64_t row, int rows, cons
 // zero of 128 adds to a sum.
 struct GroupColumns {
   int64_t group;
-  int vectors;
   Float scale[kVectors];
   Int zero_part[kVectors];
 };
 LLMKERN_INLINE GroupColumns columns_of_group(const Work& w, int64_t panel, int first, int last, int64_t group) {
   const Layout& layout = *w.layout;
   GroupColumns c;
-  c.group = group, c.vectors = last - first;
+  c.group = group;
   for (int j = first; j < last; j++) {
     const int n = layout.outputs_in(panel, j);
     const float* at = w.weight_scale + group * layout.outputs + layout.first_output(panel, j);
@@ -210,14 +209,21 @@ LLMKERN_INLINE GroupColumns columns_of_group(const Work& w, int64_t panel, int f
   return c;
 }
 
-// totals += the sums of a group, in units of what they stand for. Both: rows of c.vectors vectors.
-LLMKERN_INLINE void add_group(const Work& w, int64_t row, int rows, const GroupColumns& c, const int32_t* sums,
-                              float* totals) {
-  for (int i = 0; i < rows; i++) {
-    Float scale = broadcast(w.scales[(row + i) * w.layout->groups + c.group]);
-    for (int j = 0; j < c.vectors; j++, sums += kWidth, totals += kWidth) {
+// totals += the sums of a group, in units of what they stand for. Both: rows of N vectors.
+template <int N>
+__attribute__((noinline)) void add_group(const Work& w, int64_t row, int rows, const GroupColumns& c,
+                                         const int32_t* sums, float* totals) {
+  Float scale[N];
+  Int zero_part[N];
+  for (int v = 0; v < N; v++) scale[v] = c.scale[v], zero_part[v] = c.zero_part[v];
+  const int64_t groups = w.layout->groups;
+  const float* row_scales = w.scales + row * groups + c.group;
+  for (int i = 0; i < rows; i++, row_scales += groups) {
+    const Float row_scale = broadcast(*row_scales);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; v++, sums += kWidth, totals += kWidth) {
       // Not in one rounding, so that portable code, which has no such instruction, gives the same.
-      Float product = mul(to_float(add(load_sums(sums), c.zero_part[j])), mul(scale, c.scale[j]));
+      Float product = mul(to_float(add(load_sums(sums), zero_part[v])), mul(row_scale, scale[v]));
       store(totals, add(load(totals), product));
     }
   }

@@ -163,7 +163,7 @@ void group_totals(const Work& w, int64_t row, int64_t panel, float* totals) {
     const int64_t end = first + group_steps < layout.steps ? first + group_steps : layout.steps;
     alignas(64) int32_t sums[Rows * kPanel];
     group_sums<Rows>(x + first * kDotDepth, w.stride, layout, w.panel(panel), first, end, sums);
-    add_group(w, row, Rows, columns_of_group(w, panel, 0, kVectors, g), sums, totals);
+    add_group<kVectors>(w, row, Rows, columns_of_group(w, panel, 0, kVectors, g), sums, totals);
   }
 }
 
