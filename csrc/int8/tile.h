@@ -32,7 +32,7 @@ LLMKERN_INLINE void multiply(Int (&sums)[Rows][kVectors], const Digit* x, int64_
       vector[j] = weights_of(layout, weight, j);
       if (kHigh) vector[j] = high_weights(vector[j]);
     }
-    if (kPrefetch) prefetch_weights(layout, weight, 2048);
+    if (kPrefetch) prefetch_weights(layout, weight, 4096);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; i++) {
       Int activation = broadcast_step(x + i * stride);
