@@ -31,23 +31,6 @@ def _unsupported(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     return None
 
 
-def _row_stride(x: Tensor) -> int | None:
-    """The distance of the rows of x as one matrix (M, K), or None where there is no single one."""
-    if x.dim() == 1:
-        return x.size(0)
-    row: int | None = None
-    expected = 0
-    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
-        if size == 1:
-            continue
-        if row is None:
-            row = stride
-        elif stride != expected:
-            return None
-        expected = stride * size
-    return x.size(-1) if row is None else row
-
-
 def _plan(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
     input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
@@ -101,8 +84,18 @@ def _rows(x: Tensor) -> int:
     """The distance of the rows of x as one matrix, or -1 where its elements do not lie in such rows."""
     if not x.numel():
         return x.size(-1)
-    stride = _row_stride(x)
-    return -1 if stride is None or (x.stride(-1) != 1 and x.size(-1) != 1) else stride
+    if x.stride(-1) != 1 and x.size(-1) != 1:
+        return -1
+    row, expected = None, 0
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if row is None:
+            row = stride
+        elif stride != expected:
+            return -1
+        expected = stride * size
+    return x.size(-1) if row is None else row
 
 
 def _on_copies(

@@ -77,22 +77,10 @@ def replace_linears(
     that are not float32, bfloat16 or float16; ValueError for bits other than 8, for a name in skip that fits no layer,
     and for weights without values. Nothing is replaced then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(bits, int) or isinstance(bits, bool):
-        raise TypeError(f"bits: expected the integer 8, got {bits!r}")
-    if bits != 8:
-        raise ValueError(f"bits: expected the integer 8, got {bits}")
-    if isinstance(skip, str):
-        raise TypeError(f'skip: expected a sequence of names, ("{skip}",), got the string {skip!r}')
-    names = list(skip) if isinstance(skip, Iterable) else None
-    if names is None or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"skip: expected a sequence of names, got {skip!r}")
-    linears = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
-    reasons = _reasons(model, linears, names, keep)
-    for name, linear in linears:
-        if not reasons[id(linear)]:
-            check_weight(f"model: layer {name!r}" if name else "model", linear.weight)
+    linears, reasons = to_replace(model, bits, skip)
+    for _, linear in linears:
+        reasons[id(linear)] = reasons[id(linear)] or keep(linear)
+    _leave_tied(model, linears, reasons)
     quantized: dict[int, tuple[Tensor, Tensor]] = {}
     made: dict[int, nn.Module] = {}
     report = QuantizationReport()
@@ -122,6 +110,33 @@ def replace_linears(
     result = made.get(id(model), model)
     result.quantization_report = report  # type: ignore[assignment]
     return result
+
+
+def to_replace(
+    model: nn.Module, bits: int = 8, skip: Iterable[str] = ()
+) -> tuple[list[tuple[str, nn.Linear]], dict[int, str]]:
+    """The linear layers by name, and by identity why each is left as it is; empty where it can be replaced.
+
+    Raises as `replace_linears` does.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"bits: expected the integer 8, got {bits!r}")
+    if bits != 8:
+        raise ValueError(f"bits: expected the integer 8, got {bits}")
+    if isinstance(skip, str):
+        raise TypeError(f'skip: expected a sequence of names, ("{skip}",), got the string {skip!r}')
+    names = list(skip) if isinstance(skip, Iterable) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"skip: expected a sequence of names, got {skip!r}")
+    linears = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
+    reasons = _reasons(linears, names)
+    _leave_tied(model, linears, reasons)
+    for name, linear in linears:
+        if not reasons[id(linear)]:
+            check_weight(f"model: layer {name!r}" if name else "model", linear.weight)
+    return linears, reasons
 
 
 def _weight_error(weight: Tensor, layer: Any) -> float:
@@ -159,10 +174,7 @@ def _leave_torchs_fused_layers(model: nn.Module, replaced: set[nn.Module]) -> No
                 module.activation_relu_or_gelu = 0  # says that it is neither, which the fused function needs
 
 
-def _reasons(
-    model: nn.Module, linears: list[tuple[str, nn.Linear]], skip: list[str], keep: Callable[[nn.Linear], str]
-) -> dict[int, str]:
-    """Why each layer is left as it is, by identity; empty where it is replaced."""
+def _reasons(linears: list[tuple[str, nn.Linear]], skip: list[str]) -> dict[int, str]:
     used = {pattern: False for pattern in skip}
     reasons: dict[int, str] = {}
     for name, linear in linears:
@@ -183,7 +195,12 @@ def _reasons(
         if not found:
             names = ", ".join(name for name, _ in linears[:8]) or "none"
             raise ValueError(f"skip: expected names of linear layers ({names}, ...), got {pattern!r}, which fits none")
-    while True:  # a layer that is left keeps the layers tied to it
+    return reasons
+
+
+def _leave_tied(model: nn.Module, linears: list[tuple[str, nn.Linear]], reasons: dict[int, str]) -> None:
+    """A layer that is left, or anything else that has its weight, keeps the layers tied to it."""
+    while True:
         owners: dict[int, str] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             for attribute, parameter in module._parameters.items():
@@ -192,10 +209,6 @@ def _reasons(
                     owners[id(parameter)] = f"{path}.{attribute}".lstrip(".")
         tied = [m for _, m in linears if not reasons[id(m)] and id(m.weight) in owners]
         if not tied:
-            break
+            return
         for linear in tied:
             reasons[id(linear)] = f"its weight is also {owners[id(linear.weight)]}"
-    for _, linear in linears:
-        if not reasons[id(linear)] and linear.weight.dtype in check.FLOATS and linear.weight.device.type != "meta":
-            reasons[id(linear)] = keep(linear)
-    return reasons

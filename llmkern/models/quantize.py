@@ -13,7 +13,7 @@ from llmkern import check
 from llmkern.int8 import calibration as calibrate
 from llmkern.int8 import cost
 from llmkern.int8.module import Int8Linear
-from llmkern.int8.replace import replace_linears
+from llmkern.int8.replace import replace_linears, to_replace
 from llmkern.int8.scheme import Int8Scheme, named
 
 
@@ -59,9 +59,8 @@ def quantize_model(
     sizes = _rows(rows)
     if scheme.calibrated and calibration is None:
         raise ValueError(f"calibration: expected inputs of the model for this scheme, got None ({scheme})")
-    # All that can be refused is, before the model runs.
-    if not isinstance(model, nn.Module) or type(bits) is not int or bits != 8:
-        return replace_linears(model, Int8Linear, scheme, bits, skip)
+    skip = list(skip) if isinstance(skip, Iterable) and not isinstance(skip, str) else skip
+    to_replace(model, bits, skip)  # all that can be refused is, before the model runs
     seen: dict[nn.Linear, calibrate.Seen] = {}
     smoothed: set[nn.Linear] = set()
     if calibration is not None:

@@ -8,43 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern import extension
+from llmkern import cuda, extension
 from llmkern.backend import Backend
 from llmkern.positional.compiled import rotary_launcher, side_by_side
 from llmkern.random import drop_below
 
-OLDEST = (8, 0)  # the compute capability that the machine code in the library begins with
-
 
 def _unsupported(x: Tensor, *args: Any) -> str | None:
-    if extension.MISSING:
-        return extension.MISSING
-    if not extension._C.cuda_architectures:
-        return (
-            "the compiled library has no CUDA part: run `pip install -e .` again with a CUDA toolkit's nvcc, 12.8 or "
-            "newer, on PATH"
-        )
-    if torch.version.cuda is None:
-        return f"this torch ({torch.__version__}) was built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if x.device.type != "cuda":
-        return f"the tensors are on {x.device}, not on a CUDA device"
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability < OLDEST:
-        return f"{x.device} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
-    return None
-
-
-def _kernel(name: str) -> Callable[..., None]:
-    kernel: Callable[..., None] = getattr(extension._C, name)
-    return kernel
-
-
-def _stream(device: torch.device) -> tuple[int, int]:
-    """The device's index and the address of torch's current stream there, as the kernels take them."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return index, torch._C._cuda_getCurrentRawStream(index)
+    return cuda.unsupported(x)
 
 
 def _sinusoidal_add(
@@ -58,7 +29,7 @@ def _sinusoidal_add(
             return _sinusoidal_add(x, pe, *rest)(x, pe, *rest)
 
         return contiguous
-    kernel, device = _kernel("sinusoidal_add_cuda"), x.device
+    kernel, device = cuda.kernel("sinusoidal_add_cuda"), x.device
     length, batch, width = x.shape
     strides = (x.stride(0), x.stride(1), 0 if pe is None else pe.stride(0), batch * width, width)
     code = extension.DTYPE_CODES[x.dtype]
@@ -69,7 +40,7 @@ def _sinusoidal_add(
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         kernel(
             x.data_ptr(), 0 if pe is None else pe.data_ptr(), out.data_ptr(), length, batch, width, *strides, scale,
-            code, *_stream(device), drop, keep_scale, 0 if seed is None else int(seed),
+            code, *cuda.stream(device), drop, keep_scale, 0 if seed is None else int(seed),
         )  # fmt: skip
         return out
 
@@ -87,7 +58,7 @@ CUDA_SINUSOIDAL_DROPOUT = Backend("cuda", _dropout, _unsupported)
 
 def _rotary(q: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
     device = q.device
-    return rotary_launcher(_kernel("rotary_cuda"), lambda: _stream(device), q, *args)
+    return rotary_launcher(cuda.kernel("rotary_cuda"), lambda: cuda.stream(device), q, *args)
 
 
 CUDA_ROTARY = Backend("cuda", _rotary, _unsupported)

@@ -18,6 +18,8 @@ SHAPES = {
     "primes": (7, 131, 67),
     "around a panel": (5, 256, 129),
     "many rows": (515, 48, 80),
+    "a tile of AMX and a row": (17, 200, 130),
+    "two tiles of AMX and a row": (33, 320, 96),
     "no rows": (0, 8, 4),
     "no columns": (3, 0, 4),
     "no outputs": (3, 8, 0),

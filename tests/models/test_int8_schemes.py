@@ -103,6 +103,27 @@ def test_layers_that_data_did_not_reach_are_left():
     assert "did not reach it" in str(model.quantization_report)
 
 
+def test_a_layer_tied_to_one_that_data_did_not_reach_is_left_too():
+    model = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 8)})
+    model["unused"].weight = model["used"].weight
+    model.forward = lambda x: model["used"](x)
+    quantize_model(model, scheme="static", calibration=[torch.randn(4, 8)], progress=False)
+    assert type(model["used"]) is type(model["unused"]) is nn.Linear
+    assert "its weight is also unused.weight" in str(model.quantization_report)
+
+
+@pytest.mark.parametrize("wrong", [{"skip": ("nowhere",)}, {"bits": 4}, {"skip": "gate"}, {"weight": torch.float64}])
+def test_what_is_refused_is_refused_before_the_data_is_touched(wrong):
+    model, used = Gated(), []
+    if "weight" in wrong:
+        model.down.to(wrong.pop("weight"))
+    before = copy.deepcopy(model.state_dict())
+    given = (used.append(x) or x for x in data())
+    with pytest.raises((TypeError, ValueError), match=r"skip|bits|layer .down."):
+        quantize_model(model, scheme="smooth", calibration=given, progress=False, **wrong)
+    assert not used and all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
 def test_folds_are_found_and_change_nothing_but_the_split():
     model, x = Gated(), data()[0]
     folds = calibration.observe(model, x)

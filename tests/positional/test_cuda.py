@@ -39,8 +39,8 @@ def module(tmp_path_factory):
 @pytest.fixture
 def on_cpu(module, monkeypatch):
     """Calls of this family are served by the CUDA backends, whose kernels run on the CPU."""
-    monkeypatch.setattr(cuda, "_kernel", lambda name: getattr(module, name))
-    monkeypatch.setattr(cuda, "_stream", lambda device: (0, 0))
+    monkeypatch.setattr("llmkern.cuda.kernel", lambda name: getattr(module, name))
+    monkeypatch.setattr("llmkern.cuda.stream", lambda device: (0, 0))
     for operator, kernel in (
         (backend.Operator.all["sinusoidal_add"], cuda.CUDA_SINUSOIDAL_ADD),
         (backend.Operator.all["sinusoidal_dropout"], cuda.CUDA_SINUSOIDAL_DROPOUT),
