@@ -84,22 +84,70 @@ LLMKERN_INLINE void store_tiles_16(int32_t* out) {
   _tile_stored(3, out + 48, 256);
 }
 
-// Calls each(d) for the multiples d of kTileDepth where one of `rows` rows has a high digit in [d, d + kTileDepth).
-template <class Each>
-LLMKERN_INLINE void where_high(const Work& w, int64_t row, int rows, const Each& each) {
-  constexpr int kQuadsOfTile = kTileDepth / kQuad;
-  for (int64_t word = 0; word < w.words; word++) {
-    uint64_t quads = high_quads_of(w, row, rows, word);
-    for (int part = 0; quads; part++, quads >>= kQuadsOfTile)
-      if (quads & ((1u << kQuadsOfTile) - 1)) each((word * (64 / kQuadsOfTile) + part) * kTileDepth);
+// Where the rows of a block have high digits: the quads of k of each row or, where those are many, the tiles that hold
+// one, which the tile unit multiplies for all rows.
+class HighDigits {
+ public:
+  void find(const Work& w, int64_t row, int rows) {
+    constexpr int kQuadsOfTile = kTileDepth / kQuad;
+    quads_ = tiles_ = 0, rows_ = 0;
+    if (!w.high) return;
+    for (int64_t word = 0; word < w.words; word++) {
+      uint64_t any = 0;
+      for (int i = 0; i < rows; i++) {
+        uint64_t bits = w.bits[(row + i) * w.words + word];
+        any |= bits;
+        rows_ |= uint32_t{bits != 0} << i;
+        for (; bits; bits &= bits - 1, quads_++)
+          if (quads_ < kMostQuads) quad_[quads_] = {i, static_cast<int32_t>(word * 64) + __builtin_ctzll(bits)};
+      }
+      for (int part = 0; any; part++, any >>= kQuadsOfTile)
+        if (any & ((1u << kQuadsOfTile) - 1)) tile_[tiles_++] = static_cast<int32_t>(word * (64 / kQuadsOfTile) + part);
+    }
   }
-}
+  uint32_t rows() const { return rows_; }  // bit i: row i has one
+  bool by_quads() const { return quads_ <= kMostQuads && quads_ <= kQuadsOfOneTile * tiles_; }
+
+  // out += the products of the quads, with N vectors of a panel from `first`: rows of N vectors.
+  template <int N>
+  void add_quads(const Work& w, int64_t row, const int8_t* panel, int first, int32_t* out) const {
+    const int8_t* weights = panel + w.layout->at_vector(first);
+    for (int i = 0; i < quads_; i++) {
+      const int8_t* weight = weights + w.layout->at_step(quad_[i].quad * kStepsOfQuad);
+      const Int digits = broadcast_step(w.high + (row + quad_[i].row) * w.stride + quad_[i].quad * kQuad);
+      int32_t* sums = out + quad_[i].row * N * kWidth;
+#pragma GCC unroll 4
+      for (int v = 0; v < N; v++, sums += kWidth) {
+        const Int changed = high_weights(load_weights(weight + w.layout->at_vector(v)));
+        Int sum = dot_high(load_sums(sums), digits, changed);
+        std::memcpy(sums, &sum, sizeof sum);
+      }
+    }
+  }
+  // Calls each(d) for the multiples d of kTileDepth at which a tile has high digits.
+  template <class Each>
+  void each_tile(const Each& each) const {
+    for (int i = 0; i < tiles_; i++) each(int64_t{tile_[i]} * kTileDepth);
+  }
+
+ private:
+  static constexpr int kMostQuads = 256, kQuadsOfOneTile = 4;  // that take as long as a tile
+  static constexpr int kMostTiles = 1 << 10;  // compiled.py's bound on k is 65793
+  struct Quad {
+    int32_t row, quad;
+  };
+  int quads_, tiles_;
+  uint32_t rows_;
+  Quad quad_[kMostQuads];
+  int32_t tile_[kMostTiles + 8];
+};
 
 // At most 32 rows and two vectors of a panel or, of at most 16 rows, all four.
 struct Block {
   int64_t row, panel;
   int rows, first, last;
-  bool high;  // there are sums of high digits
+  uint32_t high_rows;  // bit i: row i has high digits
+  bool by_quads;       // whose sums are made by dot_high
   static constexpr int kSums = kBlockRows * 2 * kWidth;
   alignas(64) int32_t low_sums[kSums], high_sums[kSums];
   alignas(64) float totals[kSums];  // over the groups of k
@@ -127,13 +175,16 @@ class Blocks {
  private:
   const Work& w;
   Block blocks[2], *now = blocks, *before = blocks + 1;
+  HighDigits high;
   int done = 0;  // rows of the block before
 
   void add(int64_t row, int rows, int64_t begin, int64_t end) {
-    const bool whole = rows <= kTileRows, high = !kGrouped && any_high(w, row, rows);
+    const bool whole = rows <= kTileRows;
+    if (!kGrouped) high.find(w, row, rows);
     for (int64_t panel = begin; panel < end; panel++)
       for (int half = 0; half < (whole ? 1 : 2); half++) {
-        now->row = row, now->rows = rows, now->panel = panel, now->high = high;
+        now->row = row, now->rows = rows, now->panel = panel;
+        now->high_rows = kGrouped ? 0 : high.rows(), now->by_quads = now->high_rows && high.by_quads();
         now->first = 2 * half, now->last = whole ? kVectors : now->first + 2;
         now->columns = columns_of(w, panel, now->first, now->last);
         if (kGrouped)
@@ -146,16 +197,24 @@ class Blocks {
       }
   }
 
+  // Results of the next `rows` rows of the block before.
   void finish_rows(int rows) {
     const Block& b = *before;
-    if (rows > b.rows - done) rows = b.rows - done;
-    if (rows <= 0) return;
-    const int64_t at = done * b.apart();
-    if (kGrouped)
-      finish_groups<T>(w, b.row + done, rows, b.columns, before->totals + at);
-    else  // the products of high digits have both signs here
-      finish<T, 0>(w, b.row + done, rows, b.columns, b.low_sums + at, b.high ? b.high_sums + at : nullptr);
-    done += rows;
+    const int end = done + rows < b.rows ? done + rows : b.rows;
+    while (done < end) {  // rows that have high digits apart from those that have none
+      const bool has_high = b.high_rows >> done & 1;
+      const int first = done;
+      do done++;
+      while (done < end && (b.high_rows >> done & 1) == has_high);
+      const int64_t at = first * b.apart();
+      const int32_t* high_sums = has_high ? b.high_sums + at : nullptr;
+      if (kGrouped)
+        finish_groups<T>(w, b.row + first, done - first, b.columns, before->totals + at);
+      else if (b.by_quads)
+        finish<T, kHighOffset>(w, b.row + first, done - first, b.columns, b.low_sums + at, high_sums);
+      else  // the tile unit takes two signed factors
+        finish<T, 0>(w, b.row + first, done - first, b.columns, b.low_sums + at, high_sums);
+    }
   }
 
   // Products of the block at k = d.
@@ -191,9 +250,15 @@ class Blocks {
       finish_rows(finished);
     }
     store_tiles(now->low_sums);
-    if (!now->high) return;
+    if (!now->high_rows) return;
+    if (now->by_quads) {
+      std::memset(now->high_sums, 0, sizeof now->high_sums);
+      const int8_t* panel = w.panel(now->panel);
+      if (now->columns.vectors == 2) return high.add_quads<2>(w, now->row, panel, now->first, now->high_sums);
+      return high.add_quads<kVectors>(w, now->row, panel, now->first, now->high_sums);
+    }
     clear_tiles();
-    where_high(w, now->row, now->rows, [&](int64_t d) { add_products<true>(d); });
+    high.each_tile([&](int64_t d) { add_products<true>(d); });
     store_tiles(now->high_sums);
   }
 
@@ -227,7 +292,6 @@ class Blocks {
     }
   }
 };
-
 
 #else
 constexpr bool kTiled = false;

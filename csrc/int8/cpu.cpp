@@ -117,7 +117,7 @@ void multiply_rows(const Work& w, Kind kind, int64_t begin, int64_t end, int64_t
 }
 
 bool in_tiles(const Layout& layout, Kind kind, int64_t rows) {
-  return kTiled && rows > kFewRows && (kind != Kind::grouped || layout.group % kTileDepth == 0);
+  return kTiled && rows > kFewRows && layout.depth > 0 && (kind != Kind::grouped || layout.group % kTileDepth == 0);
 }
 
 // How the products of a chunk are cut into tasks: `blocks` blocks of `rows` rows, for each `panels` panels.

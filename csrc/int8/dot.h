@@ -13,8 +13,9 @@
 namespace llmkern::LLMKERN_ISA {
 
 // LLMKERN_INLINE void store_low(Low* p, Int u)                kWidth low digits of numbers cut off at 0 and 255
-// LLMKERN_INLINE void store_lows(Low* p, const Int* u)        the same of kRun vectors
 // LLMKERN_INLINE void store_digits(Low* p, High* h, Int u)    both digits of kWidth numbers in -32512..32767
+// LLMKERN_INLINE void store_lows(Low* p, const Int* u)        low digits of 64 numbers, kRun vectors, cut off at 0 and 255
+// LLMKERN_INLINE int store_both(Low* p, High* h, const Int* u)  both digits of 64 numbers; bit i: quad i has a high one
 // LLMKERN_INLINE Int load_weights(const int8_t* p)            kWidth * kDotDepth weights
 // LLMKERN_INLINE Int dot(Int sum, Int x, Int w)               low digits
 // LLMKERN_INLINE Int high_weights(Int w)                      what dot_high takes of these weights
@@ -29,12 +30,23 @@ LLMKERN_INLINE void store_low(Low* p, Int u) {
   u = _mm512_max_epi32(u, _mm512_setzero_si512());
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(u));
 }
-#define LLMKERN_STORE_LOWS
+#define LLMKERN_RUNS
+// Packing works in quarters of 128 bits: quarter i of its result has lanes 4 i to 4 i + 3 of each vector.
+LLMKERN_INLINE Int in_order(Int packed) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), packed);
+}
 LLMKERN_INLINE void store_lows(Low* p, const Int* u) {
-  // Packing works in quarters of 128 bits: quarter i then has lanes 4 i to 4 i + 3 of all four.
   Int packed = _mm512_packus_epi16(_mm512_packs_epi32(u[0], u[1]), _mm512_packs_epi32(u[2], u[3]));
-  const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, packed));
+  _mm512_storeu_si512(p, in_order(packed));
+}
+LLMKERN_INLINE int store_both(Low* p, High* h, const Int* u) {
+  Int low[4], high[4];
+  for (int i = 0; i < 4; i++) low[i] = _mm512_and_si512(u[i], _mm512_set1_epi32(255)), high[i] = _mm512_srai_epi32(u[i], 8);
+  store_lows(p, low);
+  Int packed =
+      in_order(_mm512_packs_epi16(_mm512_packs_epi32(high[0], high[1]), _mm512_packs_epi32(high[2], high[3])));
+  _mm512_storeu_si512(h, packed);
+  return _mm512_test_epi32_mask(packed, packed);
 }
 LLMKERN_INLINE void store_digits(Low* p, High* h, Int u) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(u));
@@ -181,15 +193,24 @@ LLMKERN_INLINE int high_quads(Int u) {
 #endif
 
 constexpr int kRun = 64 / kWidth;  // vectors
-#ifndef LLMKERN_STORE_LOWS
+constexpr int kQuad = 4;  // values of k: what the bits of rows with high digits stand for
+constexpr int kStepsOfQuad = kQuad / kDotDepth;
+
+#ifndef LLMKERN_RUNS
 LLMKERN_INLINE void store_lows(Low* p, const Int* u) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRun; i++) store_low(p + i * kWidth, u[i]);
 }
+LLMKERN_INLINE int store_both(Low* p, High* h, const Int* u) {
+  int quads = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < kRun; i++) {
+    store_digits(p + i * kWidth, h + i * kWidth, u[i]);
+    quads |= high_quads(u[i]) << (i * kWidth / kQuad);
+  }
+  return quads;
+}
 #endif
-
-constexpr int kQuad = 4;  // values of k: what the bits of rows with high digits stand for
-constexpr int kStepsOfQuad = kQuad / kDotDepth;
 
 template <class Digit>
 LLMKERN_INLINE Int broadcast_step(const Digit* p) {  // kDotDepth digits, for every lane

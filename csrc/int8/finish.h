@@ -135,10 +135,35 @@ __attribute__((noinline)) void finish_rest(const Work& w, int64_t row, int rows,
   }
 }
 
-// `finish` where only low digits, a bias and N whole vectors are.
-template <class T, int N>
-__attribute__((noinline)) void finish_plain(const Work& w, int64_t row, int rows, const Columns& c,
-                                            const int32_t* sums) {
+// What is the same for all outputs of a row.
+struct RowTerms {
+  Int zero_point, high_offset;
+  Float scale;
+};
+template <int kOffset, bool kHigh>
+LLMKERN_INLINE RowTerms terms_of(const Work& w, int64_t row) {
+  RowTerms r;
+  r.zero_point = broadcast_int(w.zeros[row]);
+  r.high_offset = broadcast_int(kHigh && kOffset ? kOffset * w.high_sums[row] : 0);
+  r.scale = broadcast(w.scales[row]);
+  return r;
+}
+template <int kOffset, bool kHigh>
+LLMKERN_INLINE Float linear_part(const RowTerms& r, Int weight_sum, Float scale, Float bias, const int32_t* low,
+                                 const int32_t* high) {
+  Float sum = to_float(sub(load_sums(low), mul(weight_sum, r.zero_point)));
+  if (kHigh) {
+    Int sums = load_sums(high);
+    if (kOffset) sums = sub(sums, r.high_offset);
+    sum = fma(to_float(sums), broadcast(256.0f), sum);
+  }
+  return add(mul(sum, mul(r.scale, scale)), bias);  // not in one rounding: the reference rounds twice
+}
+
+// `finish` where N vectors are whole and nothing follows the bias. kHigh: there are sums of high digits.
+template <class T, int kOffset, int N, bool kHigh>
+__attribute__((noinline)) void finish_plain(const Work& w, int64_t row, int rows, const Columns& c, const int32_t* low,
+                                            const int32_t* high) {
   Float scale[N], bias[N];
   Int weight_sum[N];
   T* out[N];
@@ -147,13 +172,10 @@ __attribute__((noinline)) void finish_plain(const Work& w, int64_t row, int rows
     out[v] = reinterpret_cast<T*>(w.out) + row * w.out_stride + c.out[v];
   }
   for (int i = 0; i < rows; i++) {
-    const Int zero_point = broadcast_int(w.zeros[row + i]);
-    const Float row_scale = broadcast(w.scales[row + i]);
+    const RowTerms r = terms_of<kOffset, kHigh>(w, row + i);
 #pragma GCC unroll 8
-    for (int v = 0; v < N; v++, sums += kWidth) {
-      Float sum = to_float(sub(load_sums(sums), mul(weight_sum[v], zero_point)));
-      store(out[v] + i * w.out_stride, add(mul(sum, mul(row_scale, scale[v])), bias[v]));
-    }
+    for (int v = 0; v < N; v++, low += kWidth, high += kHigh ? kWidth : 0)
+      store(out[v] + i * w.out_stride, linear_part<kOffset, kHigh>(r, weight_sum[v], scale[v], bias[v], low, high));
   }
 }
 
@@ -162,23 +184,19 @@ __attribute__((noinline)) void finish_plain(const Work& w, int64_t row, int rows
 template <class T, int kOffset>
 __attribute__((noinline)) void finish(const Work& w, int64_t row, int rows, const Columns& c, const int32_t* low,
                                       const int32_t* high) {
-  if (!high && w.simple && c.whole) {
-    if (c.vectors == 2) return finish_plain<T, 2>(w, row, rows, c, low);
-    return finish_plain<T, kVectors>(w, row, rows, c, low);
+  if (w.simple && c.whole) {
+    constexpr auto kHalf = kVectors / 2;
+    if (high && c.vectors == kHalf) return finish_plain<T, kOffset, kHalf, true>(w, row, rows, c, low, high);
+    if (high) return finish_plain<T, kOffset, kVectors, true>(w, row, rows, c, low, high);
+    if (c.vectors == kHalf) return finish_plain<T, kOffset, kHalf, false>(w, row, rows, c, low, high);
+    return finish_plain<T, kOffset, kVectors, false>(w, row, rows, c, low, high);
   }
   alignas(64) float rest[kMostRows * kPanel];
   for (int i = 0, at = 0; i < rows; i++) {
-    const Int zero_point = broadcast_int(w.zeros[row + i]);
-    const Float row_scale = broadcast(w.scales[row + i]);
+    const RowTerms r = high ? terms_of<kOffset, true>(w, row + i) : terms_of<kOffset, false>(w, row + i);
     for (int v = 0; v < c.vectors; v++, at += kWidth) {
-      Float sum = to_float(sub(load_sums(low + at), mul(c.weight_sum[v], zero_point)));
-      if (high) {
-        Int sums = load_sums(high + at);
-        if (kOffset) sums = sub(sums, broadcast_int(kOffset * w.high_sums[row + i]));
-        sum = fma(to_float(sums), broadcast(256.0f), sum);
-      }
-      // Not with the product in one rounding: the reference rounds twice.
-      Float y = add(mul(sum, mul(row_scale, c.scale[v])), c.bias[v]);
+      Float y = high ? linear_part<kOffset, true>(r, c.weight_sum[v], c.scale[v], c.bias[v], low + at, high + at)
+                     : linear_part<kOffset, false>(r, c.weight_sum[v], c.scale[v], c.bias[v], low + at, high);
       if (w.simple)
         put<T>(w, row + i, c, v, y);
       else

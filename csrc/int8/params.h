@@ -6,7 +6,7 @@
 
 namespace llmkern {
 
-// How an activation x becomes an integer u = round(x / scale) + zero. llmkern/int8/quantization.py holds these numbers.
+// How an activation x becomes an integer u = round(x / scale) + zero. llmkern/int8/scheme.py holds these numbers.
 enum class Scaling : int32_t {
   row = 0,        // scale and zero for each row, so that 0..255 span it
   symmetric = 1,  // scale for each row, zero = 128, so that 1..255 span it

@@ -97,7 +97,10 @@ struct Scale {
 };
 LLMKERN_INLINE Scale choose(const QuantizeParams& q, const Extent& e) {
   float least = e.least, most = e.most, magnitude = -least > most ? -least : most;
-  if (q.scaling == Scaling::given) return {q.given[0], static_cast<int32_t>(q.given[1])};
+  if (q.scaling == Scaling::given) {
+    const float zero_point = q.given[1];
+    return {q.given[0], zero_point > 0.0f ? static_cast<int32_t>(zero_point < 255.0f ? zero_point : 255.0f) : 0};
+  }
   if (q.scaling == Scaling::wide) return {usable(magnitude / kMost), 128};
   if (q.outliers) {
     float bound = kUsual * e.mean;
@@ -142,17 +145,39 @@ void put_lows(const T* x, int64_t depth, Scale s, Low* low, const T* next) {
   }
 }
 
-// Both digits of a row, and where there are high ones.
+// The sum of high digits, `count` of them, a multiple of 64: of bytes where it is asked for.
+LLMKERN_INLINE int32_t sum_of_digits(const High* digits, int64_t count) {
+  Int sums = broadcast_int(0);
+  for (int64_t k = 0; k < count; k += kWidth * kDotDepth)
+    sums = dot(sums, broadcast_int(0x01010101), load_weights(reinterpret_cast<const int8_t*>(digits + k)));
+  int32_t lane[kWidth], total = 0;
+  std::memcpy(lane, &sums, sizeof sums);
+  for (int i = 0; i < kWidth; i++) total += lane[i];
+  return total;
+}
+
+// Both digits of a row, and where there are high ones; beyond `depth` its high digits up to the next multiple of 64 are 0.
 template <bool kGiven, class T>
 void put_digits(const T* x, int64_t depth, Scale s, const QuantizedRow& row) {
   const Float factor = broadcast(1.0f / s.scale);
   const Int origin = broadcast_int(s.zero);
-  for (int64_t k = 0; k < depth; k += kWidth) {
+  int64_t k = 0;
+  for (; k + kLanes <= depth; k += kLanes) {
+    Int u[kRun];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRun; i++) u[i] = integer<kGiven>(load(x + k + i * kWidth), factor, origin);
+    const uint64_t quads = static_cast<uint64_t>(store_both(row.low + k, row.high + k, u));
+    row.bits[k / kBitsOfWord] |= quads << (k % kBitsOfWord / kQuad);
+  }
+  const int64_t filled = (depth + kLanes - 1) / kLanes * kLanes;
+  for (; k < depth; k += kWidth) {
     const int rest = static_cast<int>(depth - k);
     Int u = integer<kGiven>(rest >= kWidth ? load(x + k) : load_first(x + k, rest), factor, origin);
     store_digits(row.low + k, row.high + k, u);
     row.bits[k / kBitsOfWord] |= static_cast<uint64_t>(high_quads(u)) << (k % kBitsOfWord / kQuad);
   }
+  std::memset(row.high + depth, 0, static_cast<size_t>(filled - depth) * sizeof(High));
+  if (kHighOffset) *row.high_sum = sum_of_digits(row.high, filled);
 }
 
 template <class T>
@@ -175,8 +200,8 @@ Found look_at(const QuantizeParams& q, const T* x, int64_t depth) {
   return f;
 }
 
-// Writes the row up to the next multiple of 64 elements: beyond `depth` its high digits are 0, and its low digits meet
-// weights of 0. `next`: as for put_lows.
+// Writes the row up to the next multiple of kWidth, and its high digits, which are 0 beyond `depth`, to that of 64. What
+// lies behind the low digits is anything: it meets weights of 0. `next`: as for put_lows.
 template <class T>
 void put_row(const QuantizeParams& q, const T* x, int64_t depth, const Found& f, const QuantizedRow& row,
              const T* next) {
@@ -194,12 +219,6 @@ void put_row(const QuantizeParams& q, const T* x, int64_t depth, const Found& f,
     return lows();
   }
   given ? put_digits<true>(x, depth, s, row) : put_digits<false>(x, depth, s, row);
-  std::memset(row.high + depth, 0, static_cast<size_t>(filled - depth) * sizeof(High));
-  if (kHighOffset) {
-    int32_t total = 0;
-    for (int64_t k = 0; k < depth; k++) total += row.high[k];
-    *row.high_sum = total;
-  }
 }
 
 // The same with a scale for each group, zero = 128, one digit.

@@ -8,14 +8,19 @@ SwiGLU), whose output nothing but linear layers reads. `observe` sees that by wa
 
 from __future__ import annotations
 
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmkern.int8.reference import hadamard
+from llmkern.int8.scheme import rotation_size
 
 KEPT_ROWS = 256
 
@@ -24,6 +29,7 @@ KEPT_ROWS = 256
 class Seen:
     """The inputs of one linear layer."""
 
+    rotation: int = 1  #: the size of Hadamard's transform behind which the range is taken
     low: float = 0.0
     high: float = 0.0
     channels: Tensor | None = None  #: the largest magnitude of each, (K,)
@@ -34,7 +40,8 @@ class Seen:
         x = x[x.isfinite().all(1)]
         if not x.numel():
             return
-        self.low, self.high = min(self.low, x.min().item()), max(self.high, x.max().item())
+        turned = hadamard(x, self.rotation)
+        self.low, self.high = min(self.low, turned.min().item()), max(self.high, turned.max().item())
         most = x.abs().amax(0)
         self.channels = most if self.channels is None else torch.maximum(self.channels, most)
         missing = KEPT_ROWS - sum(map(len, self.rows))
@@ -57,18 +64,22 @@ def run(model: nn.Module, inputs: Any) -> Any:
 
 
 @torch.no_grad()
-def collect(model: nn.Module, data: Iterable[Any], progress: bool = False) -> dict[nn.Linear, Seen]:
+def collect(
+    model: nn.Module, data: Iterable[Any], progress: bool = False, rotate: bool = False
+) -> dict[nn.Linear, Seen]:
     """What the model's linear layers are given over the data; in the mode that the model is in, without gradients.
 
-    Raises ValueError for data without items.
+    rotate: the ranges are those behind the rotation. Layers that were given nothing finite are left out. Raises
+    ValueError for data without items.
     """
     seen: dict[nn.Linear, Seen] = {}
 
-    def note(layer: nn.Module, args: Any) -> None:
+    def note(layer: nn.Module, args: Any, kwargs: Any) -> None:
         assert isinstance(layer, nn.Linear)
-        seen.setdefault(layer, Seen()).add(args[0])
+        seen.setdefault(layer, Seen(rotation_size(layer.in_features) if rotate else 1)).add(_given(args, kwargs))
 
-    handles = [m.register_forward_pre_hook(note) for m in model.modules() if type(m) is nn.Linear]
+    linears = [m for m in model.modules() if type(m) is nn.Linear]
+    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in linears]
     count = 0
     try:
         for item in _with_progress(data, progress):
@@ -79,17 +90,30 @@ def collect(model: nn.Module, data: Iterable[Any], progress: bool = False) -> di
             handle.remove()
     if not count:
         raise ValueError("calibration: expected an iterable of inputs, got one without any")
-    return seen
+    return {layer: found for layer, found in seen.items() if found.channels is not None}
+
+
+def _given(args: Any, kwargs: Any) -> Tensor:
+    """The input of an nn.Linear's call."""
+    given: Tensor = args[0] if args else kwargs["input"]
+    return given
 
 
 def _with_progress(data: Iterable[Any], progress: bool) -> Iterable[Any]:
     if not progress:
-        return data
+        yield from data
+        return
     try:
         from tqdm import tqdm
     except ImportError:
-        return data
-    return tqdm(data, desc="calibration", unit="batch", leave=False)
+        begun = said = time.monotonic()
+        for i, item in enumerate(data):
+            if time.monotonic() - said > 2:
+                said = time.monotonic()
+                print(f"calibration: batch {i + 1}, {said - begun:.0f} s", file=sys.stderr)
+            yield item
+    else:
+        yield from tqdm(data, desc="calibration", unit="batch", leave=False)
 
 
 @dataclass(frozen=True)
@@ -116,7 +140,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        tensors = [a for a in args if isinstance(a, Tensor)]
+        tensors = _tensors_in((args, kwargs))
         self.alive.append((tensors, result))
         if name not in self.VIEWS:
             for t in tensors:
@@ -124,6 +148,19 @@ class _Watch(TorchDispatchMode):
             if name == "mul" and len(tensors) == 2 and isinstance(result, Tensor):
                 self.factors[_place(result)] = (_place(tensors[0]), _place(tensors[1]))
         return result
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in lists, tuples, mappings and objects with fields, however deep."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, f.name) for f in fields(value)]
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        return []
+    return [t for item in value for t in _tensors_in(item)]
 
 
 def _place(t: Tensor) -> int:
@@ -137,9 +174,9 @@ def observe(model: nn.Module, inputs: Any) -> list[Fold]:
     made: dict[int, nn.Module] = {}
     watch = _Watch()
 
-    def before(layer: nn.Module, args: Any) -> None:
+    def before(layer: nn.Module, args: Any, kwargs: Any) -> None:
         assert isinstance(layer, nn.Linear)
-        given.setdefault(_place(args[0]), []).append(layer)
+        given.setdefault(_place(_given(args, kwargs)), []).append(layer)
 
     def after(maker: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
@@ -148,12 +185,14 @@ def observe(model: nn.Module, inputs: Any) -> list[Fold]:
     handles = []
     for module in model.modules():
         if type(module) is nn.Linear:
-            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if _is_maker(module):
             handles.append(module.register_forward_hook(after))
     try:
         with watch:
-            run(model, inputs)
+            output = run(model, inputs)
+        for t in _tensors_in(output):  # what the caller gets, he reads
+            watch.readers.setdefault(_place(t), []).append("output")
     finally:
         for handle in handles:
             handle.remove()

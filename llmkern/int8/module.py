@@ -38,8 +38,8 @@ class Int8Linear(reference.Int8Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype, scheme=scheme)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., out_features) in x's dtype from x (..., in_features), float32, bfloat16 or float16.
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., out_features) in the input's dtype from (..., in_features), float32, bfloat16 or float16.
 
         Under autocast in autocast's dtype, as nn.Linear.
 
@@ -47,7 +47,7 @@ class Int8Linear(reference.Int8Linear):
         """
         input_scale, inputs, group, rotate = self.arguments()
         return int8_linear(
-            x, self.weight, self.weight_scale, self.bias,
+            input, self.weight, self.weight_scale, self.bias,
             input_scale=input_scale, inputs=inputs, group=group, rotate=rotate,
         )  # fmt: skip
 

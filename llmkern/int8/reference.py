@@ -102,7 +102,7 @@ def quantize_rows(
     scale = torch.where(scale.isfinite() & ~broken, scale, torch.full_like(scale, torch.nan))
     inverse = 1.0 / scale
     if input_scale is not None:
-        zero_point = input_scale[1].expand(rows)
+        zero_point = input_scale[1].nan_to_num(0.0).clamp(0, 255).trunc().expand(rows)
     elif inputs in ("symmetric", "16bit"):
         zero_point = torch.full_like(scale, 128)
     else:
@@ -324,14 +324,14 @@ class Int8Linear(nn.Module):
         """What `int8_linear` takes from input_scale on."""
         return self.input_scale, self.scheme.inputs, self.scheme.group, self.rotation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., out_features) in x's dtype, under autocast in autocast's, from x (..., in_features), floating.
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., out_features) in the input's dtype, under autocast in autocast's, from (..., in_features), floating.
 
         Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
         """
-        args = (x, self.weight, self.weight_scale, self.bias, None, *self.arguments(), "none")
+        args = (input, self.weight, self.weight_scale, self.bias, None, *self.arguments(), "none")
         check_linear(*args, floats=check.PLAIN_FLOATS)
-        (x,) = autocast.cast(x)
+        (x,) = autocast.cast(input)
         return int8_linear(x, *args[1:])
 
     def extra_repr(self) -> str:

@@ -77,10 +77,7 @@ def replace_linears(
     that are not float32, bfloat16 or float16; ValueError for bits other than 8, for a name in skip that fits no layer,
     and for weights without values. Nothing is replaced then.
     """
-    linears, reasons = to_replace(model, bits, skip)
-    for _, linear in linears:
-        reasons[id(linear)] = reasons[id(linear)] or keep(linear)
-    _leave_tied(model, linears, reasons)
+    linears, reasons = to_replace(model, bits, skip, keep)
     quantized: dict[int, tuple[Tensor, Tensor]] = {}
     made: dict[int, nn.Module] = {}
     report = QuantizationReport()
@@ -113,7 +110,10 @@ def replace_linears(
 
 
 def to_replace(
-    model: nn.Module, bits: int = 8, skip: Iterable[str] = ()
+    model: nn.Module,
+    bits: int = 8,
+    skip: Iterable[str] = (),
+    keep: Callable[[nn.Linear], str] = lambda linear: "",
 ) -> tuple[list[tuple[str, nn.Linear]], dict[int, str]]:
     """The linear layers by name, and by identity why each is left as it is; empty where it can be replaced.
 
@@ -136,6 +136,9 @@ def to_replace(
     for name, linear in linears:
         if not reasons[id(linear)]:
             check_weight(f"model: layer {name!r}" if name else "model", linear.weight)
+    for _, linear in linears:
+        reasons[id(linear)] = reasons[id(linear)] or keep(linear)
+    _leave_tied(model, linears, reasons)
     return linears, reasons
 
 

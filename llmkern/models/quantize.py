@@ -54,6 +54,8 @@ def quantize_model(
     Int8Scheme.
     """
     scheme = named(scheme)
+    if calibration is not None and (isinstance(calibration, Tensor) or not isinstance(calibration, Iterable)):
+        raise TypeError(f"calibration: expected an iterable of inputs of the model, got {type(calibration).__name__}")
     check.flag("measure", measure)
     check.flag("progress", progress)
     sizes = _rows(rows)
@@ -63,18 +65,9 @@ def quantize_model(
     to_replace(model, bits, skip)  # all that can be refused is, before the model runs
     seen: dict[nn.Linear, calibrate.Seen] = {}
     smoothed: set[nn.Linear] = set()
-    if calibration is not None:
-        batches = list(calibration)
-        seen = calibrate.collect(model, batches, progress)
-        if scheme.smooth is not None:
-            for fold in calibrate.observe(model, batches[0]):
-                if calibrate.smooth(fold, seen, scheme.smooth):
-                    smoothed.update(fold.readers)
-            if scheme.inputs == "static" and smoothed:  # of other ranges now
-                seen = calibrate.collect(model, batches, progress)
 
     def keep(linear: nn.Linear) -> str:
-        if seen and linear not in seen and scheme.inputs == "static":
+        if linear not in seen and scheme.inputs == "static":
             return "the calibration data did not reach it"
         if not measure or linear.weight.device.type != "cpu":
             return ""
@@ -90,6 +83,18 @@ def quantize_model(
             made.input_scale.copy_(found.static_scale())
         return _output_error(linear, made, found), note
 
+    if calibration is not None:
+        batches = list(calibration)
+        seen = calibrate.collect(model, batches, progress, scheme.rotate)
+        if scheme.smooth is not None:
+            linears, reasons = to_replace(model, bits, skip, keep)
+            replaced = {linear for _, linear in linears if not reasons[id(linear)]}
+            for fold in calibrate.observe(model, batches[0]):
+                changed = {*fold.readers, fold.maker} if isinstance(fold.maker, nn.Linear) else set(fold.readers)
+                if changed <= replaced and calibrate.smooth(fold, seen, scheme.smooth):
+                    smoothed.update(fold.readers)
+            if scheme.inputs == "static" and smoothed:  # of other ranges now
+                seen = calibrate.collect(model, batches, progress, scheme.rotate)
     return replace_linears(model, Int8Linear, scheme, bits, skip, keep, finish)
 
 
@@ -115,8 +120,10 @@ def quantize_like(
 
 
 def _rows(rows: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(rows, (str, int)) or not isinstance(rows, Sequence) or not rows:
+    if isinstance(rows, (str, int)) or not isinstance(rows, Sequence):
         raise TypeError(f"rows: expected a sequence of positive integers, got {rows!r}")
+    if not rows:
+        raise ValueError(f"rows: expected at least one number of rows, got {rows!r}")
     for size in rows:
         check.positive("rows", size)
     return tuple(rows)
