@@ -48,7 +48,7 @@ class Rates:
     def __str__(self) -> str:
         return (
             f"{self.call * 1e6:.1f} us a call, {self.weights / 1e9:.1f} G weights/s, "
-            f"{self.products / 1e9:.0f} G multiply-adds/s"
+            f"{self.products / 1e9:.0f} G multiply-adds/s, {self.elements * 1e12:.0f} ps an element in and out"
         )
 
 

@@ -245,6 +245,7 @@ class Int8Linear(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
+    saved_scheme: Tensor
     input_scale: Tensor | None
 
     def __init__(
@@ -285,6 +286,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", weight_scale)
         given = torch.tensor([1.0, 128.0], device=weight.device) if scheme.inputs == "static" else None
         self.register_buffer("input_scale", given)
+        numbers = torch.tensor(scheme.numbers(), dtype=torch.int32, device=weight.device)
+        self.register_buffer("saved_scheme", numbers)  # so that a state_dict says what its integers are
         self.bias = linear.bias
         self.training = linear.training
 
@@ -356,11 +359,27 @@ class Int8Linear(nn.Module):
             state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = made
             if self.input_scale is not None:  # a linear layer knows none
                 state_dict.setdefault(f"{prefix}input_scale", self.input_scale.clone())
+        saved = state_dict.setdefault(f"{prefix}saved_scheme", self.saved_scheme.clone())
+        if isinstance(saved, Tensor) and saved.device.type != "meta":
+            self._check_saved(saved.tolist(), prefix, args[-1])
         for name in ("weight_scale", "input_scale"):
             scale = state_dict.get(f"{prefix}{name}")
             if isinstance(scale, Tensor) and scale.is_floating_point():
                 state_dict[f"{prefix}{name}"] = scale.float()
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+    def _check_saved(self, numbers: list[int], prefix: str, errors: list[str]) -> None:
+        """Adds an error where the integers of a state_dict are of a scheme that this layer would read otherwise."""
+        try:
+            saved = Int8Scheme.from_numbers(numbers)
+        except ValueError as error:
+            errors.append(f"{prefix}saved_scheme: {error}")
+            return
+        if (saved.group, saved.rotate) != (self.scheme.group, self.scheme.rotate):  # inputs may change
+            errors.append(
+                f"{prefix}weight: expected the integers of {self.scheme}, got those of {saved}; quantize_like(model, "
+                "state_dict) gives a model the layers of a state_dict"
+            )
 
     def _taken_by_another(self, loaded: Tensor) -> tuple[Tensor, Tensor]:
         """The quantised weight; that of the layer which shared this one's weight until it was loaded just before.

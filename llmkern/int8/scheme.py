@@ -5,6 +5,7 @@ Kernels and the reference read it alike; `named` gives the usual ones by a word.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmkern import check
@@ -65,6 +66,17 @@ class Int8Scheme:
     def calibrated(self) -> bool:
         """Whether it needs data."""
         return self.inputs == "static" or self.smooth is not None
+
+    def numbers(self) -> list[int]:
+        """What a state_dict keeps of it: which of INPUTS, the group, whether inputs are rotated."""
+        return [list(INPUTS).index(self.inputs), self.group, int(self.rotate)]
+
+    @staticmethod
+    def from_numbers(numbers: Sequence[int]) -> Int8Scheme:
+        """The scheme of a saved layer, whatever smoothing its weights went through. ValueError for other numbers."""
+        if len(numbers) != 3 or not 0 <= numbers[0] < len(INPUTS) or numbers[2] not in (0, 1):
+            raise ValueError(f"scheme: expected the three numbers of a saved scheme, got {list(numbers)}")
+        return Int8Scheme(list(INPUTS)[numbers[0]], numbers[1], bool(numbers[2]))
 
 
 NAMED = {

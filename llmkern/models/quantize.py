@@ -99,24 +99,32 @@ def quantize_model(
 
 
 def quantize_like(
-    model: nn.Module, state_dict: dict[str, Tensor], *, scheme: Int8Scheme | str = "outliers"
+    model: nn.Module, state_dict: dict[str, Tensor], *, scheme: Int8Scheme | str | None = None
 ) -> nn.Module:
     """Gives a model the int8 layers that a state_dict of a quantised one has, so that it loads; returns the model.
 
-    scheme: that of the quantised model. What `quantize_model` leaves on one machine, since int8 would not pay there, it
-    may replace on another; here the layers are those saved. Load the state_dict afterwards.
+    What `quantize_model` leaves on one machine, since int8 would not pay there, it may replace on another; here the
+    layers are those saved, and a layer whose weight one of those shares. scheme: by default each layer's own, which the
+    state_dict tells. Load the state_dict afterwards.
 
     Raises ValueError where the state_dict has no int8 layer, or one that is no nn.Linear of the model.
     """
     ending = "weight_scale"
     names = {name[: -len(ending)].rstrip(".") for name in state_dict if name.split(".")[-1] == ending}
-    linears = [name for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear]
+    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear}
     unknown = names - set(linears)
     if not names or unknown:
         came = f"one with {sorted(unknown)[0]!r}" if unknown else "one without"
         raise ValueError(f"state_dict: expected int8 layers that are linear layers of the model, got {came}")
-    skip = [name for name in linears if name not in names]
-    return replace_linears(model, Int8Linear, named(scheme), skip=skip)
+    schemes: dict[str, Int8Scheme] = {}
+    for name in sorted(names):
+        saved = state_dict.get(f"{name}.saved_scheme".lstrip("."))
+        chosen = named(scheme) if scheme is not None else Int8Scheme()
+        if scheme is None and saved is not None:
+            chosen = Int8Scheme.from_numbers(saved.tolist())
+        # A checkpoint of shared tensors may name one of the layers that share a weight alone.
+        schemes |= {n: chosen for n, m in linears.items() if n == name or m.weight is linears[name].weight}
+    return replace_linears(model, Int8Linear, schemes, skip=[name for name in linears if name not in schemes])
 
 
 def _rows(rows: Sequence[int]) -> tuple[int, ...]:

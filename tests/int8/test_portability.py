@@ -151,7 +151,7 @@ def test_round_trips(chosen, room, isa):
     layer = made(chosen, room.Int8Linear)
     xs = [x for x in batches() if x.isfinite().all()]
     expected = [layer(x) for x in xs]
-    buffers = ["weight", "weight_scale", *(["input_scale"] if chosen.inputs == "static" else [])]
+    buffers = ["weight", "weight_scale", "saved_scheme", *(["input_scale"] if chosen.inputs == "static" else [])]
     assert sorted(layer.state_dict()) == sorted([*buffers, "bias"])
     loaded, assigned = (room.Int8Linear(192, 67, scheme=chosen) for _ in range(2))
     loaded.load_state_dict(layer.state_dict())
@@ -239,6 +239,11 @@ def test_a_checkpoint_of_other_groups_is_refused():
     for name, other in (("outliers", "groups"), ("groups", "outliers"), ("groups", "groups of 32")):
         with pytest.raises(RuntimeError, match="size mismatch for weight_scale"):
             Int8Linear(192, 67, scheme=SCHEMES[other]).load_state_dict(made(SCHEMES[name]).state_dict())
+    rotated, groups = Int8Linear(192, 67, scheme="rotated"), Int8Linear(160, 67, scheme="groups")
+    with pytest.raises(RuntimeError, match=r"weight: expected the integers of .*rotate=False.* got those of .*=True"):
+        Int8Linear(192, 67).load_state_dict(rotated.state_dict())
+    with pytest.raises(RuntimeError, match=r"weight: expected the integers of .*group=96.* got those of .*group=128"):
+        Int8Linear(160, 67, scheme=Int8Scheme("symmetric", group=96)).load_state_dict(groups.state_dict())
     with pytest.raises(RuntimeError, match=r"Unexpected key.*input_scale"):
         Int8Linear(192, 67).load_state_dict(made(SCHEMES["static"]).state_dict())
     with pytest.raises(RuntimeError, match=r"Missing key.*input_scale"):

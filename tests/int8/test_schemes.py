@@ -137,7 +137,15 @@ def test_outputs_around_panels(kind, isa):
 def test_nothing(kind, isa):
     """No rows, no outputs, no columns: a sum of nothing is the bias."""
     choice = QUANTIZATIONS[kind]
-    for shape, outputs in (((0, 64), 5), ((2, 0, 3, 64), 5), ((3, 64), 0), ((0, 64), 0), ((3, 0), 5), ((0, 0), 0)):
+    for shape, outputs in (
+        ((0, 64), 5),
+        ((2, 0, 3, 64), 5),
+        ((3, 64), 0),
+        ((0, 64), 0),
+        ((3, 0), 5),
+        ((40, 0), 5),
+        ((0, 0), 0),
+    ):
         weight, scale = quantized(torch.randn(outputs, shape[-1]), **choice)
         bias = torch.randn(outputs)
         out = check(choice, torch.randn(shape), weight, scale, bias, shape)

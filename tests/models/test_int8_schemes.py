@@ -158,6 +158,20 @@ class Shared(Gated):
         return y + self.down(F.silu(self.gate(y)) * self.up(y))  # the norm's output goes on
 
 
+class Returned(Gated):
+    """The norm's output is returned as well, inside a list in a dict; the sum is what the others give."""
+
+    def forward(self, x):
+        y = self.norm(x)
+        return {"sum": super().forward(x), "more": [y]}
+
+
+class Joined(Gated):
+    def forward(self, x):
+        y = self.norm(x)
+        return torch.cat([self.down(F.silu(self.gate(y)) * self.up(y)), y])  # a list of tensors reads it
+
+
 class Tied(Gated):
     def __init__(self):
         super().__init__()
@@ -165,14 +179,58 @@ class Tied(Gated):
         self.gate.weight = self.embedding.weight
 
 
-@pytest.mark.parametrize("kind", [Shared, Tied, lambda: Gated(PlusOne)], ids=["shared", "tied", "1 + weight"])
+@pytest.mark.parametrize(
+    "kind",
+    [Shared, Tied, lambda: Gated(PlusOne), Joined, Returned],
+    ids=["shared", "tied", "1 + weight", "joined", "returned"],
+)
 def test_what_cannot_be_folded_is_left_alone(kind):
     model, x = kind(), data()[0]
-    before, expected = copy.deepcopy(model.norm.state_dict()), model(x).detach()
+    before, expected = copy.deepcopy(model.norm.state_dict()), model(x)
     quantize_model(model, scheme="smooth", calibration=data(), progress=False)
     assert torch.equal(model.norm.weight, before["weight"])
+    if kind is not Returned:
+        with torch.no_grad():
+            assert error(model, expected.detach(), x) < 0.03
+
+
+@pytest.mark.parametrize("skip", ["gate", "down", "up"])
+def test_what_is_left_is_not_smoothed(skip):
+    model = Gated()
+    before = copy.deepcopy(model.state_dict())
+    quantize_model(model, scheme="smooth", calibration=data(), progress=False, skip=[skip])
+    assert torch.equal(getattr(model, skip).weight, before[f"{skip}.weight"])
+    assert (skip == "down") != torch.equal(model.norm.weight, before["norm.weight"])
+
+
+class Keyword(Gated):
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(input=F.silu(self.gate(input=y)) * self.up(input=y))
+
+
+@pytest.mark.parametrize("name", ["outliers", "smooth"])
+def test_layers_called_by_keyword(name):
+    torch.manual_seed(3)
+    model, x = Keyword(), data()[0]
+    expected = model(x).detach()
+    quantize_model(model, scheme=name, calibration=data(), progress=False)
     with torch.no_grad():
         assert error(model, expected, x) < 0.03
+
+
+def test_a_static_range_is_that_behind_the_rotation():
+    model, x = nn.Sequential(nn.Linear(1024, 64)), torch.rand(64, 1024) + 1
+    expected = model(x).detach()
+    quantize_model(model, scheme=Int8Scheme("static", rotate=True), calibration=[x], progress=False)
+    with torch.no_grad():
+        assert error(model, expected, x) < 0.03
+
+
+@pytest.mark.parametrize("value", [torch.zeros(0, 32), torch.full((4, 32), torch.nan)], ids=["empty", "NaN"])
+def test_data_that_says_nothing_reaches_no_layer(value):
+    model = quantize_model(Gated(), scheme="static", calibration=[value], progress=False)
+    assert model.quantization_report.replaced == []
 
 
 def test_rotation_takes_what_the_depth_allows():
@@ -206,7 +264,7 @@ def test_the_models_arithmetic_of_costs():
 
 def test_what_one_machine_replaced_loads_on_another():
     model = quantize_model(Gated(), skip=["up"], scheme="groups")
-    other = quantize_like(Gated(), model.state_dict(), scheme="groups")
+    other = quantize_like(Gated(), model.state_dict())
     assert type(other.up) is nn.Linear and type(other.gate) is Int8Linear
     other.load_state_dict(model.state_dict())
     x = data()[0]
@@ -215,12 +273,34 @@ def test_what_one_machine_replaced_loads_on_another():
         quantize_like(Gated(), Gated().state_dict())
     with pytest.raises(ValueError, match="got one with 'down'"):
         quantize_like(nn.Sequential(nn.Linear(2, 2)), model.state_dict())
+    assert Int8Scheme.from_numbers(Int8Scheme("symmetric", group=32).numbers()) == Int8Scheme("symmetric", group=32)
+    with pytest.raises(ValueError, match="scheme: expected the three numbers of a saved scheme, got"):
+        Int8Scheme.from_numbers([9, 0, 0])
+
+
+def test_a_checkpoint_without_the_second_name_of_a_shared_weight():
+    def tied():
+        model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+        model[1].weight = model[0].weight
+        return model
+
+    model, x = quantize_model(tied(), scheme="rotated"), torch.randn(3, 32)
+    state = {name: t for name, t in model.state_dict().items() if not name.startswith("1.")}  # as safetensors keeps it
+    other = quantize_like(tied(), state)
+    assert type(other[0]) is type(other[1]) is Int8Linear and other[0].weight is other[1].weight
+    other.load_state_dict(state, strict=False)
+    assert torch.equal(other(x), model(x))
 
 
 def test_rows_are_checked():
-    for wrong in (5, "12", [], ()):
+    for wrong in (5, "12"):
         with pytest.raises(TypeError, match="rows: expected a sequence of positive integers"):
             quantize_model(Gated(), rows=wrong)
+    with pytest.raises(ValueError, match="rows: expected at least one number of rows"):
+        quantize_model(Gated(), rows=[])
+    for wrong in (5, torch.randn(2, 9, 32)):
+        with pytest.raises(TypeError, match="calibration: expected an iterable of inputs of the model, got"):
+            quantize_model(Gated(), calibration=wrong)
     with pytest.raises(ValueError, match="rows: expected a positive integer, got 0"):
         quantize_model(Gated(), rows=[0])
 
