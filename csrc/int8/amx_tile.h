@@ -276,8 +276,11 @@ class Blocks {
       auto add = [&](int rows) {
         if (rows > now->rows - row) rows = now->rows - row;
         const int64_t at = row * now->apart();
-        const auto& add_rows = now->columns.vectors == 2 ? add_group<2> : add_group<kVectors>;
-        add_rows(w, now->row + row, rows, columns, sums[(g + 1) % 2] + at, now->totals + at);
+        const int32_t* found = sums[(g + 1) % 2] + at;
+        if (now->columns.vectors == 2)
+          add_group<2>(w, now->row + row, rows, columns, found, now->totals + at);
+        else
+          add_group<kVectors>(w, now->row + row, rows, columns, found, now->totals + at);
         row += rows;
       };
       if (g == layout.groups) return add(now->rows);

@@ -42,13 +42,13 @@ void quantize(const QuantizeParams& q, const T* x, int64_t stride, int64_t depth
   for (int64_t m = begin; m < end; m++) {
     const QuantizedRow row = row_of(m);
     if (q.rotate <= 1) {
-      quantize_groups(q, x + m * stride, depth, row.low, row.scale);
+      quantize_groups(q, x + m * stride, depth, row);
       continue;
     }
     auto* turned = static_cast<float*>(scratch(Scratch::pack, static_cast<size_t>(4 * depth + 64)));
     rotate_row(x + m * stride, depth, q.rotate, turned);
     if (q.group)
-      quantize_groups(q, turned, depth, row.low, row.scale);
+      quantize_groups(q, turned, depth, row);
     else
       put_row(q, turned, depth, look_at(q, turned, depth), row, turned);
   }
@@ -71,7 +71,7 @@ struct Rows {
     scales_of_row = q.group ? (depth + q.group - 1) / q.group : 1;
     int64_t low_bytes = rows * stride * static_cast<int64_t>(sizeof(Low));
     int64_t high_bytes = two_digits(q) ? rows * stride * static_cast<int64_t>(sizeof(High)) : 0;
-    int64_t bytes = low_bytes + high_bytes + rows * (8 * words + 4 * scales_of_row + 8) + 256;
+    int64_t bytes = low_bytes + high_bytes + rows * (8 * words + 8 * scales_of_row + 4) + 256;
     char* memory = static_cast<char*>(scratch(slot, static_cast<size_t>(bytes)));
     low = reinterpret_cast<Low*>(memory);
     memory += low_bytes;
@@ -82,7 +82,7 @@ struct Rows {
     }
     scales = reinterpret_cast<float*>(memory);
     zeros = reinterpret_cast<int32_t*>(scales + rows * scales_of_row);
-    high_sums = zeros + rows;
+    high_sums = zeros + rows * scales_of_row;
   }
   // Whole vectors are stored, and rows at a multiple of 4096 bytes would share a few sets of the cache.
   static int64_t row_stride(int64_t depth) {
@@ -95,7 +95,7 @@ struct Rows {
             high ? high + m * stride : nullptr,
             bits ? bits + m * words : nullptr,
             scales + m * scales_of_row,
-            zeros + m,
+            zeros + m * scales_of_row,
             high_sums + m};
   }
 };
@@ -177,7 +177,7 @@ void linear(const Int8LinearParams& p, const Layout& layout) {
     w.out = reinterpret_cast<char*>(static_cast<T*>(p.out) + first * p.out_stride);
     w.stride = quantized.stride, w.words = quantized.words;
     w.residual_stride = p.residual_stride, w.out_stride = p.out_stride;
-    w.activation = p.activation, w.grouped = q.group != 0;
+    w.activation = p.activation, w.grouped = q.group != 0, w.symmetric = q.scaling == Scaling::symmetric;
     w.simple = p.activation == Activation::none && !p.residual;
 
     const Cut cut = cut_for(layout, rows, row_bytes, p.threads, in_tiles(layout, kind, rows));
@@ -256,7 +256,7 @@ void quantize_rows(const QuantizeRowsParams& p) {
       default:
         quantize(p.quantize, static_cast<const float*>(p.x), p.x_stride, p.depth, m, m + 1, row_of);
     }
-    p.zero[m] = p.quantize.group ? 128 : *row.zero + kLowOffset;
+    for (int64_t g = 0; g < one.scales_of_row; g++) p.zero[m * one.scales_of_row + g] = row.zero[g] + kLowOffset;
     for (int64_t k = 0; k < p.depth; k++)
       p.integer[m * p.depth + k] = row.low[k] + kLowOffset + (row.high ? 256 * row.high[k] : 0);
   }

@@ -15,7 +15,7 @@ struct Work {
   const High* high;      // null: one digit
   const uint64_t* bits;  // rows x words
   const float* scales;   // rows, or rows x groups
-  const int32_t* zeros;
+  const int32_t* zeros;  // as scales
   const int32_t* high_sums;
   const int8_t* weights;
   const int32_t* weight_sums;  // panels x groups x kPanel
@@ -25,7 +25,8 @@ struct Work {
   char* out;
   int64_t stride, words, residual_stride, out_stride;
   Activation activation;
-  bool grouped, simple;  // simple: nothing behind the bias
+  bool grouped, symmetric;
+  bool simple;  // nothing behind the bias
   const int8_t* panel(int64_t p) const { return weights + p * layout->panel_bytes; }
 };
 
@@ -206,12 +207,11 @@ __attribute__((noinline)) void finish(const Work& w, int64_t row, int rows, cons
   if (!w.simple) finish_rest<T>(w, row, rows, c, rest);
 }
 
-// What is the same for all rows of vectors [first, last) of a panel in a group of k: scales, and what the activations'
-// zero of 128 adds to a sum.
+// What is the same for all rows of vectors [first, last) of a panel in a group of k.
 struct GroupColumns {
   int64_t group;
   Float scale[kVectors];
-  Int zero_part[kVectors];
+  Int weight_sum[kVectors];
 };
 LLMKERN_INLINE GroupColumns columns_of_group(const Work& w, int64_t panel, int first, int last, int64_t group) {
   const Layout& layout = *w.layout;
@@ -221,30 +221,41 @@ LLMKERN_INLINE GroupColumns columns_of_group(const Work& w, int64_t panel, int f
     const int n = layout.outputs_in(panel, j);
     const float* at = w.weight_scale + group * layout.outputs + layout.first_output(panel, j);
     c.scale[j - first] = n == kWidth ? load(at) : n ? load_first(at, n) : zero();
-    c.zero_part[j - first] = mul(load_sums(w.weight_sums + (panel * layout.groups + group) * kPanel + j * kWidth),
-                                 broadcast_int(kLowOffset - 128));
+    c.weight_sum[j - first] = load_sums(w.weight_sums + (panel * layout.groups + group) * kPanel + j * kWidth);
   }
   return c;
 }
 
-// totals += the sums of a group, in units of what they stand for. Both: rows of N vectors.
-template <int N>
-__attribute__((noinline)) void add_group(const Work& w, int64_t row, int rows, const GroupColumns& c,
-                                         const int32_t* sums, float* totals) {
+// add_group where the zero point is 128 everywhere (kSymmetric) or one for each row and group.
+template <int N, bool kSymmetric>
+__attribute__((noinline)) void add_group_of(const Work& w, int64_t row, int rows, const GroupColumns& c,
+                                            const int32_t* sums, float* totals) {
   Float scale[N];
-  Int zero_part[N];
-  for (int v = 0; v < N; v++) scale[v] = c.scale[v], zero_part[v] = c.zero_part[v];
+  Int weight_sum[N], zero_part[N];
+  for (int v = 0; v < N; v++) {
+    scale[v] = c.scale[v], weight_sum[v] = c.weight_sum[v];
+    zero_part[v] = mul(weight_sum[v], broadcast_int(128 - kLowOffset));
+  }
   const int64_t groups = w.layout->groups;
-  const float* row_scales = w.scales + row * groups + c.group;
-  for (int i = 0; i < rows; i++, row_scales += groups) {
-    const Float row_scale = broadcast(*row_scales);
+  for (int i = 0; i < rows; i++) {
+    const int64_t at = (row + i) * groups + c.group;
+    const Float row_scale = broadcast(w.scales[at]);
+    const Int zero_point = broadcast_int(kSymmetric ? 0 : w.zeros[at]);
 #pragma GCC unroll 8
     for (int v = 0; v < N; v++, sums += kWidth, totals += kWidth) {
+      const Int sum = sub(load_sums(sums), kSymmetric ? zero_part[v] : mul(weight_sum[v], zero_point));
       // Not in one rounding, so that portable code, which has no such instruction, gives the same.
-      Float product = mul(to_float(add(load_sums(sums), zero_part[v])), mul(row_scale, scale[v]));
-      store(totals, add(load(totals), product));
+      store(totals, add(load(totals), mul(to_float(sum), mul(row_scale, scale[v]))));
     }
   }
+}
+
+// totals += the sums of a group, in units of what they stand for. Both: rows of N vectors.
+template <int N>
+LLMKERN_INLINE void add_group(const Work& w, int64_t row, int rows, const GroupColumns& c, const int32_t* sums,
+                              float* totals) {
+  if (w.symmetric) return add_group_of<N, true>(w, row, rows, c, sums, totals);
+  add_group_of<N, false>(w, row, rows, c, sums, totals);
 }
 
 // Results from totals over groups, which have their scales: rows of c.vectors vectors.

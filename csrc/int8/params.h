@@ -31,7 +31,7 @@ struct Int8PackParams {
 struct QuantizeParams {
   Scaling scaling;
   bool outliers;       // what lies far outside a row's usual range keeps its value, in a second digit
-  int64_t group;       // a scale for each `group` values of k (then Scaling::symmetric, no outliers); 0: one
+  int64_t group;       // a scale and zero for each `group` values of k (row or symmetric, no outliers); 0: one
   int64_t rotate;      // size of the Hadamard transform before; 1: none
   const float* given;  // Scaling::given: scale, zero
 };
@@ -58,7 +58,7 @@ struct QuantizeRowsParams {
   const void* x;     // (rows, depth)
   int32_t* integer;  // (rows, depth)
   float* scale;      // (rows) or (rows, groups); NaN for a row with NaN or infinity
-  int32_t* zero;     // (rows)
+  int32_t* zero;     // as scale
   int64_t rows, depth, x_stride;
   QuantizeParams quantize;
   DType dtype;

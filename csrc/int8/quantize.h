@@ -25,8 +25,8 @@ struct QuantizedRow {
   Low* low;
   High* high;      // null: one digit
   uint64_t* bits;  // for each quad of k whether a high digit is there; null with `high`
-  float* scale;
-  int32_t* zero;      // less kLowOffset
+  float* scale;       // one, or one for each group
+  int32_t* zero;      // as many, less kLowOffset
   int32_t* high_sum;  // of the high digits; with `high`
 };
 
@@ -221,15 +221,15 @@ void put_row(const QuantizeParams& q, const T* x, int64_t depth, const Found& f,
   given ? put_digits<true>(x, depth, s, row) : put_digits<false>(x, depth, s, row);
 }
 
-// The same with a scale for each group, zero = 128, one digit.
+// The same with a scale and zero for each group, one digit.
 template <class T>
-void quantize_groups(const QuantizeParams& q, const T* x, int64_t depth, Low* low, float* scales) {
+void quantize_groups(const QuantizeParams& q, const T* x, int64_t depth, const QuantizedRow& row) {
   for (int64_t begin = 0, g = 0; begin < depth; begin += q.group, g++) {
     int64_t size = depth - begin < q.group ? depth - begin : q.group;
     Extent e = extent<false>(x + begin, size);
     Scale s = choose(q, e);
-    scales[g] = s.scale + e.broken;
-    put_lows<false>(x + begin, size, s, low + begin, x + begin + q.group);  // and beyond, where the next will write
+    row.scale[g] = s.scale + e.broken, row.zero[g] = s.zero - kLowOffset;
+    put_lows<false>(x + begin, size, s, row.low + begin, x + begin + q.group);  // and beyond, where the next will write
   }
 }
 

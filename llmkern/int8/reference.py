@@ -65,7 +65,7 @@ def dequantize_weight(
 def quantize_rows(
     x: Tensor, inputs: str = "row", group: int = 0, rotate: int = 1, input_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """int32 integers, float32 scales and int32 zero points of x (M, K): (M, K), (M,) or (M, groups), (M,).
+    """int32 integers, float32 scales and int32 zero points of x (M, K): (M, K), twice (M,) or (M, groups).
 
     inputs, group: see Int8Scheme. rotate: the size of Hadamard's transform before. input_scale: of "static", (2,), the
     scale and the zero point. A row whose range is not a finite float32 (it holds inf or NaN) has the scale NaN and
@@ -75,10 +75,10 @@ def quantize_rows(
     rows, depth = x.shape
     if group:
         parts = F.pad(x, (0, -depth % group)).reshape(-1, group)
-        integers, scale, _ = quantize_rows(parts, inputs)
-        zero_points = torch.full((rows,), 128, dtype=torch.int32, device=x.device)
+        integers, scale, zero_point = quantize_rows(parts, inputs)
         groups = math.ceil(depth / group)
-        return integers.view(rows, groups * group)[:, :depth].contiguous(), scale.view(rows, groups), zero_points
+        integers = integers.view(rows, groups * group)[:, :depth].contiguous()
+        return integers, scale.view(rows, groups), zero_point.view(rows, groups)
     zero = x.new_zeros(rows)
     low, high = (torch.minimum(x.amin(1), zero), torch.maximum(x.amax(1), zero)) if depth else (zero, zero)
     magnitude = torch.maximum(-low, high)
@@ -212,7 +212,8 @@ def _quantized(
     u, scale, zero_point = quantize_rows(rows, inputs, group, rotate, input_scale)
     result = torch.float64 if x.dtype == torch.float64 else torch.float32
     high = u >> 8
-    low = (u - 256 * high - zero_point[:, None]).double()
+    each = zero_point.repeat_interleave(group, 1)[:, : u.size(1)] if group else zero_point[:, None]
+    low = (u - 256 * high - each).double()
     scale, weight_scale = scale.to(result), weight_scale.to(result)
     if group:
         y = torch.zeros(rows.size(0), weight.size(0), dtype=result, device=x.device)

@@ -27,8 +27,8 @@ def check_group(group: int, inputs: str) -> None:
         return
     if group < 0 or group % GROUP_GRAIN:
         raise ValueError(f"group: expected 0 or a multiple of {GROUP_GRAIN}, got {group}")
-    if inputs != "symmetric":
-        raise ValueError(f"group: expected 0 with inputs={inputs!r} (only 'symmetric' takes groups), got {group}")
+    if inputs not in ("symmetric", "row"):
+        raise ValueError(f"group: expected 0 with inputs={inputs!r} ('symmetric' and 'row' take groups), got {group}")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Int8Scheme:
     bits span it. "symmetric": the same without a zero point. "static": one scale and zero point for all rows, from
     calibration data. "16bit": two digits everywhere, which leaves the weights' error alone (as weight-only schemes
     do) at half the speed where arithmetic is the cost.
-    group: with "symmetric", scales for every so many values along K, of weights and inputs; 32, 64, 128 are usual.
+    group: with "symmetric" or "row", scales for every so many values along K, of weights and inputs, and zero points of
+    inputs; 32, 64, 128 are usual.
     rotate: inputs and weights go through Hadamard's transform, which spreads outliers over their neighbours.
     smooth: from calibration data, channels of large inputs are divided, and their weights multiplied, by
     |x|^smooth / |w|^(1 - smooth), where what makes the inputs can take the division in; 0.5 is usual. None: nothing.

@@ -36,6 +36,7 @@ QUANTIZATIONS = {
     "groups of 32": {"inputs": "symmetric", "group": 32},
     "groups of 96": {"inputs": "symmetric", "group": 96},
     "groups of 128": {"inputs": "symmetric", "group": 128},
+    "groups of 64 by row": {"inputs": "row", "group": 64},
     "rotated": {"inputs": "row", "rotate": 4},
     "rotated outliers": {"rotate": 2},
 }

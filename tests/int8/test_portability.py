@@ -127,8 +127,11 @@ def test_the_same_integers_under_each_instruction_set(kind, dtype):
         x = with_outliers(torch.cat(rows)).to(dtype)
         for isa in BYTE_ISAS:
             with under(isa):
-                integers, zero = torch.empty(x.shape, dtype=torch.int32), torch.empty(len(x), dtype=torch.int32)
-                scale = torch.empty(len(x), -(-depth // group) if group else 1)
+                integers, scale = (
+                    torch.empty(x.shape, dtype=torch.int32),
+                    torch.empty(len(x), -(-depth // (group or depth))),
+                )
+                zero = torch.empty(scale.shape, dtype=torch.int32)
                 quantization = extension._C.Quantization(code, "inputs" not in choice, group, rotate)
                 extension._C.quantize_rows(
                     x.data_ptr(), integers.data_ptr(), scale.data_ptr(), zero.data_ptr(), given.data_ptr(),
