@@ -1,10 +1,14 @@
-"""`python -m llmkern`: what was built, what serves each operator on this machine and why, and how to get more."""
+"""`python -m llmkern`: what was built, what serves each operator on this machine and why, and how to get more.
+
+`python -m llmkern inspect`: what the compilers make of the GPU kernels (llmkern/inspect).
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -102,6 +106,12 @@ def cost_lines() -> list[str]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["inspect"]:
+        from llmkern.inspect.cli import main as inspect
+
+        raise SystemExit(inspect(sys.argv[2:]))
+    if len(sys.argv) > 1:
+        raise SystemExit(f"python -m llmkern: expected nothing or inspect, got {' '.join(sys.argv[1:])!r}")
     print("\n".join(build_lines()))
     if os.environ.get("LLMKERN_BACKEND"):
         print(f"backend        {backend._forced} for every call (LLMKERN_BACKEND)")
