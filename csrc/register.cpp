@@ -14,6 +14,7 @@
 #include "int8/bindings.h"
 #include "positional/bindings.h"
 #ifdef LLMKERN_CUDA
+#include "common/architectures.h"
 #include "positional/bindings_cuda.h"
 #endif
 
@@ -28,7 +29,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_isa", &llmkern::force_isa, py::arg("name"), "Serve calls by this one; '' goes back to the best.");
   m.def("parallel_source", &llmkern::parallel_source, "Where the kernels' threads come from.");
 #ifdef LLMKERN_CUDA
-  m.attr("cuda_architectures") = LLMKERN_CUDA;
+  m.attr("cuda_architectures") = llmkern::cuda_architectures = LLMKERN_CUDA;
   m.attr("cuda_missing") = "";
   llmkern::bind_positional_cuda(m);
 #else

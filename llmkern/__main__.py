@@ -88,6 +88,14 @@ def operator_lines() -> list[str]:
     return lines
 
 
+def preference_lines() -> list[str]:
+    """Which of CUDA C++ and Triton comes first where both have a kernel, and why."""
+    lines = ["", f"{'operator':<28}{'capability':<18}{'shapes':<18}{'first on a GPU':<16}because"]
+    for p in backend.PREFERENCES:
+        lines.append(f"{p.operator:<28}{p.capabilities:<18}{p.shapes:<18}{p.backend:<16}{p.reason}")
+    return lines
+
+
 def cost_lines() -> list[str]:
     """What linear layers cost here, in floating point and in int8: the model by which quantize_model leaves layers."""
     lines = [
@@ -115,7 +123,7 @@ def main() -> None:
     print("\n".join(build_lines()))
     if os.environ.get("LLMKERN_BACKEND"):
         print(f"backend        {backend._forced} for every call (LLMKERN_BACKEND)")
-    print("\n".join(operator_lines()))
+    print("\n".join([*operator_lines(), *preference_lines()]))
     if extension._C is not None and backend._forced is None:
         print("\n".join(cost_lines()))
 

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterable
 
-from llmkern.inspect import SOURCES, inspect
+from llmkern.inspect import SOURCES, budgets, inspect
 from llmkern.inspect.errors import InspectError
 from llmkern.inspect.limits import TARGETS
 from llmkern.inspect.row import Row
@@ -62,6 +62,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--source", choices=SOURCES, help="only CUDA C++, or only Triton (default: both)")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE, as a list of objects")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument("--check", action="store_true", help="fail where a kernel needs more than its budget")
     options = parser.parse_args(arguments)
     sources = (options.source,) if options.source else SOURCES
     try:
@@ -73,4 +74,7 @@ def main(arguments: list[str]) -> int:
     if options.json:
         with open(options.json, "w") as file:
             file.write(to_json(rows))
-    return 0
+    complaints = budgets.over(rows, budgets.load()) if options.check else []
+    for complaint in complaints:
+        print(f"llmkern inspect: {complaint}", file=sys.stderr)
+    return 1 if complaints else 0

@@ -86,7 +86,7 @@ class Entry:
 
 
 def entries(ptx: str) -> dict[str, Entry]:
-    """Each kernel of a PTX file: .maxntid or .reqntid, and the bytes that device::shared_bytes<n>() notes (device.cuh).
+    """Each kernel of a PTX file: .maxntid or .reqntid, and what device::note_shared_bytes<n>() of device.cuh notes.
 
     A kernel that uses a shared array of open size without the note has None there; one that uses none has 0.
     """

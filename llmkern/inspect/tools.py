@@ -23,8 +23,8 @@ def nvcc() -> str:
     found = shutil.which(named) if named else shutil.which("nvcc") or shutil.which("nvcc", path=f"{HOME}/bin")
     if not found:
         raise InspectError(
-            "no nvcc was found, which compiles the CUDA C++ kernels: install a CUDA toolkit, 12.8 or newer, and put its "
-            "nvcc on PATH (or set LLMKERN_NVCC or CUDA_HOME); --source triton inspects the Triton kernels alone"
+            "no nvcc was found, which compiles the CUDA C++ kernels: install a CUDA toolkit, 12.8 or newer, and put "
+            "its nvcc on PATH (or set LLMKERN_NVCC or CUDA_HOME); --source triton inspects the Triton kernels alone"
         )
     return found
 
@@ -80,9 +80,13 @@ def demangle(name: str) -> str:
 
 
 def short_name(mangled: str) -> tuple[str, str]:
-    """A kernel's name without namespaces and arguments, and its template arguments: ("rotary_kernel", "float, true")."""
+    """A kernel's name, without namespaces, and its template arguments: ("rotary_kernel", "float, true")."""
     text = demangle(mangled).replace("(anonymous namespace)::", "").replace("llmkern::", "")
-    text = re.sub(r"\((?:int|bool|unsigned int|long|unsigned long|char)\)(-?\d+)", r"\1", text)  # (int)64 of clang
-    text = text.removeprefix("void ").split("(", 1)[0]
-    name, _, arguments = text.partition("<")
-    return name.rsplit("::", 1)[-1], arguments.rpartition(">")[0]
+    name = re.split(r"[<(]", text, maxsplit=1)[0]
+    depth, arguments = 0, ""
+    for character in text[len(name) :]:
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if depth == 0:
+            break
+        arguments += character
+    return re.split(r"\s|::", name)[-1], arguments[1:]
