@@ -123,7 +123,7 @@ def main() -> None:
     print("\n".join(build_lines()))
     if os.environ.get("LLMKERN_BACKEND"):
         print(f"backend        {backend._forced} for every call (LLMKERN_BACKEND)")
-    print("\n".join([*operator_lines(), *preference_lines()]))
+    print("\n".join([*preference_lines(), *operator_lines()]))
     if extension._C is not None and backend._forced is None:
         print("\n".join(cost_lines()))
 

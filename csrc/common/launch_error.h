@@ -39,7 +39,8 @@ inline std::string advice(cudaError_t error, int device) {
       if (!known) return holds;
       std::string name = std::to_string(major) + std::to_string(minor);
       if (major < 8)
-        return "the device is an sm_" + name + ", the kernels need sm_80 or newer: use llmkern.backend.use(\"reference\")";
+        return "the device is an sm_" + name +
+               ", the kernels need sm_80 or newer: use llmkern.backend.use(\"reference\")";
       return "the device is an sm_" + name + ", " + holds + ": build again with LLMKERN_CUDA_ARCHS=\"" + name +
              "\" pip install -e .";
     }
