@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from llmkern import inspect as inspector
-from llmkern.inspect import budgets, cli, cuda_source, limits, mix, sass, tools
+from llmkern.inspect import budgets, cli, cuda_source, limits, mix, sass, tools, triton_source
 from llmkern.inspect.errors import InspectError
 from llmkern.inspect.row import Row, row
 from tests.emulation import compilers
@@ -251,6 +251,8 @@ def test_errors_are_one_sentence(monkeypatch, capsys, tmp_path):
         assert "no nvcc was found" in (said := fails("--source", "cuda")) and "--source triton" in said
     finally:
         tools.nvcc.cache_clear()
+    monkeypatch.setattr(triton_source, "installed", lambda: False)
+    assert "Triton is not installed" in fails("--source", "triton")
     monkeypatch.setattr(cuda_source, "CSRC", tmp_path)
     assert "run in a clone of the repository" in fails("--source", "cuda")
 

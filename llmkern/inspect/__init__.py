@@ -31,6 +31,8 @@ def inspect(
     wanted = list(dict.fromkeys(base(target) for target in targets))
     every: list[cuda_source.Job | triton_source.Job] = []
     if "triton" in sources:
+        if tuple(sources) == ("triton",) and not triton_source.installed():
+            raise InspectError("Triton is not installed: `pip install triton` (it exists for Linux)")
         every += triton_source.jobs(wanted)
     if "cuda" in sources:
         every += cuda_source.jobs(wanted)

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterable
 
-from llmkern.inspect import SOURCES, budgets, inspect
+from llmkern.inspect import SOURCES, budgets, inspect, triton_source
 from llmkern.inspect.errors import InspectError
 from llmkern.inspect.limits import TARGETS
 from llmkern.inspect.row import Row
@@ -65,6 +65,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="fail where a kernel needs more than its budget")
     options = parser.parse_args(arguments)
     sources = (options.source,) if options.source else SOURCES
+    if not options.source and not triton_source.installed():
+        print("llmkern inspect: Triton is not installed, its kernels are left out", file=sys.stderr)
     try:
         rows = inspect(options.target, options.kernel, sources, (lambda *_: None) if options.quiet else _progress)
     except InspectError as error:

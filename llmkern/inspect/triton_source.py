@@ -56,9 +56,13 @@ class Job:
         return [compile_one(self.compilation, self.target)]
 
 
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def jobs(targets: list[str]) -> list[Job]:
     """Those of all families; none where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return []
     tools.cuobjdump()
     made = []
