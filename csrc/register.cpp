@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include "attention/bindings.h"
+#include "common/architectures.h"
 #include "common/bindings.h"
 #include "common/call.h"
 #include "common/dispatch.h"
@@ -14,7 +15,6 @@
 #include "int8/bindings.h"
 #include "positional/bindings.h"
 #ifdef LLMKERN_CUDA
-#include "common/architectures.h"
 #include "positional/bindings_cuda.h"
 #endif
 
