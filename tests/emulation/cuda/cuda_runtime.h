@@ -98,6 +98,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = major ? emulation::runtime.major : emulation::runtime.minor;
   return emulation::called("cudaDeviceGetAttribute");
 }
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return emulation::called("cudaFuncSetAttribute");
+}
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorInvalidDevice) return "invalid device ordinal";
   return error ? "what CUDA says" : "no error";
@@ -120,6 +125,7 @@ template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), const Args&... args) {
   constexpr unsigned kMostBlocks = 3;
   if (emulation::called("cudaLaunchKernelEx", emulation::runtime.launch_fails)) return emulation::runtime.launch_fails;
+  if (config->gridDim.x == 0) return cudaErrorInvalidConfiguration;
   gridDim = dim3(config->gridDim.x < kMostBlocks ? config->gridDim.x : kMostBlocks);
   blockDim = config->blockDim;
   for (unsigned block = 0; block < gridDim.x; block++)
