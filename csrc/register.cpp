@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include "attention/bindings.h"
+#include "common/architectures.h"
 #include "common/bindings.h"
 #include "common/call.h"
 #include "common/dispatch.h"
@@ -28,7 +29,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_isa", &llmkern::force_isa, py::arg("name"), "Serve calls by this one; '' goes back to the best.");
   m.def("parallel_source", &llmkern::parallel_source, "Where the kernels' threads come from.");
 #ifdef LLMKERN_CUDA
-  m.attr("cuda_architectures") = LLMKERN_CUDA;
+  m.attr("cuda_architectures") = llmkern::cuda_architectures = LLMKERN_CUDA;
   m.attr("cuda_missing") = "";
   llmkern::bind_positional_cuda(m);
 #else

@@ -1,10 +1,14 @@
-"""`python -m llmkern`: what was built, what serves each operator on this machine and why, and how to get more."""
+"""`python -m llmkern`: what was built, what serves each operator on this machine and why, and how to get more.
+
+`python -m llmkern inspect`: what the compilers make of the GPU kernels (llmkern/inspect).
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -84,6 +88,14 @@ def operator_lines() -> list[str]:
     return lines
 
 
+def preference_lines() -> list[str]:
+    """Which of CUDA C++ and Triton comes first where both have a kernel, and why."""
+    lines = ["", f"{'operator':<28}{'capability':<18}{'shapes':<18}{'first on a GPU':<16}because"]
+    for p in backend.PREFERENCES:
+        lines.append(f"{p.operator:<28}{p.capabilities:<18}{p.shapes:<18}{p.backend:<16}{p.reason}")
+    return lines
+
+
 def cost_lines() -> list[str]:
     """What linear layers cost here, in floating point and in int8: the model by which quantize_model leaves layers."""
     lines = [
@@ -102,10 +114,16 @@ def cost_lines() -> list[str]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["inspect"]:
+        from llmkern.inspect.cli import main as inspect
+
+        raise SystemExit(inspect(sys.argv[2:]))
+    if len(sys.argv) > 1:
+        raise SystemExit(f"python -m llmkern: expected nothing or inspect, got {' '.join(sys.argv[1:])!r}")
     print("\n".join(build_lines()))
     if os.environ.get("LLMKERN_BACKEND"):
         print(f"backend        {backend._forced} for every call (LLMKERN_BACKEND)")
-    print("\n".join(operator_lines()))
+    print("\n".join([*preference_lines(), *operator_lines()]))
     if extension._C is not None and backend._forced is None:
         print("\n".join(cost_lines()))
 

@@ -5,9 +5,11 @@ and says in one sentence why it cannot serve given arguments, or nothing where i
 metadata (device, dtype, shape), never at data. The same sentences appear in the fallback warning, in errors and on the
 status page (`python -m llmkern`).
 
-The first backend that can serve a call does. The checks of the arguments and the choice are made once for each
-combination of metadata and kept with the backend's launcher as a plan, so that a repeated call pays one look-up. A
-backend asked for by name (`use("triton")` or LLMKERN_BACKEND) serves a call or raises: it never falls back.
+The first backend that can serve a call does. On a GPU, where CUDA C++ and Triton may both have a kernel, the table
+PREFERENCES says which comes first, by operator, compute capability and shape, and why. The checks of the arguments and
+the choice are made once for each combination of metadata and kept with the backend's launcher as a plan, so that a
+repeated call pays one look-up. A backend asked for by name (`use("triton")` or LLMKERN_BACKEND) serves a call or
+raises: it never falls back.
 """
 
 from __future__ import annotations
@@ -39,6 +41,52 @@ class Backend:
     plan: Callable[..., Callable[..., Any]]
     #: Takes the same arguments; the reason why this backend cannot serve them, or None.
     unsupported: Callable[..., str | None]
+
+
+def _any_shape(*args: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Which GPU backend comes first in an operator's list where more than one has a kernel.
+
+    It orders the list and hides nothing: a preferred backend that cannot serve a call leaves it to the next.
+    """
+
+    operator: str
+    #: The compute capabilities that it holds for, the first and the last of them.
+    first: tuple[int, int]
+    last: tuple[int, int]
+    #: The shapes that it holds for, in words, and as a predicate of the operator's arguments that reads metadata alone.
+    shapes: str
+    holds: Callable[..., bool]
+    backend: str
+    reason: str
+
+    @property
+    def capabilities(self) -> str:
+        first, last = (".".join(map(str, c)) for c in (self.first, self.last))
+        return first if first == last else f"{first} and newer" if self.last >= NEWEST else f"{first} to {last}"
+
+
+NEWEST = (99, 0)  # newer than every device: a range that ends here is open
+
+#: The choice between CUDA C++ and Triton; the first line that holds decides. Nothing here was measured on a GPU: the
+#: reasons are what the compilers show (`python -m llmkern inspect`) and how each of the two is loaded and launched.
+PREFERENCES: list[Preference] = [
+    Preference(
+        "rotary", (8, 0), NEWEST, "any", _any_shape, "cuda",
+        "its machine code is in the library for every head size, where Triton compiles at the first call with each; "
+        "both move 16 bytes at a time, and the rest is little",
+    ),
+]  # fmt: skip
+
+
+def preference(operator: str, capability: tuple[int, int], args: tuple[Any, ...]) -> Preference | None:
+    """The line of the table that holds for this call on a device of this compute capability."""
+    lines = (p for p in PREFERENCES if p.operator == operator and p.first <= capability <= p.last)
+    return next((p for p in lines if p.holds(*args)), None)
 
 
 def reference_backend(function: Callable[..., Any]) -> Backend:
@@ -168,13 +216,13 @@ class Operator:
             if _forced not in every:
                 raise BackendError(f"{self.name}: there is no {_forced} kernel of this operator")
             reason = every[_forced].unsupported(*args)
-            if reason is None and all(b.name != _forced for b in self._listed(args[0].device.type)):
+            if reason is None and all(b.name != _forced for b in self._listed(args)):
                 reason = f"the tensors are on {args[0].device}"  # whose addresses another device's kernel cannot read
             if reason:
                 raise BackendError(f"{self.name}: the backend {_forced} was asked for by name, but {reason}")
             return every[_forced]
         reasons: list[str] = []
-        for backend in self._listed(args[0].device.type):
+        for backend in self._listed(args):
             reason = backend.unsupported(*args)
             if reason is None:
                 self._warn(backend, reasons or [f"there is no kernel for {args[0].device.type} yet"])
@@ -182,8 +230,14 @@ class Operator:
             reasons.append(f"{backend.name}: {reason}")
         raise BackendError(f"{self.name}: no backend can serve this call ({'; '.join(reasons)})")
 
-    def _listed(self, device: str) -> list[Backend]:
-        return self.by_device.get(device) or self.by_device["other"]
+    def _listed(self, args: tuple[Any, ...]) -> list[Backend]:
+        """The backends for these arguments, best first."""
+        device = args[0].device
+        listed = self.by_device.get(device.type) or self.by_device["other"]
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return listed
+        found = preference(self.name, torch.cuda.get_device_capability(device), args)
+        return listed if found is None else sorted(listed, key=lambda b: b.name != found.backend)
 
     def reasons(self, device: str, dtype: torch.dtype) -> list[tuple[str, str | None]]:
         """Each backend for this device with the reason why it cannot serve the typical call, or None where it can."""
@@ -191,7 +245,7 @@ class Operator:
             return []
         with FakeTensorMode():  # describes tensors of devices that are not there
             args = self.example(device, dtype)
-            return [(b.name, b.unsupported(*args)) for b in self._listed(device)]
+            return [(b.name, b.unsupported(*args)) for b in self._listed(args)]
 
     def _warn(self, backend: Backend, reasons: list[str]) -> None:
         message = "; ".join(reasons)

@@ -104,3 +104,71 @@ def test_plans_do_not_grow_without_bound(operator, monkeypatch):
     for n in range(50):
         operator.run(torch.ones(n))
     assert len(operator.plans) <= 8
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """An operator `double` with two kernels for a GPU that serve all; its device says which capability it has."""
+    device = {"capability": (9, 0)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device["capability"])
+
+    def kernel(name):
+        return Backend(name, lambda x: lambda x: name, lambda x: device.get(name))
+
+    backends = [kernel("cuda"), kernel("triton")]
+    made = Operator("double", lambda x: None, cuda=[*backends, reference_backend(lambda x: "reference")], other=[])
+    x = type("OnGpu", (), {"device": torch.device("cuda", 0), "shape": (4,)})()
+    yield made, x, device
+    del Operator.all["double"]
+
+
+def test_the_table_orders_the_backends_of_a_gpu(on_a_gpu, monkeypatch):
+    operator, x, device = on_a_gpu
+    assert operator._choose((x,)).name == "cuda"  # nothing in the table: as listed
+    lines = [
+        backend.Preference("double", (9, 0), (9, 0), "of 4", lambda x: x.shape == (4,), "triton", "because"),
+        backend.Preference("double", (8, 0), backend.NEWEST, "any", lambda x: True, "cuda", "because"),
+        backend.Preference("other", (8, 0), backend.NEWEST, "any", lambda x: True, "reference", "because"),
+    ]
+    monkeypatch.setattr(backend, "PREFERENCES", lines)
+    assert operator._choose((x,)).name == "triton"
+    for capability in ((8, 9), (10, 0), (12, 1)):
+        device["capability"] = capability
+        assert operator._choose((x,)).name == "cuda"
+    device["capability"] = (9, 0)
+    device["triton"] = "it is not there"  # the next one serves
+    assert operator._choose((x,)).name == "cuda"
+    del device["triton"]
+    x.shape = (5,)
+    assert operator._choose((x,)).name == "cuda"
+
+
+def test_the_table_gives_way_to_a_name(on_a_gpu, monkeypatch):
+    operator, x, _ = on_a_gpu
+    line = backend.Preference("double", (8, 0), backend.NEWEST, "any", lambda x: True, "triton", "because")
+    monkeypatch.setattr(backend, "PREFERENCES", [line])
+    for name in ("cuda", "triton", "reference"):
+        with backend.use(name):
+            assert operator._choose((x,)).name == name
+
+
+def test_every_line_of_the_table_is_of_an_operator_and_a_backend_that_there_are():
+    import llmkern.functional  # noqa: F401  (all operators are there)
+
+    for line in backend.PREFERENCES:
+        listed = [b.name for b in Operator.all[line.operator].by_device["cuda"]]
+        assert line.backend in listed and listed.count(line.backend) == 1, line
+        assert line.first >= (8, 0) and line.first <= line.last and line.reason and line.shapes
+    several = {
+        n for n, o in Operator.all.items() if {"cuda", "triton"} <= {b.name for b in o.by_device.get("cuda", [])}
+    }
+    assert several == {line.operator for line in backend.PREFERENCES}
+
+
+def test_ranges_in_words():
+    def words(first, last):
+        return backend.Preference("", first, last, "", lambda: True, "", "").capabilities
+
+    assert words((8, 0), backend.NEWEST) == "8.0 and newer"
+    assert words((9, 0), (9, 0)) == "9.0" and words((8, 0), (8, 9)) == "8.0 to 8.9"

@@ -31,6 +31,12 @@ def test_every_operator_is_listed_with_what_serves_it():
         assert line.split()[1:4] == ["cpu", "float32", "cpu"], line
 
 
+def test_the_choice_between_cuda_and_triton_is_shown():
+    page = status()
+    line = next(line for line in page.splitlines() if "8.0 and newer" in line and line.startswith("rotary "))
+    assert backend.PREFERENCES[0].reason in line
+
+
 def test_what_int8_gains_here_is_shown():
     page = status()
     lines = [line for line in page.splitlines() if "times as fast in int8" in line]

@@ -57,7 +57,15 @@ LLMKERN_DEVICE void store16(void* p, uint4 x) {
                : "memory");
 }
 LLMKERN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+// Says in the PTX how many bytes of dynamic shared memory the kernel is launched with, which its code does not tell and
+// `python -m llmkern inspect` wants to know. It makes no instruction.
+template <int kBytes>
+LLMKERN_DEVICE void note_shared_bytes() {
+  asm volatile("// llmkern.shared_bytes %0" ::"n"(kBytes));
+}
 #else
+template <int kBytes>
+LLMKERN_DEVICE void note_shared_bytes() {}
 LLMKERN_DEVICE float bits_to_float(uint32_t x) { return portable::scalar_from_bits(x); }
 LLMKERN_DEVICE uint32_t float_to_bits(float x) { return portable::scalar_bits(x); }
 LLMKERN_DEVICE float widen(Fp16 x) { return portable::widen(x); }

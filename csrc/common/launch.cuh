@@ -4,7 +4,8 @@
 
 #include <cstdint>
 #include <stdexcept>
-#include <string>
+
+#include "launch_error.h"
 
 namespace llmkern::device {
 
@@ -13,9 +14,7 @@ constexpr int kThreads = 128;  // of a block
 constexpr int64_t kMostBlocks = int64_t{1} << 20;
 
 inline void check(cudaError_t error, const char* kernel, int device) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(kernel) + ": the launch on CUDA device " + std::to_string(device) +
-                           " failed: " + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(launch_error(error, kernel, device));
 }
 
 // Makes `device` the current one of this thread, and the former one again at the end.

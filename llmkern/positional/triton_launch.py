@@ -6,15 +6,19 @@ Triton is imported when a call comes, never with the package.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llmkern.backend import Backend
 from llmkern.positional.compiled import rotary_output, side_by_side
+
+if TYPE_CHECKING:
+    from llmkern.inspect.triton_source import Compilation
 
 #: Elements of a program's tile: 32 a thread with 4 warps keeps everything in registers at full occupancy.
 TILE = 4096
@@ -104,3 +108,20 @@ def _rotary(*args: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 TRITON_ROTARY = Backend("triton", _rotary, _unsupported)
+
+
+def compilations() -> Iterator[Compilation]:
+    """What `python -m llmkern inspect` compiles: heads of 128, all rotated, aligned tensors and strides."""
+    from llmkern.inspect.triton_source import Compilation
+    from llmkern.positional.triton_kernels import rotary_kernel
+
+    pointers = ("q", "k", "q_out", "k_out", "cos", "sin", "position_ids")
+    for dtype, interleaved in itertools.product(("fp32", "bf16"), (False, True)):
+        constant = constants(128, 64, 32, interleaved, False, False, False)
+        types = {name: "i32" for name in rotary_kernel.arg_names if name not in constant}
+        types |= dict.fromkeys(pointers, f"*{dtype}") | {"cos": "*fp32", "sin": "*fp32", "position_ids": "*i64"}
+        strides = [name for name in types if name.endswith(("_b", "_h", "_s"))]
+        yield Compilation(
+            rotary_kernel, f"{dtype}, {'interleaved' if interleaved else 'half-split'}, D=128", types, constant,
+            [*pointers, *strides], {"num_warps": WARPS, "enable_fp_fusion": True},
+        )  # fmt: skip

@@ -1,0 +1,105 @@
+"""Triton kernels, compiled ahead of time: those that the families' Triton launchers list.
+
+A family offers its own by a function `compilations()` in llmkern/<family>/triton_launch.py, which yields a Compilation
+for each kernel and configuration that its launcher uses. It may import triton; importing the launcher must not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llmkern
+from llmkern.inspect import sass, tools
+from llmkern.inspect.errors import InspectError
+from llmkern.inspect.limits import WARP
+from llmkern.inspect.row import Row, row
+
+PACKAGE = Path(llmkern.__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A @triton.jit function and what Triton must know to compile it."""
+
+    kernel: Any
+    config: str  # what tells it from the kernel's other configurations, short
+    types: dict[str, str]  # of the arguments that are no constants: "*fp16", "i32"
+    constants: dict[str, Any]
+    divisible: Sequence[str] = ()  # arguments that are multiples of 16
+    options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, ...
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    compilation: Compilation
+    target: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.compilation.name} ({self.compilation.config}) for {self.target}"
+
+    def kernels(self) -> list[str]:
+        return [self.compilation.name]
+
+    def rows(self) -> list[Row]:
+        return [compile_one(self.compilation, self.target)]
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def jobs(targets: list[str]) -> list[Job]:
+    """Those of all families; none where Triton is not installed."""
+    if not installed():
+        return []
+    tools.cuobjdump()
+    made = []
+    for launcher in sorted(PACKAGE.glob("*/triton_launch.py")):
+        module = importlib.import_module(f"llmkern.{launcher.parent.name}.triton_launch")
+        listed = getattr(module, "compilations", None)
+        if listed is None:
+            raise InspectError(f"{module.__name__} has no compilations(), which lists its kernels for the inspector")
+        made += [Job(compilation, target) for compilation in listed() for target in targets]
+    return made
+
+
+def compile_one(compilation: Compilation, target: str) -> Row:
+    """One configuration for one target. Its arrays are in registers, so that a stack means spills."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, constants = compilation.kernel, compilation.constants
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else compilation.types[n] for n in names}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in compilation.divisible}
+    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    capability = int(target.removeprefix("sm_"))
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=compilation.options)
+    except Exception as error:
+        raise InspectError(
+            f"{compilation.name} ({compilation.config}) for {target} does not compile:\n  {error}"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / f"{compilation.name}.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        used = dict(re.findall(r"(REG|STACK):(\d+)", tools.dump(cubin, "--dump-resource-usage")))
+        code = sass.functions(tools.dump(cubin, "-sass"))
+    threads = WARP * compiled.metadata.num_warps
+    return row(
+        compilation.name, "triton", compilation.config, target, int(used["REG"]), int(used["STACK"]),
+        int(compiled.metadata.shared), threads, code[compiled.metadata.name],
+    )  # fmt: skip

@@ -1,0 +1,178 @@
+"""Launches that fail, each in words; launchers that neither allocate nor wait, so that CUDA graphs may hold them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkern import extension
+from tests.emulation import cuda_on_cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+HAS_CUDA = extension._C is not None and bool(extension._C.cuda_architectures)
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    if cuda_on_cpu.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    return cuda_on_cpu.build(tmp_path_factory.mktemp("launches"))
+
+
+@pytest.fixture
+def fail(module):
+    """A function that makes the runtime fail at the next launch, and gives what the launcher says."""
+
+    def said(
+        error: int, *, driver=13000, toolkit=13000, devices=1, capability=(8, 0), built="sm_80 + PTX 80", device=0
+    ) -> str:
+        module.runtime(error, driver, toolkit, devices, *capability, built)
+        with pytest.raises(RuntimeError, match=f"sinusoidal_add: the launch on CUDA device {device} failed: ") as told:
+            sinusoidal_add(module.sinusoidal_add_cuda, device)
+        return str(told.value)
+
+    yield said
+    module.runtime(0, 13000, 13000, 1, 8, 0, "")
+
+
+def sinusoidal_add(kernel, device: int = 0, length: int = 1) -> None:
+    x = torch.zeros(1, 1, 4)
+    arguments = (length, 1, 4, 4, 4, 4, 4, 4, 1.0, 0)
+    kernel(x.data_ptr(), x.data_ptr(), x.data_ptr(), *arguments, device, 0, 0, 1.0, 0)
+
+
+def test_no_driver(fail):
+    for error in (35, 100, 34):
+        assert "no NVIDIA driver is installed: the kernels were compiled by CUDA 13.2" in fail(
+            error, driver=0, toolkit=13020
+        )
+
+
+def test_an_old_driver(fail):
+    for error in (35, 222):
+        said = fail(error, driver=12040)
+        assert "the driver serves CUDA up to 12.4, the kernels were compiled by CUDA 13.0" in said
+        assert "install a newer driver, or build llmkern again" in said
+    assert "restart" in fail(803)
+
+
+def test_no_gpu(fail):
+    assert "shows no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES" in fail(100)
+
+
+@pytest.mark.parametrize("error", [209, 98])
+def test_another_architecture(error, fail):
+    said = fail(error, capability=(12, 1), built="sm_80 sm_90a + PTX 90a")
+    assert "the device is an sm_121, the library holds sm_80 sm_90a + PTX 90a" in said
+    assert 'LLMKERN_CUDA_ARCHS="121" pip install -e .' in said
+    said = fail(error, capability=(7, 5))
+    assert "sm_75, the kernels need sm_80 or newer" in said and "pip install" not in said
+
+
+def test_a_device_that_is_not_there(fail):
+    said = fail(0, device=3, devices=2)
+    assert "invalid device ordinal" in said and "visible: 2 " in said
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        ((1, 9, 701), "asks for more than the device has: please report it"),
+        ((2, 46), "another process may hold the device or its memory"),
+        ((700, 710, 715, 716, 719), "an earlier kernel of this process failed.*CUDA_LAUNCH_BLOCKING=1"),
+    ],
+)
+def test_other_failures_say_what_to_do(errors, words, fail):
+    for error in errors:
+        assert re.search(words, fail(error)), error
+
+
+def test_a_failure_without_advice_is_cudas_own_message(fail):
+    assert fail(999).endswith("failed: what CUDA says")
+
+
+def test_a_launch_asks_the_runtime_for_nothing_else(module):
+    module.runtime(0, 13000, 13000, 2, 8, 0, "")
+    sinusoidal_add(module.sinusoidal_add_cuda)
+    assert module.calls() == ["cudaGetDevice", "cudaLaunchKernelEx"]
+    sinusoidal_add(module.sinusoidal_add_cuda, device=1)
+    assert module.calls() == ["cudaGetDevice", "cudaSetDevice", "cudaLaunchKernelEx", "cudaSetDevice"]
+    sinusoidal_add(module.sinusoidal_add_cuda, length=0)
+    assert module.calls() == []
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="the library has no CUDA part")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_the_library_without_a_driver():
+    """The compiled library loads on a machine without a driver, and says so when a kernel is launched."""
+    with pytest.raises(RuntimeError, match=r"sinusoidal_add: the launch on CUDA device 0 failed: .*driver"):
+        sinusoidal_add(extension._C.sinusoidal_add_cuda)
+
+
+# Of the runtime, what a stream that is being captured into a graph allows and what nothing waits for.
+ALLOWED = re.compile(
+    r"cuda(LaunchKernelExC|LaunchKernel|GetDevice|SetDevice|GetErrorString|GetErrorName|GetLastError|PeekAtLastError"
+    r"|FuncSetAttribute|FuncGetAttributes|DeviceGetAttribute|GetDeviceCount|DriverGetVersion|RuntimeGetVersion"
+    r"|GetDriverEntryPoint\w*|OccupancyMaxActiveBlocksPerMultiprocessor\w*|MemsetAsync)$|__cuda\w+$"
+)
+
+
+def forbidden(symbols: list[str]) -> list[str]:
+    """Functions of CUDA's runtime and driver among the undefined symbols of an object that may wait or allocate."""
+    of_cuda = [s for s in symbols if re.match(r"(__)?cuda[A-Z]\w*$|cu[A-Z]\w*$", s)]
+    return [s for s in of_cuda if not ALLOWED.match(s)]
+
+
+def objects() -> list[Path]:
+    """Those that the latest build made of the CUDA sources; one for sm_90a alone may have been left out."""
+    sources = sorted(ROOT.glob("csrc/*/cuda*.cu"))
+    folders = sorted((p.parent for p in ROOT.glob("build/*/build.ninja")), key=lambda p: p.stat().st_mtime)
+    for folder in reversed(folders):
+        made = {s: folder / f"{s.parent.name}.{s.stem}.o" for s in sources}
+        if all(path.exists() for source, path in made.items() if not source.stem.startswith("cuda_sm90")):
+            return [path for path in made.values() if path.exists()]
+    return []
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm, of binutils")
+def test_the_objects_call_nothing_that_waits_or_allocates():
+    if not objects():
+        pytest.skip("the CUDA part was not built here")
+    for path in objects():
+        text = subprocess.run(["nm", "-u", str(path)], capture_output=True, text=True, check=True).stdout
+        symbols = [line.split()[-1] for line in text.splitlines()]
+        assert any(s.startswith("cudaLaunchKernel") for s in symbols), path.name
+        assert forbidden(symbols) == [], path.name
+
+
+def test_what_is_forbidden_is_found():
+    """Those that a launcher might be tempted to call."""
+    bad = ["cudaMalloc", "cudaMallocAsync", "cudaFree", "cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaMemcpy",
+           "cudaEventSynchronize", "cuCtxSynchronize", "cudaMallocHost", "cudaMemset"]  # fmt: skip
+    assert forbidden([*bad, "cudaLaunchKernelExC", "__cudaRegisterFatBinary", "malloc", "current"]) == bad
+
+
+#: Methods of a tensor, and functions of torch, that wait for the device.
+WAITING = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "unique", "masked_select", "is_nonzero", "equal"}
+
+
+def waiting(source: str) -> list[str]:
+    """Calls in Python source that wait for the device, with their lines."""
+    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+    return [f"line {n.lineno}: {n.func.attr}" for n in calls if n.func.attr in WAITING]
+
+
+def test_pythons_side_of_the_launchers_does_not_wait():
+    files = [*ROOT.glob("llmkern/*/cuda*.py"), ROOT / "llmkern/cuda.py"]
+    assert len(files) > 1
+    for path in files:
+        assert waiting(path.read_text()) == [], path
+    assert waiting("def f(x):\n    torch.cuda.synchronize()\n    return x.max().item()\n") == [
+        "line 2: synchronize", "line 3: item",
+    ]  # fmt: skip

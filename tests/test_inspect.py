@@ -1,0 +1,358 @@
+"""The inspector: what it reads from fixed text, its rules by hand, its errors; the kernels against their budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llmkern import inspect as inspector
+from llmkern.inspect import budgets, cli, cuda_source, limits, mix, sass, tools, triton_source
+from llmkern.inspect.errors import InspectError
+from llmkern.inspect.row import Row, row
+from tests.emulation import compilers
+
+needs_nvcc = pytest.mark.skipif(compilers.NVCC is None, reason=compilers.NO_NVCC)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+KEYS = [
+    "kernel", "source", "config", "target", "registers", "spill_bytes", "shared_bytes", "occupancy",
+    "matrix_instructions", "bracket_serial", "bracket_bound",
+]  # fmt: skip
+
+# Two nested loops, the inner one with matrix instructions; behind EXIT a second try of a barrier and the padding.
+SASS = """
+\tcode for sm_90
+\t\tFunction : matrix
+\t.headerflags\t@"EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;               /* 0x00000a00ff017b82 */
+                                                                        /* 0x000fe20000000800 */
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;     /* 0x0 */
+        /*0020*/                   LDSM.16.M88.4 R8, [R5] ;             /* 0x0 */
+        /*0030*/                   HMMA.16816.F32.BF16 R12, R4, R8, R12 ; /* 0x0 */
+        /*0040*/                   HMMA.16816.F32.BF16 R16, R4, R8, R16 ; /* 0x0 */
+        /*0050*/                   FFMA R1, R2, R3, R1 ;                /* 0x0 */
+        /*0060*/                   MUFU.EX2 R1, R1 ;                    /* 0x0 */
+        /*0070*/                   IADD3 R5, R5, 0x10, RZ ;             /* 0x0 */
+        /*0080*/               @P1 BRA 0x20 ;                           /* 0x0 */
+        /*0090*/                   STG.E.64 desc[UR4][R2.64], R4 ;      /* 0x0 */
+        /*00a0*/              @!P2 BRA 0x10 ;                           /* 0x0 */
+        /*00b0*/                   EXIT ;                               /* 0x0 */
+        /*00c0*/                   SYNCS.PHASECHK.TRANS64 P0, [R2], R3 ; /* 0x0 */
+        /*00d0*/              @!P0 BRA 0x20 ;                           /* 0x0 */
+        /*00e0*/                   BRA 0xe0;                            /* 0x0 */
+\t\tFunction : straight
+        /*0000*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;     /* 0x0 */
+        /*0010*/               @P0 EXIT ;                               /* 0x0 */
+        /*0020*/                   UIADD3 UR4, UR4, 0x1, URZ ;          /* 0x0 */
+        /*0030*/                   STG.E desc[UR4][R2.64], R4 ;         /* 0x0 */
+        /*0040*/                   EXIT ;                               /* 0x0 */
+        /*0050*/                   BRA 0x50;                            /* 0x0 */
+"""
+
+
+def test_machine_code_is_read():
+    code = sass.functions(SASS)
+    assert list(code) == ["matrix", "straight"] and len(code["matrix"]) == 15
+    load = code["matrix"][1]
+    assert (load.address, load.predicate, load.name, load.opcode) == (0x10, "@!P0", "LDG.E.128", "LDG")
+    assert [x.pipe for x in code["matrix"][:9]] == [
+        "other", "lsu", "lsu", "tensor", "tensor", "fma", "mufu", "alu", "branch",
+    ]  # fmt: skip
+    assert [x.bytes for x in code["matrix"] if x.pipe == "lsu"] == [16, 16, 8]
+    assert [x.bytes for x in code["straight"] if x.pipe == "lsu"] == [2, 4]
+    assert sass.matrix_instructions(code["matrix"]) == {"HMMA.16816.F32.BF16": 2}
+
+
+def test_the_main_loop_is_the_innermost_with_matrix_instructions():
+    code = sass.functions(SASS)
+    assert [(b[0].address, b[-1].address) for b in sass.loops(code["matrix"])] == [(0x20, 0x80), (0x10, 0xA0)]
+    assert [x.address for x in sass.main_loop(code["matrix"])] == list(range(0x20, 0x90, 0x10))
+    assert [x.address for x in sass.main_loop(code["straight"])] == [0x00, 0x10, 0x20, 0x30, 0x40]
+
+
+def test_the_bracket_by_hand():
+    """On sm_90: 2 HMMA of 2048 multiply-adds at 2048 a cycle are 2 cycles, LDSM of 512 bytes 4, FFMA a quarter, MUFU 2,
+    IADD3 a half: 8.75 in all, and the 7 instructions issue in 1.75."""
+    loop = sass.main_loop(sass.functions(SASS)["matrix"])
+    assert mix.cycles(loop, "sm_90a") == {
+        "tensor": 2.0, "fma": 0.25, "alu": 0.5, "mufu": 2.0, "lsu": 4.0, "issue": 1.75,
+    }  # fmt: skip
+    assert mix.bracket(loop, "sm_90") == pytest.approx((2 / 8.75, 2 / 4))
+    assert mix.bracket(loop, "sm_80") == pytest.approx((4 / (4 + 0.5 + 0.5 + 2 + 4), 1.0))
+    # Without matrix instructions: 2 instructions of memory, a cycle each, among 5 that issue in 1.25.
+    straight = sass.main_loop(sass.functions(SASS)["straight"])
+    assert mix.bracket(straight, "sm_90") == (1.0, 1.0)
+    assert mix.bracket([x for x in straight if x.pipe != "lsu"], "sm_90") == (None, None)
+    assert mix.bracket([], "sm_90") == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("HMMA.16816.F32.BF16", 16 * 8 * 16),
+        ("HMMA.1688.F32.TF32", 16 * 8 * 8),
+        ("HMMA.1684.F32.TF32", 16 * 8 * 4),
+        ("IMMA.16832.S8.S8", 16 * 8 * 32),
+        ("IMMA.8816.S8.S8", 8 * 8 * 16),
+        ("HGMMA.64x128x16.F32.BF16", 64 * 128 * 16 // 4),
+        ("IGMMA.64x8x32.S8.S8", 64 * 8 * 32 // 4),
+        ("UTCHMMA", None),
+    ],
+)
+def test_multiply_adds_of_matrix_instructions(name, expected):
+    x = sass.Instruction(0, "", name, "")
+    assert x.pipe == "tensor" and mix.multiply_adds(x) == expected
+    if expected is None:
+        assert mix.bracket([x], "sm_100") == (None, None)
+
+
+def test_rates_of_matrix_instructions():
+    def tensor(name: str, target: str) -> float:
+        return mix.cycles([sass.Instruction(0, "", name, "")], target)["tensor"]
+
+    assert tensor("HMMA.16816.F32", "sm_80") == 2 and tensor("IMMA.16832.S8.S8", "sm_80") == 2
+    assert tensor("HMMA.1688.F32.TF32", "sm_80") == 2 and tensor("QMMA.16832.F32.E4M3.E4M3", "sm_120") == 4
+    assert set(mix.RATES) == set(limits.LIMITS)
+
+
+# Each line has one rule that decides, worked out by hand.
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "threads", "blocks", "share"),
+    [
+        ("sm_80", 32, 0, 256, 8, 1.0),  # 64 warps by 8 of a block
+        ("sm_86", 32, 0, 256, 6, 1.0),  # 48 warps by 8
+        ("sm_80", 16, 0, 32, 32, 0.5),  # 32 blocks at most
+        ("sm_86", 16, 0, 32, 16, 16 / 48),
+        ("sm_89", 16, 0, 32, 24, 0.5),
+        ("sm_120", 16, 0, 32, 24, 0.5),
+        ("sm_90", 128, 0, 128, 4, 0.25),  # 4096 registers a warp, 4 of them in a partition's 16384: 16 warps
+        ("sm_90", 129, 0, 128, 3, 12 / 64),  # 4352 of them, 3 in a partition
+        ("sm_90", 33, 0, 1024, 1, 0.5),  # 1280 a warp, 12 in a partition: 48 warps, one block of 32
+        ("sm_80", 168, 0, 384, 1, 12 / 64),  # 5376: 3 in a partition
+        ("sm_80", 255, 0, 256, 1, 8 / 64),  # 8192: 2 in a partition
+        ("sm_80", 32, 48 << 10, 128, 3, 12 / 64),  # 49 KiB of 164
+        ("sm_90", 32, 48 << 10, 128, 4, 16 / 64),  # 49 KiB of 228
+        ("sm_120", 32, 48 << 10, 128, 2, 8 / 48),  # 49 KiB of 100
+        ("sm_120", 32, 1, 32, 24, 0.5),  # 1 + 1024 bytes round up to 1152: 88 would fit, 24 blocks may
+        ("sm_80", 32, 163 << 10, 128, 1, 4 / 64),
+        ("sm_80", 32, (163 << 10) + 1, 128, 0, 0.0),  # more than a block may have
+        ("sm_86", 32, (99 << 10) + 1, 128, 0, 0.0),
+        ("sm_90", 32, 227 << 10, 128, 1, 4 / 64),
+        ("sm_90", 255, 0, 1024, 0, 0.0),  # 32 warps where 8 fit
+        ("sm_90", 32, 0, 1025, 0, 0.0),
+        ("sm_100", 32, 0, 100, 16, 1.0),  # 100 threads take 4 warps
+    ],
+)
+def test_occupancy_by_hand(target, registers, shared, threads, blocks, share):
+    assert limits.blocks_per_sm(target, registers, shared, threads) == blocks
+    assert limits.occupancy(target, registers, shared, threads) == pytest.approx(share)
+
+
+def test_what_ptxas_says_is_read():
+    log = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'first' for 'sm_90'
+ptxas info    : Function properties for first
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 48 registers, used 0 barriers
+ptxas info    : Compiling entry function 'second' for 'sm_90'
+ptxas info    : Function properties for second
+    16 bytes stack frame, 24 bytes spill stores, 40 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size, 16384 bytes smem
+"""
+    assert cuda_source.resources(log) == {
+        "first": cuda_source.Resources(48, 0, 0),
+        "second": cuda_source.Resources(255, 40, 16384),
+    }
+    with pytest.raises(InspectError, match="ptxas does not tell what third needs"):
+        cuda_source.resources("Compiling entry function 'third' for 'sm_90'\n")
+
+
+def test_what_ptx_says_is_read():
+    ptx = """
+.extern .shared .align 16 .b8 tiles[];
+.visible .entry known(.param .u64 a)
+.maxntid 128, 2, 1
+{
+\t// begin inline asm
+\t// llmkern.shared_bytes 4096
+\t// end inline asm
+\tmov.u32 %r1, tiles;
+}
+.entry unknown(.param .u64 a)
+.reqntid 384
+{
+\tmov.u32 %r1, tiles;
+}
+.entry none()
+{
+\tmov.u32 %r1, fewtiles;
+}
+"""
+    assert cuda_source.entries(ptx) == {
+        "known": cuda_source.Entry(256, 4096),
+        "unknown": cuda_source.Entry(384, None),
+        "none": cuda_source.Entry(None, 0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("mangled", "expected"),
+    [
+        (
+            "_ZN7llmkern39_GLOBAL__N__c4c414ae_7_cuda_cu_c8e02de013rotary_kernelIffLb0ELb1EEEvNS_12RotaryParamsE",
+            ("rotary_kernel", "float, float, false, true"),
+        ),
+        ("_ZN7llmkern1fINS_4Bf16ELi64EEEvPKT_", ("f", "Bf16, 64")),
+        ("_Z1fIL5Width3EEvv", ("f", "(Width)3")),  # an enum's bracket is no argument list
+        ("gemm_bf16", ("gemm_bf16", "")),
+    ],
+)
+def test_names_are_short(mangled, expected):
+    assert tools.short_name(mangled) == expected
+
+
+def a_row(**changes) -> Row:
+    made = row("k", "cuda", "float", "sm_90a", 64, 0, 1024, 128, sass.functions(SASS)["matrix"])
+    return dataclasses.replace(made, **changes)
+
+
+def test_the_table_and_the_json():
+    told = json.loads(cli.to_json([a_row(), a_row(shared_bytes=None, occupancy=None, matrix_instructions={})]))
+    assert [list(r) for r in told] == [KEYS, KEYS]
+    assert told[0]["matrix_instructions"] == {"HMMA.16816.F32.BF16": 2} and told[0]["occupancy"] == 0.5
+    assert told[0]["bracket_serial"] == pytest.approx(2 / 8.75, abs=1e-4) and told[1]["shared_bytes"] is None
+    head, first, second = cli.table([a_row(), a_row(shared_bytes=None, occupancy=None)]).splitlines()
+    assert head.split()[:4] == KEYS[:4]
+    assert "23% - 50%" in first and "2 HMMA.16816.F32.BF16" in first and " 50% " in first
+    assert second.split()[6:8] == ["?", "?"]
+
+
+def test_errors_are_one_sentence(monkeypatch, capsys, tmp_path):
+    def fails(*arguments: str) -> str:
+        assert cli.main([*arguments]) == 1
+        out, err = capsys.readouterr()
+        assert not out
+        return err
+
+    assert fails("--target", "sm_91") == (
+        "llmkern inspect: target: expected some of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_91'\n"
+    )
+    if compilers.NVCC:
+        assert "rotary_kernel, sinusoidal_add_kernel" in (said := fails("--source", "cuda", "--kernel", "nothing"))
+        assert "got 'nothing'" in said
+    monkeypatch.setenv("LLMKERN_NVCC", "/nowhere/nvcc")
+    tools.nvcc.cache_clear()
+    try:
+        assert "no nvcc was found" in (said := fails("--source", "cuda")) and "--source triton" in said
+    finally:
+        tools.nvcc.cache_clear()
+    monkeypatch.setattr(triton_source, "installed", lambda: False)
+    assert "Triton is not installed" in fails("--source", "triton")
+    monkeypatch.setattr(cuda_source, "CSRC", tmp_path)
+    assert "run in a clone of the repository" in fails("--source", "cuda")
+
+
+@needs_nvcc
+def test_a_kernel_that_does_not_compile_is_named(tmp_path):
+    source = tmp_path / "family" / "cuda_broken.cu"
+    source.parent.mkdir()
+    source.write_text("__global__ void broken() { nothing(); }\n")
+    with pytest.raises(InspectError, match=r"family/cuda_broken.cu for sm_80 does not compile:\n.*nothing"):
+        cuda_source.compile_file(source, "sm_80")
+
+
+@needs_nvcc
+def test_dynamic_shared_memory_and_spills_of_a_compiled_kernel(tmp_path):
+    """A kernel that notes its shared memory, one that does not, and one with more values than registers."""
+    source = tmp_path / "cuda_made.cu"
+    source.write_text(f'''#include "{cuda_source.CSRC}/common/device.cuh"
+extern __shared__ float stage[];
+template <int kBytes> __global__ void __launch_bounds__(64) noted(float* x) {{
+  llmkern::device::note_shared_bytes<kBytes>();
+  stage[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  x[threadIdx.x] = stage[threadIdx.x ^ 33];
+}}
+template __global__ void noted<2048>(float*);
+__global__ void quiet(float* x) {{ stage[threadIdx.x] = *x; __syncthreads(); *x = stage[threadIdx.x ^ 33]; }}
+__global__ void __launch_bounds__(1024, 2) spilling(float* x) {{
+  float y[64];
+#pragma unroll
+  for (int i = 0; i < 64; i++) y[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; i++) x[i * 1024 + threadIdx.x] = y[i] * y[63 - i];
+}}
+''')
+    rows = {r.kernel: r for r in cuda_source.compile_file(source, "sm_80")}
+    noted = rows["noted"]
+    assert (noted.config, noted.shared_bytes, noted.spill_bytes, noted.occupancy) == ("2048", 2048, 0, 1.0)
+    assert rows["quiet"].shared_bytes is None and rows["quiet"].occupancy is None
+    assert rows["spilling"].spill_bytes > 0 and rows["spilling"].registers <= 32
+    (complaint,) = budgets.over(rows.values(), {})
+    assert complaint.startswith("spilling (cuda) for sm_80: ") and "the budget is 0" in complaint
+
+
+def test_budgets_name_what_is_over():
+    rows = [a_row(registers=65, shared_bytes=2048)]
+    kept = {"k": {"cuda": {"sm_90": {"registers": 65, "spill_bytes": 0, "shared_bytes": 2048}}}}
+    assert budgets.over(rows, kept) == [] and budgets.over(rows, {}) == []
+    kept["k"]["cuda"]["sm_90"] |= {"registers": 64, "shared_bytes": 2047}
+    assert budgets.over(rows, kept) == [
+        "k (cuda, float) for sm_90a: 65 registers, the budget is 64",
+        "k (cuda, float) for sm_90a: 2048 shared bytes, the budget is 2047",
+    ]
+    assert budgets.over([a_row(occupancy=0.0)], {}) == ["k (cuda, float) for sm_90a: no block fits on an SM"]
+
+
+def test_budgets_are_well_formed():
+    for kernel, sources in budgets.load().items():
+        for source, targets in sources.items():
+            assert source in inspector.SOURCES
+            for target, budget in targets.items():
+                assert target in limits.LIMITS and set(budget) == set(budgets.FIELDS), (kernel, target)
+                assert budget["spill_bytes"] == 0, (kernel, target)
+
+
+ENFORCED = ["sm_80", "sm_90", "sm_120"]
+
+
+def enforce(source: str) -> None:
+    rows = inspector.inspect(ENFORCED, sources=(source,))
+    assert {limits.base(r.target) for r in rows} == set(ENFORCED)
+    assert budgets.over(rows, budgets.load()) == []
+    names, listed = {r.kernel for r in rows}, budgets.load()
+    gone = [k for k in listed if source in listed[k] and k not in names]
+    assert not gone, f"budgets of kernels that are not there: {gone}"
+
+
+@needs_nvcc
+def test_cuda_kernels_keep_their_budgets():
+    enforce("cuda")
+
+
+@needs_triton
+def test_triton_kernels_keep_their_budgets():
+    enforce("triton")
+
+
+def test_importing_the_package_imports_neither_triton_nor_the_inspector():
+    code = (
+        "import llmkern, sys; import llmkern.positional.triton_launch; "
+        "print([m for m in sys.modules if m == 'triton' or m.startswith('llmkern.inspect')])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+def test_the_command_line():
+    command = [sys.executable, "-m", "llmkern"]
+    said = subprocess.run([*command, "inspect", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--target" in said and "--json" in said and "not measured" in " ".join(said.split())
+    wrong = subprocess.run([*command, "look"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr == "python -m llmkern: expected nothing or inspect, got 'look'\n"
