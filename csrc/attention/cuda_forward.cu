@@ -1,7 +1,7 @@
 // The forward of attention for CUDA by mma.sync, for sm_80 and newer: FlashAttention-2 (Dao 2023, algorithm 1 and
 // section 3.3).
 //
-// A block of four warps takes 64 or 128 queries of one head, a warp 16 or 32 of them, and meets the keys 64 at a time
+// A block of four warps takes 64 or 128 queries of one head, a warp 16 or 32 of them, and meets the keys 32 or 64 at a time
 // with the online softmax (Milakov and Gimelshein 2018). Keys and values have one buffer each: while scores are made,
 // the values come, and while the values are summed, the next keys. Scores and weights never leave the registers.
 //
@@ -17,16 +17,17 @@ namespace {
 using namespace device;
 
 constexpr int kWarps = 4, kBlockThreads = 32 * kWarps;
-constexpr int kKeys = 64;  // of a tile
+// How many keys a tile has: fewer where the sums of 32 rows of 128 leave no room for the scores of more.
+constexpr int keys_of_tile(int width, int row_tiles) { return width * row_tiles > 128 ? 32 : 64; }
 
 // One block's work. Query and key are numbered in 32 bits (kMostRows).
 template <class T, int kWidth, int kTiles, bool kFeatures>
 struct Forward {
+  static constexpr int kKeys = keys_of_tile(kWidth, kTiles), kNumbers = kKeys / 8;
   static constexpr int kRows = 16 * kTiles * kWarps, kRowBytes = 2 * kWidth, kPieces = kWidth / 8;
   static constexpr int kQueryBytes = kRows * kRowBytes, kTileBytes = kKeys * kRowBytes;
   // Where they would not leave room for the rest, queries are read from shared memory again for each tile.
   static constexpr bool kQueriesStay = kTiles * kWidth <= 128;
-  static constexpr int kNumbers = kKeys / 8;
 
   const AttentionParams& p;
   const AttentionForwardWork& w;
@@ -391,13 +392,16 @@ void launch_forward(const AttentionParams& p, const AttentionLaunch& l, int devi
                 attention_forward_work(p, l));
 }
 
-template <class T>
+template <class T, int kWidth>
 void forward_typed(const AttentionParams& p, const AttentionLaunch& l, int device, void* stream) {
-  if (l.width == 64)
-    return l.features ? launch_forward<T, 64, 1, true>(p, l, device, stream)
-                      : launch_forward<T, 64, 2, false>(p, l, device, stream);
-  l.features ? launch_forward<T, 128, 1, true>(p, l, device, stream)
-             : launch_forward<T, 128, 2, false>(p, l, device, stream);
+  if (l.features) return launch_forward<T, kWidth, 1, true>(p, l, device, stream);
+  l.row_tiles == 1 ? launch_forward<T, kWidth, 1, false>(p, l, device, stream)
+                   : launch_forward<T, kWidth, 2, false>(p, l, device, stream);
+}
+
+template <class T>
+void forward_of(const AttentionParams& p, const AttentionLaunch& l, int device, void* stream) {
+  l.width == 64 ? forward_typed<T, 64>(p, l, device, stream) : forward_typed<T, 128>(p, l, device, stream);
 }
 
 }  // namespace
@@ -406,11 +410,12 @@ AttentionLaunch attention_forward_launch(const AttentionParams& p) {
   AttentionLaunch l = {};
   l.width = p.width <= 64 && p.value_width <= 64 ? 64 : 128;
   l.features = p.mask.data || p.softcap != 0 || p.alibi || p.drop_below || !(p.scale > 0);
-  l.row_tiles = l.features ? 1 : 2;
+  // Two for more work with each key and value that is read; one where they would have no rows, or no registers.
+  l.row_tiles = l.features || p.queries <= 64 ? 1 : 2;
   l.threads = kBlockThreads;
   int64_t rows = 16 * l.row_tiles * kWarps;
   l.blocks = p.batch * p.heads * ((p.queries + rows - 1) / rows);
-  l.shared_bytes = static_cast<int>(2 * l.width * (rows + 2 * kKeys));
+  l.shared_bytes = static_cast<int>(2 * l.width * (rows + 2 * keys_of_tile(l.width, l.row_tiles)));
   return l;
 }
 
@@ -426,7 +431,7 @@ AttentionForwardWork attention_forward_work(const AttentionParams& p, const Atte
 
 void attention_forward_cuda(const AttentionParams& p, int device, void* stream) {
   AttentionLaunch l = attention_forward_launch(p);
-  p.dtype == DType::bf16 ? forward_typed<Bf16>(p, l, device, stream) : forward_typed<Fp16>(p, l, device, stream);
+  p.dtype == DType::bf16 ? forward_of<Bf16>(p, l, device, stream) : forward_of<Fp16>(p, l, device, stream);
 }
 
 }  // namespace llmkern
