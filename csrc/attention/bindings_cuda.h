@@ -58,9 +58,9 @@ inline void bind_attention_cuda(pybind11::module_& m) {
     fill(p, pointers.data());
     AttentionLaunch l = attention_forward_launch(p);
     AttentionForwardWork w = attention_forward_work(p, l);
-    return py::make_tuple(
-        py::make_tuple(l.width, l.row_tiles, l.features, l.blocks, l.threads, l.shared_bytes),
-        py::bytes(reinterpret_cast<const char*>(&p), sizeof p), py::bytes(reinterpret_cast<const char*>(&w), sizeof w));
+    return py::make_tuple(py::make_tuple(l.width, l.row_tiles, l.features, l.blocks, l.threads, l.shared_bytes),
+                          py::bytes(reinterpret_cast<const char*>(&p), sizeof p),
+                          py::bytes(reinterpret_cast<const char*>(&w), sizeof w));
   });
 }
 

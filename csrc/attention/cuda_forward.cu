@@ -1,9 +1,9 @@
 // The forward of attention for CUDA by mma.sync, for sm_80 and newer: FlashAttention-2 (Dao 2023, algorithm 1 and
 // section 3.3).
 //
-// A block of four warps takes 64 or 128 queries of one head, a warp 16 or 32 of them, and meets the keys 32 or 64 at a time
-// with the online softmax (Milakov and Gimelshein 2018). Keys and values have one buffer each: while scores are made,
-// the values come, and while the values are summed, the next keys. Scores and weights never leave the registers.
+// A block of four warps takes 64 or 128 queries of one head, a warp 16 or 32 of them, and meets the keys 32 or 64 at a
+// time with the online softmax (Milakov and Gimelshein 2018). Keys and values have one buffer each: while scores are
+// made, the values come, and while the values are summed, the next keys. Scores and weights never leave the registers.
 //
 // A masked value has no part, be it infinite or NaN, though its weight of 0 makes NaN of it in a product. So a row
 // whose result is not finite is done again by its warp, one key at a time, leaving out what has weight 0.
@@ -223,8 +223,8 @@ struct Forward {
     __syncthreads();
   }
 
-  // Divides the sums by those of the weights, whose inverses stay in `sum`, and writes the log-sum-exps. Bit 2 t + half:
-  // the results of a row are not all finite.
+  // Divides the sums by those of the weights, whose inverses stay in `sum`, and writes the log-sum-exps. Bit 2 t +
+  // half: the results of a row are not all finite.
   LLMKERN_DEVICE uint32_t finish(const float* average) {
     uint32_t broken = 0;
 #pragma unroll
@@ -375,7 +375,8 @@ struct Forward {
 
 template <class T, int kWidth, int kTiles, bool kFeatures>
 __global__ void __launch_bounds__(kBlockThreads)
-    attention_forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ AttentionForwardWork w) {
+    attention_forward_kernel(const __grid_constant__ AttentionParams p,
+                             const __grid_constant__ AttentionForwardWork w) {
   extern __shared__ __align__(1024) unsigned char shared[];
   Forward<T, kWidth, kTiles, kFeatures>(p, w, shared).run(shared);
 }
@@ -388,8 +389,7 @@ bool aligned(const AttentionTensor& t, int64_t width) {
 template <class T, int kWidth, int kTiles, bool kFeatures>
 void launch_forward(const AttentionParams& p, const AttentionLaunch& l, int device, void* stream) {
   launch_blocks("attention_forward", device, stream, l.blocks, l.threads, l.shared_bytes,
-                attention_forward_kernel<T, kWidth, kTiles, kFeatures>, p,
-                attention_forward_work(p, l));
+                attention_forward_kernel<T, kWidth, kTiles, kFeatures>, p, attention_forward_work(p, l));
 }
 
 template <class T, int kWidth>

@@ -58,11 +58,11 @@ LLMKERN_DEVICE void add_mask(const AttentionMask& m, const M* data, float (*s)[4
       }
 }
 
-// The scores of a query and of the keys `key` + 8 n + {0, 1}: s[n][first], s[n][first + 1], by all rules but the limits.
-// T: the dtype of the query, one of those that a mask may have. kEach 1: s[n][first] alone.
+// The scores of a query and of the keys `key` + 8 n + {0, 1}: s[n][first], s[n][first + 1], by all rules but the
+// limits. T: the dtype of the query, one of those that a mask may have. kEach 1: s[n][first] alone.
 template <class T, int kCount, int kEach = 2>
-LLMKERN_DEVICE void bend_scores(const AttentionParams& p, const HeadRules& rules, float (*s)[4], int first, int b, int h,
-                                int row, int key) {
+LLMKERN_DEVICE void bend_scores(const AttentionParams& p, const HeadRules& rules, float (*s)[4], int first, int b,
+                                int h, int row, int key) {
   float slope = slope_of(p, b, h), distance = static_cast<float>(row + rules.limits.diagonal - key);
 #pragma unroll
   for (int n = 0; n < kCount; n++)

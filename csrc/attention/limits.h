@@ -1,6 +1,6 @@
-// Which keys the rules other than a dense mask leave to a query: an interval, for the CPU and CUDA alike. That of a later
-// query never begins or ends before that of an earlier one, so that two queries answer for all between them, and whole
-// blocks of keys are skipped or need no look at their single scores.
+// Which keys the rules other than a dense mask leave to a query: an interval, for the CPU and CUDA alike. That of a
+// later query never begins or ends before that of an earlier one, so that two queries answer for all between them, and
+// whole blocks of keys are skipped or need no look at their single scores.
 #pragma once
 #include "params.h"
 
@@ -30,8 +30,7 @@ struct KeyLimits {
 
 // Those of sequence b, which has so many queries and keys.
 LLMKERN_INLINE KeyLimits<int64_t> key_limits(const AttentionMask& m, int64_t b, int64_t queries, int64_t keys) {
-  if (m.lengths)
-    keys = between_0_and(keys, integer(m.lengths, m.lengths_64, b * m.lengths_step) + m.lengths_more);
+  if (m.lengths) keys = between_0_and(keys, integer(m.lengths, m.lengths_64, b * m.lengths_step) + m.lengths_more);
   return {keys, m.bottom_right ? keys - queries : 0, m.left, m.right};
 }
 // The same in 32 bits, for at most kMostRows queries and keys; an open side is as wide as there is need for.

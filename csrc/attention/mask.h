@@ -31,7 +31,7 @@ LLMKERN_INLINE float mask_value(const AttentionMask& m, int64_t offset) {
 class HeadMask {
  public:
   HeadMask() = default;
-  HeadMask(const AttentionParams& p, const Sequence& s, int64_t h) 
+  HeadMask(const AttentionParams& p, const Sequence& s, int64_t h)
       : mask_(p.mask), limits_(key_limits(p.mask, s.b, s.queries, s.keys)) {
     const AttentionMask& m = mask_;
     int64_t b = s.b;

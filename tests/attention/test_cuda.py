@@ -1,4 +1,4 @@
-"""The attention CUDA kernels: compiled by nvcc for real targets, why they cannot serve, and on a GPU where there is one.
+"""The attention CUDA kernels: compiled by nvcc for real targets, why they cannot serve, and on a GPU where one is.
 
 tests/emulation/test_ptx_attention.py executes them.
 """
