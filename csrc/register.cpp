@@ -15,6 +15,7 @@
 #include "int8/bindings.h"
 #include "positional/bindings.h"
 #ifdef LLMKERN_CUDA
+#include "attention/bindings_cuda.h"
 #include "positional/bindings_cuda.h"
 #endif
 
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef LLMKERN_CUDA
   m.attr("cuda_architectures") = llmkern::cuda_architectures = LLMKERN_CUDA;
   m.attr("cuda_missing") = "";
+  llmkern::bind_attention_cuda(m);
   llmkern::bind_positional_cuda(m);
 #else
   m.attr("cuda_architectures") = "";

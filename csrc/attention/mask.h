@@ -6,14 +6,13 @@
 #include "../common/exp.h"
 #include "../common/philox.h"
 #include "../common/simd.h"
+#include "limits.h"
 #include "sequence.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
 LLMKERN_INLINE float minus_infinity() { return -__builtin_inff(); }
-LLMKERN_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-LLMKERN_INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
 LLMKERN_INLINE float mask_value(const AttentionMask& m, int64_t offset) {
   switch (m.dtype) {
@@ -28,19 +27,14 @@ LLMKERN_INLINE float mask_value(const AttentionMask& m, int64_t offset) {
   }
 }
 
-// How many of some keys a query sees.
-enum class Seen { none, some, all };
-
 // The rules for the queries of one (b, h).
 class HeadMask {
  public:
   HeadMask() = default;
-  HeadMask(const AttentionParams& p, const Sequence& s, int64_t h) : mask_(p.mask), keys_(s.keys) {
+  HeadMask(const AttentionParams& p, const Sequence& s, int64_t h)
+      : mask_(p.mask), limits_(key_limits(p.mask, s.b, s.queries, s.keys)) {
     const AttentionMask& m = mask_;
     int64_t b = s.b;
-    if (m.lengths)
-      keys_ = at_least(0, at_most(integer(m.lengths, m.lengths_64, b * m.lengths_step) + m.lengths_more, keys_));
-    diagonal_ = m.bottom_right ? keys_ - s.queries : 0;
     softcap_ = p.softcap;
     slope_ = p.alibi ? p.alibi[b * p.alibi_b + h * p.alibi_h] : 0;
     has_alibi_ = p.alibi != nullptr;
@@ -49,23 +43,19 @@ class HeadMask {
     base_ = b * m.b + h * m.h;
     // A mask that is the same for all queries, as of padding: what it masks at the end need not be looked at.
     if (m.data && m.row == 0)
-      while (keys_ > 0 && mask_value(m, base_ + (keys_ - 1) * m.key) == minus_infinity()) keys_--;
+      while (limits_.keys > 0 && mask_value(m, base_ + (limits_.keys - 1) * m.key) == minus_infinity()) limits_.keys--;
   }
 
   // No query up to `row` sees a key at or past this one, but for the dense mask.
-  int64_t limit(int64_t row) const {
-    return mask_.right == kUnbounded ? keys_ : at_least(0, at_most(keys_, row + diagonal_ + mask_.right + 1));
-  }
+  int64_t limit(int64_t row) const { return key_limit(limits_, row); }
   // No query from `row` on sees a key before this one.
-  int64_t start(int64_t row) const {
-    return mask_.left == kUnbounded ? 0 : at_least(0, at_most(keys_, row + diagonal_ - mask_.left));
-  }
+  int64_t start(int64_t row) const { return key_start(limits_, row); }
   // No query before this one sees the key; none from row_limit on does.
   int64_t first_row(int64_t key) const {
-    return mask_.right == kUnbounded ? 0 : at_least(0, key - diagonal_ - mask_.right);
+    return mask_.right == kUnbounded ? 0 : at_least(0, key - limits_.diagonal - mask_.right);
   }
   int64_t row_limit(int64_t key) const {
-    return mask_.left == kUnbounded ? INT64_MAX : at_least(0, key - diagonal_ + mask_.left + 1);
+    return mask_.left == kUnbounded ? INT64_MAX : at_least(0, key - limits_.diagonal + mask_.left + 1);
   }
 
   bool dense() const { return mask_.data != nullptr; }
@@ -97,7 +87,7 @@ class HeadMask {
     for (int i = 0; i < kWidth; i++) lane[i] = static_cast<float>(i);
     Float slope = broadcast(-slope_), lanes = load(lane);
     for (int c = 0; c < count; c += kWidth) {
-      Float distance = abs(add(broadcast(static_cast<float>(begin + c - row - diagonal_)), lanes));
+      Float distance = abs(add(broadcast(static_cast<float>(begin + c - row - limits_.diagonal)), lanes));
       store(s + c, fma(slope, distance, load(s + c)));
     }
   }
@@ -203,7 +193,8 @@ class HeadMask {
   }
 
   AttentionMask mask_;
-  int64_t keys_, diagonal_, base_;
+  KeyLimits<int64_t> limits_{};
+  int64_t base_;
   float softcap_, slope_;
   bool has_alibi_;
   uint32_t drop_below_, head_;

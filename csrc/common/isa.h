@@ -6,7 +6,11 @@
 // different machine code, which the linker would merge into one, chosen by link order.
 #pragma once
 
+#ifdef __CUDACC__
+#define LLMKERN_INLINE static __host__ __device__ __forceinline__
+#else
 #define LLMKERN_INLINE static inline __attribute__((always_inline))
+#endif
 
 // Each with its base: instruction sets that add products of bytes alone have int8 kernels of their own, and take all
 // else from the base. LLMKERN_AS_AARCH64: the kernels are those of an AArch64 program beside the library (tests/neon).

@@ -50,4 +50,21 @@ void launch(const char* name, int device, void* stream, int64_t items, void (*ke
   check(cudaLaunchKernelEx(&config, kernel, args...), name, device);
 }
 
+// Launches a kernel of `blocks` blocks with dynamic shared memory, also with more than kernels may have unasked.
+template <class... Params, class... Args>
+void launch_blocks(const char* name, int device, void* stream, int64_t blocks, int threads, int shared_bytes,
+                   void (*kernel)(Params...), const Args&... args) {
+  if (blocks <= 0) return;
+  if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": a grid has at most 2^31 - 1 blocks");
+  DeviceGuard guard(device, name);
+  if (shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name, device);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, args...), name, device);
+}
+
 }  // namespace llmkern::device

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.attention import compiled, reference
+from llmkern.attention import compiled, cuda, reference
 from llmkern.attention.layout import empty_in_order
 from llmkern.attention.mask import RULE_COUNT, RULES, Mask
 from llmkern.attention.op import checks, second
@@ -81,6 +81,7 @@ _ATTENTION = Operator(
     _check_attention,
     _example,
     cpu=[compiled.CPU_ATTENTION, reference_backend(reference.attention)],
+    cuda=[cuda.CUDA_ATTENTION, reference_backend(reference.attention)],
     other=[reference_backend(reference.attention)],
 )
 _BACKWARD = Operator(
@@ -88,6 +89,7 @@ _BACKWARD = Operator(
     _check_backward,
     _example_backward,
     cpu=[compiled.CPU_ATTENTION_BACKWARD, reference_backend(reference.attention_backward)],
+    cuda=[cuda.CUDA_ATTENTION_BACKWARD, reference_backend(reference.attention_backward)],
     other=[reference_backend(reference.attention_backward)],
 )
 

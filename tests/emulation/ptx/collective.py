@@ -42,6 +42,8 @@ def gathered(form: Form, run: Callable[[Any, Mask], None], members: Any = None, 
                 return None
             # A lane is waited for where a lane that is here names it.
             here = active_of(unit, mask)
+            if form.index in unit.waiting:  # those of other warps too, which nobody has come to meet now
+                here = here | unit.waiting[form.index].reshape(-1, 32)
             asked = np.bitwise_or.reduce(np.where(here, by_warps(unit, bits), np.uint32(0)), axis=1)
             named = (asked[:, None] >> LANES.astype(np.uint32) & np.uint32(1) != 0).reshape(-1)
         ready = unit.together(form.index, mask, named, size)

@@ -1,0 +1,67 @@
+// The attention CUDA kernels as Python functions; included where the library has a CUDA part.
+#pragma once
+#include "bindings.h"
+#include "cuda.h"
+
+namespace llmkern {
+
+// A kernel as kernel(plan, device, stream, tensor or None, ...): `stream` is the address of a cudaStream_t, 0 for the
+// default one. What kFill does, call.h says of `kernel`.
+template <class Params, int kTensors, void (*kFill)(Params&, void* const*), void (*kRun)(const Params&, int, void*)>
+PyObject* cuda_kernel(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != kTensors + 3) {
+    PyErr_Format(PyExc_TypeError, "expected a plan, device, stream and %d tensors, got %zd arguments", kTensors, count);
+    return nullptr;
+  }
+  void* addresses[kTensors];
+  for (int i = 0; i < kTensors; i++)
+    if (!call::address(args[i + 3], addresses + i)) return nullptr;
+  try {
+    Params params = pybind11::handle(args[0]).cast<const Params&>();
+    int device = static_cast<int>(PyLong_AsLong(args[1]));
+    void* stream = PyLong_AsVoidPtr(args[2]);
+    if (PyErr_Occurred()) return nullptr;
+    kFill(params, addresses);
+    PyThreadState* state = PyEval_SaveThread();
+    try {
+      kRun(params, device, stream);
+    } catch (...) {
+      PyEval_RestoreThread(state);
+      throw;
+    }
+    PyEval_RestoreThread(state);
+  } catch (...) {
+    return call::raise();
+  }
+  Py_RETURN_NONE;
+}
+
+template <class Params, int kTensors, void (*kFill)(Params&, void* const*), void (*kRun)(const Params&, int, void*)>
+void define_cuda_kernel(pybind11::module_& m, const char* name) {
+  static PyMethodDef definition;
+  call::define(m, definition, name, cuda_kernel<Params, kTensors, kFill, kRun>,
+               "A CUDA kernel: (plan, device, stream, tensor or None, ...).");
+}
+
+inline void bind_attention_cuda(pybind11::module_& m) {
+  namespace py = pybind11;
+  using P = AttentionParams;
+  constexpr int kTensors = kRuleTensors + 4;
+  constexpr auto fill = fill_attention<&P::query, &P::key, &P::value, &P::output>;
+  define_cuda_kernel<AttentionParams, kTensors, fill, attention_forward_cuda>(m, "attention_forward_cuda");
+  // For the tests, which execute its code without a GPU: how the kernel would be launched with tensors at these
+  // addresses, as (width, row tiles, features, blocks, threads, shared bytes), and the bytes of its arguments.
+  m.def("attention_forward_cuda_launch", [](const AttentionParams& plan, const std::vector<uintptr_t>& addresses) {
+    AttentionParams p = plan;
+    std::vector<void*> pointers;
+    for (int i = 0; i < kTensors; i++) pointers.push_back(reinterpret_cast<void*>(addresses.at(i)));
+    fill(p, pointers.data());
+    AttentionLaunch l = attention_forward_launch(p);
+    AttentionForwardWork w = attention_forward_work(p, l);
+    return py::make_tuple(py::make_tuple(l.width, l.row_tiles, l.features, l.blocks, l.threads, l.shared_bytes),
+                          py::bytes(reinterpret_cast<const char*>(&p), sizeof p),
+                          py::bytes(reinterpret_cast<const char*>(&w), sizeof w));
+  });
+}
+
+}  // namespace llmkern
