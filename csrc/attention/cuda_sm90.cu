@@ -180,10 +180,9 @@ struct Consumer {
     if (thread % 32 == 0) barrier_arrive(barrier);
   }
 
+  LLMKERN_DEVICE void await_keys(int t) { barrier_wait(tiles.key_full[t % kStages], t / kStages % 2); }
   LLMKERN_DEVICE void issue_scores(int t) {
-    int stage = t % kStages;
-    barrier_wait(tiles.key_full[stage], t / kStages % 2);
-    uint64_t q = descriptor(tiles.query[which][0]), k = descriptor(tiles.key[stage][0]);
+    uint64_t q = descriptor(tiles.query[which][0]), k = descriptor(tiles.key[t % kStages][0]);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kWidth / 16; i++) {
@@ -300,9 +299,16 @@ struct Consumer {
     if (block.masked(t)) mend_values(t);
   }
 
+  // The consumers' products take turns, the first consumer's before the second's, so that one has its softmax behind it
+  // or before it while the other's products run (section 3.1).
+  LLMKERN_DEVICE void take_turn() { named_sync(kTurn + which, kConsumers * kWarpgroup); }
+  LLMKERN_DEVICE void pass_turn() { named_arrive(kTurn + 1 - which, kConsumers * kWarpgroup); }
+
   LLMKERN_DEVICE void run() {
     if (block.tiles == 0) return;
+    if (which == 1 && block.tiles > 1) pass_turn();
     barrier_wait(tiles.query_full, 0);
+    await_keys(0);
     issue_scores(0);
     wgmma_wait<0>(scores);
     release(tiles.key_empty[0]);
@@ -311,8 +317,11 @@ struct Consumer {
     pack();
     for (int t = 1; t < block.tiles; t++) {
       await_values(t - 1);
+      await_keys(t);
+      take_turn();
       issue_scores(t);
       issue_output(t - 1);
+      if (which == 0 || t + 1 < block.tiles) pass_turn();
       wgmma_wait<1>(scores);
       release(tiles.key_empty[t % kStages]);
       if (block.masked(t)) mask(t);

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from llmkern.attention.mask import Mask
+from llmkern.attention.reference import dense
 from llmkern.verify import verify
-from tests.attention.cases import attend, rule, tensors
+from tests.attention.cases import rule, tensors
 from tests.emulation import compilers
 from tests.emulation.ptx.launch import Buffer, Launch, TensorMap, empty, find, run
+from tests.emulation.ptx.machine import SCHEDULES
 
 SOURCE = compilers.ROOT / "csrc/attention/cuda_sm90.cu"
 MANGLED = {torch.bfloat16: "NS_4Bf16E", torch.float16: "NS_4Fp16E"}
@@ -21,9 +24,14 @@ THREADS = 384
 needs_nvcc = pytest.mark.skipif(compilers.NVCC is None, reason=compilers.NO_NVCC)
 
 
-def raw(x: torch.Tensor) -> np.ndarray:
-    """The bits of a tensor for numpy, with its strides."""
-    return x.view(torch.int16).numpy().view(np.uint16)
+def tensor_map(launch: Launch, x: torch.Tensor, name: str, rows: int) -> TensorMap | bytes:
+    """A map of a tensor that lies in its storage as it does in torch; without elements none."""
+    if not x.numel():
+        return bytes(128)
+    bits = x.view(torch.int16).numpy().view(np.uint16)
+    storage = torch.empty(0, dtype=torch.int16).set_(x.untyped_storage()).numpy().view(np.uint16)
+    where = launch.address(Buffer(storage, name, read_only=True)) + 2 * x.storage_offset()
+    return TensorMap(bits, (1, 1, rows, 64), 128, where)
 
 
 def kernel(changes: tuple[tuple[str, str], ...] = (), reports: list | None = None, **options: object):
@@ -47,7 +55,7 @@ def kernel(changes: tuple[tuple[str, str], ...] = (), reports: list | None = Non
             key_lengths is not None and key_lengths.dtype == torch.int64, bottom_right, uniform,
         )  # fmt: skip
         maps = [
-            TensorMap(Buffer(raw(x), name, read_only=True), (1, 1, rows, 64), 128) if x.numel() else bytes(128)
+            tensor_map(launch, x, name, rows)
             for x, name, rows in ((query, "query", 64), (key, "key", TILE), (value, "value", TILE))
         ]
         shared = 1024 * (1 + 5 * width // 2)
@@ -65,3 +73,108 @@ def kernel(changes: tuple[tuple[str, str], ...] = (), reports: list | None = Non
         return made, torch.from_numpy(sums.data.copy()).float()
 
     return function
+
+
+def plain(
+    query, key, value, key_lengths=None, causal=False, bottom_right=False, window=(-1, -1), uniform=False, scale=None
+):  # fmt: skip
+    right = 0 if causal else window[1]
+    mask = Mask(key_lengths=key_lengths, window_left=window[0], window_right=right, bottom_right=bottom_right)
+    scale = query.size(3) ** -0.5 if scale is None else scale
+    output, sums = dense.attention(query, key, value, *mask.arguments(), scale, uniform)
+    return output, sums.float()
+
+
+#: (B, H, Hkv, Sq, Sk, D): rows and keys around the tiles of 128, one, primes, and what fits exactly.
+SHAPES = {
+    "one of everything": (1, 1, 1, 1, 1, 64),
+    "one query": (2, 2, 1, 1, 150, 128),
+    "primes": (2, 3, 1, 67, 131, 64),
+    "around the tiles": (1, 2, 2, 129, 257, 64),
+    "whole tiles": (1, 1, 1, 128, 128, 128),
+    "fewer keys than queries": (2, 2, 2, 197, 83, 128),
+}
+RULES = [
+    "all", "causal", "bottom right", "lengths", "lengths, bottom right", "window", "window, bottom right",
+    "window to the right",
+]  # fmt: skip
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return tensors((*shape, shape[-1]), dtype)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", RULES)
+def test_contract(name, shape):
+    index = RULES.index(name) + list(SHAPES).index(shape)
+    dtype = (torch.bfloat16, torch.float16)[index % 2]
+    rules = rule(name, (*SHAPES[shape], 0)) | {"uniform": index % 4 >= 2}
+    verify(kernel(), plain, inputs(SHAPES[shape], dtype), rules, gradients=False).raise_if_failed()
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", MANGLED)
+@pytest.mark.parametrize("width", [64, 128])
+def test_many_tiles(width, dtype):
+    """Stages are used several times; keys lie in five tiles, of which windows see three."""
+    shape = (1, 1, 1, 70, 600, width)
+    for rules in ({}, {"window": (200, 100), "bottom_right": True}):
+        verify(kernel(), plain, inputs(shape, dtype), rules, gradients=False).raise_if_failed()
+
+
+@needs_nvcc
+def test_lengths_of_both_kinds_and_a_scale():
+    x = inputs((3, 1, 1, 5, 140, 64), torch.float16)
+    for dtype in (torch.int32, torch.int64):
+        rules = {"key_lengths": torch.tensor([140, 0, 129], dtype=dtype), "scale": 0.5}
+        verify(kernel(), plain, x, rules, gradients=False).raise_if_failed()
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", MANGLED)
+def test_without_keys(dtype):
+    query, key, value = inputs((1, 2, 1, 130, 0, 64), dtype)
+    for uniform in (False, True):
+        output, sums = kernel()(query, key, value, uniform=uniform)
+        assert (output == 0).all() and (sums == -torch.inf).all()
+
+
+@needs_nvcc
+def test_layouts():
+    """Heads beside each other, as modules have them, packed beside other projections; rows of a larger buffer."""
+    batch, heads, rows, width = 2, 2, 70, 64
+    packed = torch.randn(batch, rows, 3, heads, width).bfloat16().permute(2, 0, 3, 1, 4)
+    padded = torch.randn(batch, heads, rows + 3, width + 24).bfloat16()[:, :, 2:-1, 8:72]
+    for x in (tuple(packed), (padded, *packed[1:]), (packed[0], padded, padded)):
+        assert not any(t.is_contiguous() for t in x)
+        verify(kernel(), plain, x, {"causal": True}, gradients=False).raise_if_failed()
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", MANGLED)
+@pytest.mark.parametrize("width", [64, 128])
+def test_what_is_masked_does_not_reach_the_result(width, dtype):
+    """Infinite and NaN keys and values: rows that see them have them, as in the reference, and no others."""
+    shape = (2, 1, 1, 150, 200, width)
+    lengths = torch.tensor([200, 140])
+    for rules in ({"causal": True}, {"key_lengths": lengths}, {"key_lengths": lengths, "window": (9, 4)}):
+        query, key, value = inputs(shape, dtype)
+        value[:, :, 130, 3], value[:, :, 131, 5], value[:, :, 60, width - 1] = torch.nan, torch.inf, -torch.inf
+        value[1, :, 140:], key[1, :, 145:] = torch.nan, torch.inf
+        verify(kernel(), plain, (query, key, value), rules, gradients=False).raise_if_failed()
+    key[0, :, 70] = torch.nan
+    verify(kernel(), plain, (query, key, value), {"causal": True}, gradients=False).raise_if_failed()
+
+
+@needs_nvcc
+@pytest.mark.parametrize("width", [64, 128])
+def test_schedules_and_bits(width):
+    """No race, wait or fence is missing under any order of the warps, and the bits are always the same."""
+    x = inputs((1, 2, 1, 140, 300, width), torch.bfloat16)
+    x[2][:, :, 290] = torch.inf  # so that values are mended
+    made = [kernel(schedule=schedule, seed=3)(*x, causal=True, bottom_right=True) for schedule in SCHEDULES]
+    for output, sums in made[1:]:
+        assert torch.equal(output.view(torch.int16), made[0][0].view(torch.int16))
+        assert torch.equal(sums, made[0][1])
