@@ -127,6 +127,8 @@ LLMKERN_DEVICE void produce(Tiles<kWidth>& tiles, const CUtensorMap& query, cons
 // Of two 16-bit numbers, the highest bit of each that is infinite or NaN.
 LLMKERN_DEVICE uint32_t not_finite(uint32_t pair, Bf16) { return ((pair & 0x7f807f80u) + 0x00800080u) & 0x80008000u; }
 LLMKERN_DEVICE uint32_t not_finite(uint32_t pair, Fp16) { return ((pair & 0x7c007c00u) + 0x04000400u) & 0x80008000u; }
+// All bits of those two whose highest one is set, of what not_finite gives.
+LLMKERN_DEVICE uint32_t halves(uint32_t highest) { return (highest >> 15) * 0xffffu; }
 
 LLMKERN_DEVICE float exp2_fast(float x) {
   float y;
@@ -263,33 +265,33 @@ struct Consumer {
     int first = block.first_key(t);
 #pragma unroll 1
     for (int k = 0; k < kKeys; k++) {
+      uint32_t pairs[kWidth / 8], any = 0;
+#pragma unroll
+      for (int i = 0; i < kWidth / 8; i++) {
+        const char* part = reinterpret_cast<const char*>(value[i / 8]);
+        pairs[i] = *reinterpret_cast<const uint32_t*>(part + swizzled(k, i % 8) + column * 2);
+        any |= not_finite(pairs[i], T{});
+      }
+      if (any == 0) continue;
       bool sees[2];
 #pragma unroll
       for (int r = 0; r < 2; r++)
         sees[r] = uniform[r] ? first + k < w.keys : first + k >= seen[r].begin && first + k < seen[r].end;
 #pragma unroll
       for (int i = 0; i < kWidth / 8; i++) {
-        const char* at = reinterpret_cast<const char*>(value[i / 8]) + swizzled(k, i % 8) + column * 2;
-        uint32_t pair = *reinterpret_cast<const uint32_t*>(at), bad = not_finite(pair, T{});
-        if (!bad) continue;
+        uint32_t bad = not_finite(pairs[i], T{});
         float x[2];
-        widen_pair(pair, x, T{});
+        widen_pair(pairs[i] & halves(bad), x, T{});  // 0 where it is finite
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-          if (sees[r] && (bad & 0x8000u)) output[4 * i + 2 * r] += x[0];
-          if (sees[r] && (bad & 0x80000000u)) output[4 * i + 2 * r + 1] += x[1];
-        }
+        for (int e = 0; e < 4; e++) output[4 * i + e] += sees[e / 2] ? x[e % 2] : 0.0f;
       }
     }
     named_sync(kBoth, kThreads);
-    auto zeroed = [](uint32_t pair) {
-      uint32_t bad = not_finite(pair, T{});
-      return pair & ~((bad >> 15) * 0xffffu);
-    };
+    auto finite = [](uint32_t pair) { return pair & ~halves(not_finite(pair, T{})); };
 #pragma unroll 1
     for (int i = mine; i < kPieces; i += kThreads) {
       uint4 x = pieces[i];
-      pieces[i] = make_uint4(zeroed(x.x), zeroed(x.y), zeroed(x.z), zeroed(x.w));
+      pieces[i] = make_uint4(finite(x.x), finite(x.y), finite(x.z), finite(x.w));
     }
     async_fence();
     named_sync(kBoth, kThreads);
