@@ -163,16 +163,18 @@ class NinjaBuild(build_ext):
         sm90 = " -DLLMKERN_SM90" if hopper else ""
         defines = [f'-DPYBIND11_RELEASE="{pybind11.__version__}"', define, *sm90.split()]
         linker = [nvcc, "-cudart", "static"] if nvcc else cxx
-        nvcc_flags = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -lineinfo{sm90} -MD -MF $out.d -c $in -o $out"
+        nvcc_flags = (
+            f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -lineinfo{sm90} -MD -MF $out.d -c $in -o $out"
+        )
         lines = [
             "rule cxx",
             f"  command = {quoted(*cxx)} {flags} $flags -MMD -MF $out.d -c $in -o $out",
             "  deps = gcc\n  depfile = $out.d\n  description = C++ $out",
             "rule nvcc",
-            f"  command = {quoted(nvcc)} -t 0 {quoted(*gencode)} {nvcc_flags}",
+            f"  command = {quoted(nvcc)} -t 0 {quoted(*gencode)} {nvcc_flags} -c $in -o $out",
             "  deps = gcc\n  depfile = $out.d\n  description = CUDA $out",
             "rule nvcc_sm90",
-            f"  command = {quoted(nvcc)} -gencode=arch=compute_90a,code=sm_90a {nvcc_flags}",
+            f"  command = {quoted(nvcc)} -gencode=arch=compute_90a,code=sm_90a {nvcc_flags} -c $in -o $out",
             "  deps = gcc\n  depfile = $out.d\n  description = CUDA for sm_90a $out",
             f"rule link\n  command = {quoted(*linker)} -o $out $in {quoted(*link_flags)}\n  description = link $out",
         ]

@@ -90,14 +90,12 @@ struct Block {
     return {within(row + diagonal - w.left, keys), within(row + diagonal + w.right + 1, keys)};
   }
   LLMKERN_DEVICE int first_key(int t) const { return (first_tile + tiles - 1 - t) * kKeys; }
-  LLMKERN_DEVICE bool masked(int t) const {
-    return first_key(t) < seen_begin || first_key(t) + kKeys > seen_end;
-  }
+  LLMKERN_DEVICE bool masked(int t) const { return first_key(t) < seen_begin || first_key(t) + kKeys > seen_end; }
 };
 
 template <int kCount>
-LLMKERN_DEVICE void load_tile(uint16_t (*to)[kCount], const CUtensorMap& map, const uint64_t& barrier, int parts, int row,
-                              int h, int b) {
+LLMKERN_DEVICE void load_tile(uint16_t (*to)[kCount], const CUtensorMap& map, const uint64_t& barrier, int parts,
+                              int row, int h, int b) {
   for (int i = 0; i < parts; i++) tensor_load(to[i], map, barrier, i * kPart, row, h, b);
 }
 
@@ -362,7 +360,8 @@ struct Consumer {
         int e = 4 * i + 2 * j;
         x[j] = narrow_pair(output[e] * shrink[j % 2], output[e + 1] * shrink[j % 2], T{});
       }
-      store_matrices(shared_address(tiles.query[which][i / 8]) + swizzled(to, i % 8 + lane / 16), x[0], x[1], x[2], x[3]);
+      store_matrices(shared_address(tiles.query[which][i / 8]) + swizzled(to, i % 8 + lane / 16), x[0], x[1], x[2],
+                     x[3]);
     }
     async_fence();
     named_sync(kOwn + which, kWarpgroup);
@@ -422,7 +421,8 @@ void forward(const AttentionParams& p, int device, void* stream) {
   w.logsumexp = p.logsumexp;
   w.heads = static_cast<int32_t>(p.heads), w.group = static_cast<int32_t>(p.heads / p.kv_heads);
   w.queries = static_cast<int32_t>(p.queries), w.keys = static_cast<int32_t>(p.keys);
-  w.left = static_cast<int32_t>(std::min(p.mask.left, kMost)), w.right = static_cast<int32_t>(std::min(p.mask.right, kMost));
+  w.left = static_cast<int32_t>(std::min(p.mask.left, kMost)),
+  w.right = static_cast<int32_t>(std::min(p.mask.right, kMost));
   w.row_blocks = static_cast<int32_t>(row_blocks(p));
   w.scale = p.scale, w.bottom_right = p.mask.bottom_right, w.uniform_empty_rows = p.uniform_empty_rows;
   CUtensorMap query = map_of<kWidth>(p.query, p.batch, p.heads, p.queries, kRows);

@@ -1,4 +1,5 @@
-// The attention forward for Hopper (compute capability 9.0), by wgmma and TMA. docs/attention_sm90.md tells how it works.
+// The attention forward for Hopper (compute capability 9.0), by wgmma and TMA. docs/attention_sm90.md tells how it
+// works.
 #pragma once
 #include "params.h"
 

@@ -116,28 +116,25 @@ LLMKERN_DEVICE void store_matrices(uint32_t address, uint32_t a, uint32_t b, uin
 LLMKERN_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 LLMKERN_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-#define LLMKERN_REGISTERS_32 \
+#define LLMKERN_REGISTERS_32                                               \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LLMKERN_REGISTERS_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define LLMKERN_REGISTERS_64                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define LLMKERN_OPERANDS_32(c, d) \
-  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), \
-  c(d[8]), c(d[9]), c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15]), \
-  c(d[16]), c(d[17]), c(d[18]), c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), \
-  c(d[24]), c(d[25]), c(d[26]), c(d[27]), c(d[28]), c(d[29]), c(d[30]), c(d[31])
-#define LLMKERN_OPERANDS_64(c, d) \
-  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), \
-  c(d[8]), c(d[9]), c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15]), \
-  c(d[16]), c(d[17]), c(d[18]), c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), \
-  c(d[24]), c(d[25]), c(d[26]), c(d[27]), c(d[28]), c(d[29]), c(d[30]), c(d[31]), \
-  c(d[32]), c(d[33]), c(d[34]), c(d[35]), c(d[36]), c(d[37]), c(d[38]), c(d[39]), \
-  c(d[40]), c(d[41]), c(d[42]), c(d[43]), c(d[44]), c(d[45]), c(d[46]), c(d[47]), \
-  c(d[48]), c(d[49]), c(d[50]), c(d[51]), c(d[52]), c(d[53]), c(d[54]), c(d[55]), \
-  c(d[56]), c(d[57]), c(d[58]), c(d[59]), c(d[60]), c(d[61]), c(d[62]), c(d[63])
+#define LLMKERN_OPERANDS_32(c, d)                                                                                   \
+  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), c(d[8]), c(d[9]), c(d[10]), c(d[11]),     \
+      c(d[12]), c(d[13]), c(d[14]), c(d[15]), c(d[16]), c(d[17]), c(d[18]), c(d[19]), c(d[20]), c(d[21]), c(d[22]), \
+      c(d[23]), c(d[24]), c(d[25]), c(d[26]), c(d[27]), c(d[28]), c(d[29]), c(d[30]), c(d[31])
+#define LLMKERN_OPERANDS_64(c, d)                                                                                   \
+  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), c(d[8]), c(d[9]), c(d[10]), c(d[11]),     \
+      c(d[12]), c(d[13]), c(d[14]), c(d[15]), c(d[16]), c(d[17]), c(d[18]), c(d[19]), c(d[20]), c(d[21]), c(d[22]), \
+      c(d[23]), c(d[24]), c(d[25]), c(d[26]), c(d[27]), c(d[28]), c(d[29]), c(d[30]), c(d[31]), c(d[32]), c(d[33]), \
+      c(d[34]), c(d[35]), c(d[36]), c(d[37]), c(d[38]), c(d[39]), c(d[40]), c(d[41]), c(d[42]), c(d[43]), c(d[44]), \
+      c(d[45]), c(d[46]), c(d[47]), c(d[48]), c(d[49]), c(d[50]), c(d[51]), c(d[52]), c(d[53]), c(d[54]), c(d[55]), \
+      c(d[56]), c(d[57]), c(d[58]), c(d[59]), c(d[60]), c(d[61]), c(d[62]), c(d[63])
 
 // Waits until at most kPending committed groups run. The sums pass through it, so that no use of them comes before.
 template <int kPending>
@@ -156,10 +153,10 @@ LLMKERN_DEVICE void keep(uint32_t (&a)[kCount]) {
 }
 
 // d = a b^T (kAdd: + d): a (64, 16) and b (N, 16) in shared memory, k along the rows.
-#define LLMKERN_WGMMA(n, type, registers, a, b, add, operands)                                                      \
+#define LLMKERN_WGMMA(n, type, registers, a, b, add, operands)                                                       \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, " a ", " b ", " add \
-               ", 1, 1, 0, 0;"                                                                                      \
-               : operands                                                                                           \
+               ", 1, 1, 0, 0;"                                                                                       \
+               : operands                                                                                            \
                : "l"(a_descriptor), "l"(b_descriptor))
 template <class T, bool kAdd>
 LLMKERN_DEVICE void wgmma(float (&d)[64], uint64_t a_descriptor, uint64_t b_descriptor, T) {
@@ -177,10 +174,10 @@ LLMKERN_DEVICE void wgmma(float (&d)[64], uint64_t a_descriptor, uint64_t b_desc
 
 // d += a b: a (64, 16) in registers, a thread's four pairs as of mma.m16n8k16; b (16, N) in shared memory, N along the
 // rows.
-#define LLMKERN_WGMMA(n, type, registers, a, b, operands)                                                           \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, {" a "}, " b       \
-               ", 1, 1, 1, 1;"                                                                                      \
-               : operands                                                                                           \
+#define LLMKERN_WGMMA(n, type, registers, a, b, operands)                                                     \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, {" a "}, " b \
+               ", 1, 1, 1, 1;"                                                                                \
+               : operands                                                                                     \
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b_descriptor))
 LLMKERN_DEVICE void wgmma_rows(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                uint64_t b_descriptor, Fp16) {

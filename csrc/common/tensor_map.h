@@ -39,10 +39,10 @@ inline CUtensorMap tensor_map(const TensorShape& shape, const char* kernel) {
     if (i > 0) strides[i - 1] = shape.sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(shape.steps[i]) * 2;
   }
   CUtensorMap map;
-  CUresult result = tensor_map_encoder(kernel)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(shape.data), sizes, strides, box, ones,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult result =
+      tensor_map_encoder(kernel)(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(shape.data), sizes, strides,
+                                 box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error(std::string(kernel) + ": cuTensorMapEncodeTiled refused a tensor with error " +
                              std::to_string(static_cast<int>(result)));
