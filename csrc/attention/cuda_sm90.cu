@@ -443,6 +443,7 @@ void forward(const AttentionParams& p, int device, void* stream) {
 
 // Whether copies can begin at the tensor's rows: addresses and steps are multiples of 16 bytes.
 bool copyable(const AttentionTensor& x, int64_t batch, int64_t heads, int64_t rows) {
+  if (batch == 0 || heads == 0 || rows == 0) return true;
   auto good = [](int64_t size, int64_t step) {
     return size <= 1 || (step > 0 && step % 8 == 0 && step < int64_t{1} << 39);
   };
