@@ -381,6 +381,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   extern __shared__ __align__(1024) char memory[];
   auto& tiles = *reinterpret_cast<Tiles<kWidth>*>(memory);
   if (threadIdx.x == 0) {
+    if (w.keys > 0) tensor_prefetch(query), tensor_prefetch(key), tensor_prefetch(value);
     barrier_init(tiles.query_full, 1);
     for (int i = 0; i < kStages; i++) {
       barrier_init(tiles.key_full[i], 1), barrier_init(tiles.value_full[i], 1);

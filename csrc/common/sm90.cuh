@@ -60,6 +60,7 @@ LLMKERN_DEVICE bool named_any(int number, int threads, bool x) {
 
 // ---- copies by tensor maps of four dimensions, the innermost one first (csrc/common/tensor_map.h makes them)
 
+// Brings a map near, before the first copy asks for it.
 LLMKERN_DEVICE void tensor_prefetch(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

@@ -7,6 +7,7 @@ import pytest
 
 from tests.emulation.ptx.launch import empty
 from tests.emulation.ptx.machine import SCHEDULES
+from tests.emulation.ptx.parse import PtxError
 from tests.emulation.snippets import evaluate, execute, interesting
 
 N = 128
@@ -235,6 +236,15 @@ def test_a_barrier_whose_number_is_in_a_register(schedule):
     end:
     """
     assert (per_thread(body, schedule=schedule) == 1).all()
+
+
+def test_registers_are_given_in_eights():
+    """What setmaxnreg does is not modelled; numbers that the assembler refuses are. PTX ISA 9.7.19.5."""
+    text = "setmaxnreg.dec.sync.aligned.u32 24; setmaxnreg.inc.sync.aligned.u32 240; mov.u32 %r, %t;"
+    assert (per_thread(text) == np.arange(N)).all()
+    for wrong in ("16", "244", "264"):
+        with pytest.raises(PtxError, match="multiple of 8 from 24 to 256"):
+            per_thread(text.replace("240", wrong))
 
 
 def test_barriers_that_reduce():
