@@ -107,10 +107,15 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ..
     return tensors((*shape, shape[-1]), dtype)
 
 
+#: Every rule where there are tails in rows and keys, some where there is little to mask.
+CASES = [
+    (s, r) for s in SHAPES for r in (RULES[1:6:2] if s in ("one of everything", "one query", "whole tiles") else RULES)
+]
+
+
 @needs_nvcc
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", RULES)
-def test_contract(name, shape):
+@pytest.mark.parametrize(("shape", "name"), CASES)
+def test_contract(shape, name):
     index = RULES.index(name) + list(SHAPES).index(shape)
     dtype = (torch.bfloat16, torch.float16)[index % 2]
     rules = rule(name, (*SHAPES[shape], 0)) | {"uniform": index % 4 >= 2}
@@ -164,10 +169,8 @@ def test_what_is_masked_does_not_reach_the_result(width, dtype):
     for rules in ({"causal": True}, {"key_lengths": lengths, "window": (9, 4)}):
         query, key, value = inputs(shape, dtype)
         value[:, :, 130, 3], value[:, :, 131, 5], value[:, :, 60, width - 1] = torch.nan, torch.inf, -torch.inf
-        value[1, :, 140:], key[1, :, 145:] = torch.nan, torch.inf
+        value[1, :, 140:], key[1, :, 145:], key[0, :, 70] = torch.nan, torch.inf, torch.nan
         verify(kernel(), plain, (query, key, value), rules, gradients=False).raise_if_failed()
-    key[0, :, 70] = torch.nan
-    verify(kernel(), plain, (query, key, value), {"causal": True}, gradients=False).raise_if_failed()
 
 
 @needs_nvcc
