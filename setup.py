@@ -163,9 +163,7 @@ class NinjaBuild(build_ext):
         sm90 = " -DLLMKERN_SM90" if hopper else ""
         defines = [f'-DPYBIND11_RELEASE="{pybind11.__version__}"', define, *sm90.split()]
         linker = [nvcc, "-cudart", "static"] if nvcc else cxx
-        nvcc_flags = (
-            f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -lineinfo{sm90} -MD -MF $out.d -c $in -o $out"
-        )
+        nvcc_flags = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -lineinfo{sm90} -MD -MF $out.d"
         lines = [
             "rule cxx",
             f"  command = {quoted(*cxx)} {flags} $flags -MMD -MF $out.d -c $in -o $out",

@@ -128,7 +128,9 @@ def test_a_folder_and_a_compiler_with_spaces(tmp_path):
 # An nvcc of the same kind, which knows the targets that it is told.
 NVCC = """#!/bin/sh
 case "$*" in *sm_90a*) [ "$KNOWS_90A" ] || exit 1;; esac
-while [ $# -gt 0 ]; do case "$1" in -o) [ "$2" = /dev/null ] || : > "$2";; -MF) : > "$2";; esac; shift; done
+while [ $# -gt 0 ]; do case "$1" in
+  -o) [ "$2" = /dev/null ] || : > "$2";; -MF) : > "$2";; *.cu) [ -z "$one" ] || exit 1; one=$1;;
+esac; shift; done
 """
 
 
