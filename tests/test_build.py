@@ -125,6 +125,42 @@ def test_a_folder_and_a_compiler_with_spaces(tmp_path):
     assert list((root / "build").rglob("_C*.so"))
 
 
+# An nvcc of the same kind, which knows the targets that it is told.
+NVCC = """#!/bin/sh
+case "$*" in *sm_90a*) [ "$KNOWS_90A" ] || exit 1;; esac
+while [ $# -gt 0 ]; do case "$1" in
+  -o) [ "$2" = /dev/null ] || : > "$2";; -MF) : > "$2";; *.cu) [ -z "$one" ] || exit 1; one=$1;;
+esac; shift; done
+"""
+
+
+@pytest.mark.parametrize(("architectures", "knows"), [("80 90", "1"), ("80 100", "1"), ("90a", "1"), ("80 90", "")])
+def test_what_hopper_alone_has_is_compiled_for_it_alone(tmp_path, architectures, knows):
+    """csrc/*/cuda_sm90*.cu: for sm_90a, where 90 is asked for and nvcc knows it; all others see whether they are."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "llmkern").mkdir()
+    for name, text in (("compiler", COMPILER), ("nvcc", NVCC)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    env = {
+        **os.environ, "CXX": f"{tmp_path / 'compiler'} -DLLMKERN_TEST", "LLMKERN_NVCC": str(tmp_path / "nvcc"),
+        "LLMKERN_CUDA": "1", "LLMKERN_CUDA_ARCHS": architectures, "KNOWS_90A": knows,
+    }  # fmt: skip
+    command = [sys.executable, "setup.py", "build_ext"]
+    build = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert build.returncode == 0, build.stdout + build.stderr
+    lines = next((tmp_path / "build").rglob("build.ninja")).read_text().splitlines()
+    commands = {rule: lines[lines.index(f"rule {rule}") + 1] for rule in ("nvcc", "nvcc_sm90")}
+    rules = {rule for line in lines for name, rule in re.findall(r"build (\S+)\.o: (\w+)", line) if "cuda_sm90" in name}
+    there = "90" in architectures and bool(knows)
+    assert rules == ({"nvcc_sm90"} if there else set())
+    assert re.findall(r"-gencode=(\S+)", commands["nvcc_sm90"]) == ["arch=compute_90a,code=sm_90a"]
+    registered = next(lines[i + 1] for i, line in enumerate(lines) if line.startswith("build register.o"))
+    assert all(("-DLLMKERN_SM90" in text) == there for text in (commands["nvcc"], registered))
+
+
 WITHOUT_TORCH = """
 import importlib.util, sys
 import numpy as np

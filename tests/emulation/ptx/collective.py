@@ -101,6 +101,11 @@ def trap(form: Form) -> Run:
 @instruction("nanosleep", "setmaxnreg", "griddepcontrol", "pmevent")
 def nothing_to_do(form: Form) -> Run:
     """Time, the number of registers and the order of launches are not modelled."""
+    if form.ins.opcode == "setmaxnreg":
+        count = int(form.operands[0], 0)
+        form.one_of("inc", "dec")
+        if count % 8 or not 24 <= count <= 256:
+            raise form.error("expected a multiple of 8 from 24 to 256")
     form.left.clear()
     return lambda unit, mask: None
 
