@@ -51,4 +51,23 @@ void launch(const char* name, int device, void* stream, int64_t items, void (*ke
   check(cudaLaunchKernelEx(&config, kernel, args...), name, device);
 }
 
+// Launches a grid of blocks of `threads`, each with `shared` bytes of dynamic shared memory; nothing where it is empty.
+template <class... Params, class... Args>
+void launch_grid(const char* name, int device, void* stream, dim3 grid, int threads, size_t shared,
+                 void (*kernel)(Params...), const Args&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  DeviceGuard guard(device, name);
+  constexpr size_t kAlwaysThere = 48 * 1024;  // more must be asked for
+  if (shared > kAlwaysThere)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared)),
+          name, device);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, args...), name, device);
+}
+
 }  // namespace llmkern::device
