@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) few_rows_kernel(const __grid_constan
     }
     y = linear(c, p.digits.scale[row], p.digits.zero[row], sum, high_sum);
   }
-  const float second = __shfl_down_sync(0xffffffffu >> (32 - kSums), y, 2);  // of a pair, whose first is o = 0 or 1
+  const float second = __shfl_xor_sync(0xffffffffu >> (32 - kSums), y, 2);  // of a pair, whose first is o = 0 or 1
   if (m >= rows || !is_output(p, o) || (p.pairs && o >= 2)) return;
   const int64_t n = output_of(p, o);
   put(l, m, n, finish(l, p.pairs, m, n, y, second));
