@@ -7,8 +7,8 @@ namespace llmkern::device {
 
 // c += a b: a (16, 32) by rows, of unsigned or signed bytes, b (32, 8) by columns, of signed ones, c (16, 8). Registers
 // as load_matrices gives them: those of a are (rows 0 to 7, k 0 to 15), (8 to 15, 0 to 15), (0 to 7, 16 to 31), (8 to
-// 15, 16 to 31), those of b k 0 to 15 and 16 to 31. Lane l has of c the columns 2 (l % 4) and 2 (l % 4) + 1, of the rows
-// l / 4 (c[0], c[1]) and l / 4 + 8 (c[2], c[3]).
+// 15, 16 to 31), those of b k 0 to 15 and 16 to 31. Lane l has of c the columns 2 (l % 4) and 2 (l % 4) + 1, of the
+// rows l / 4 (c[0], c[1]) and l / 4 + 8 (c[2], c[3]).
 template <bool kSigned>
 LLMKERN_DEVICE void multiply_bytes(int32_t* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
   if constexpr (kSigned)

@@ -19,7 +19,7 @@ inline Digits digits_of(const QuantizeParams& q) {
   return q.outliers || q.scaling == Scaling::wide ? Digits::two : Digits::one;
 }
 
-constexpr int kDigitPiece = 16;       // values of k that a bit of `bits` is about, and that a thread reads at once
+constexpr int kDigitPiece = 16;  // values of k that a bit of `bits` is about, and that a thread reads at once
 constexpr int kDigitsOfWord = 32 * kDigitPiece;
 
 // The rows of activations as integers: what the first kernel writes and the second reads. Pieces of kDigitPiece digits
@@ -34,15 +34,18 @@ struct Int8Digits {
   int64_t stride, words, groups;
 };
 
-// `linear.packed` and `threads` are not used. The weight's rows are 16-byte aligned, weight_stride apart, and zeros
+// `linear.packed` and `threads` are not used. Scales of the weight lie weight_scale_stride apart by outputs and by
+// groups. The weight's rows are 16-byte aligned, weight_stride apart, and zeros
 // behind k = depth up to the next multiple of 16. weight_sums: (outputs), sums over k; not read where there are groups.
 struct Int8CudaParams {
   Int8LinearParams linear;
   const int8_t* weight;
   int64_t weight_stride;
   const int32_t* weight_sums;
+  int64_t weight_scale_stride[2];
   Int8Digits digits;
-  bool pairs;  // takes_pairs(linear.activation)
+  bool pairs;     // takes_pairs(linear.activation)
+  int tile_rows;  // of int8_tiles_cuda: 64, 128, or 0 for a choice by the sizes
 };
 
 // Places the digits of a call in `workspace`, which is aligned to 16 bytes; returns how much of it they take.

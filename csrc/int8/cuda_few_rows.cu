@@ -67,7 +67,8 @@ __global__ void __launch_bounds__(kThreads) few_rows_kernel(const __grid_constan
     const int group = kGroups ? k / static_cast<int>(l.quantize.group) : 0;
     if (kGroups)
 #pragma unroll
-      for (int o = 0; o < kOutputs; o++) weight_scale[o] = l.weight_scale[group * l.outputs + output[o]];
+      for (int o = 0; o < kOutputs; o++)
+        weight_scale[o] = l.weight_scale[output[o] * p.weight_scale_stride[0] + group * p.weight_scale_stride[1]];
 #pragma unroll
     for (int m = 0; m < kRows; m++) {
       const int64_t row = min(m, rows - 1), at = row * p.digits.stride + k;

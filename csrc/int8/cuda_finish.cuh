@@ -24,8 +24,8 @@ struct Column {
 LLMKERN_DEVICE Column column_of(const Int8CudaParams& p, int64_t output) {
   const Int8LinearParams& l = p.linear;
   const bool grouped = p.digits.kind == Digits::groups;
-  return {grouped ? 1.0f : l.weight_scale[output], l.bias ? load_as_float(l.bias, l.bias_dtype, output) : 0.0f,
-          grouped ? 0 : p.weight_sums[output]};
+  return {grouped ? 1.0f : l.weight_scale[output * p.weight_scale_stride[0]],
+          l.bias ? load_as_float(l.bias, l.bias_dtype, output) : 0.0f, grouped ? 0 : p.weight_sums[output]};
 }
 
 // The linear part from the sums of products of low and high digits. Each operation rounds by itself, as the reference's

@@ -14,7 +14,7 @@ using device::kThreads;
 
 constexpr unsigned kWarp = 0xffffffffu;  // all lanes
 constexpr int kWarps = kThreads / 32;
-constexpr int kSums = 64;  // of magnitudes: element k in sum k % 64. A staged row is filled up with zeros to a multiple.
+constexpr int kSums = 64;  // of magnitudes: element k in sum k % 64; a staged row is filled with zeros to a multiple
 constexpr float kUsual = 6.0f, kMost = 32000.0f, kSmallestScale = 0x1p-126f, kLargest = 0x1.fffffep127f;
 
 struct Extent {
@@ -91,6 +91,14 @@ LLMKERN_DEVICE void widen_piece(uint4 x, float* out) {
   }
 }
 
+// Where piece i of 16 bytes of a row lies in shared memory: exchanged so that neighbouring threads, which read 16
+// elements each, do not meet in a bank.
+LLMKERN_DEVICE int place(int i) { return i ^ (i >> 3 & 3); }
+template <class T>
+LLMKERN_DEVICE const T* element(const uint4* row, int k) {
+  return reinterpret_cast<const T*>(row + place(k / kLanes<T>)) + k % kLanes<T>;
+}
+
 // Brings the row into shared memory, and finds this thread's part of its extent.
 template <class T>
 LLMKERN_DEVICE Extent stage_row(const T* x, int64_t depth, int filled, uint4* row) {
@@ -100,7 +108,7 @@ LLMKERN_DEVICE Extent stage_row(const T* x, int64_t depth, int filled, uint4* ro
 #pragma unroll 4
   for (int k = threadIdx.x * N; k < filled; k += kThreads * N) {
     const uint4 piece = load_piece(x + k, depth - k, aligned);
-    row[k / N] = piece;
+    row[place(k / N)] = piece;
     float values[N];
     widen_piece<T>(piece, values);
 #pragma unroll
@@ -111,16 +119,16 @@ LLMKERN_DEVICE Extent stage_row(const T* x, int64_t depth, int filled, uint4* ro
 
 // The sum of magnitudes in its one order, by a warp: lane l adds those of places 2 l and 2 l + 1.
 template <class T>
-LLMKERN_DEVICE float sum_of_magnitudes(const T* row, int filled, int lane) {
+LLMKERN_DEVICE float sum_of_magnitudes(const uint4* row, int filled, int lane) {
   float a = 0.0f, b = 0.0f;
 #pragma unroll 8
   for (int k = 2 * lane; k < filled; k += kSums) {
     float pair[2];
     if constexpr (sizeof(T) == 4) {
-      const float2 two = *reinterpret_cast<const float2*>(row + k);
+      const float2 two = *reinterpret_cast<const float2*>(element<T>(row, k));
       pair[0] = two.x, pair[1] = two.y;
     } else {
-      device::widen_pair(*reinterpret_cast<const uint32_t*>(row + k), pair, T{});
+      device::widen_pair(*reinterpret_cast<const uint32_t*>(element<T>(row, k)), pair, T{});
     }
     a = __fadd_rn(a, fabsf(pair[0])), b = __fadd_rn(b, fabsf(pair[1]));
   }
@@ -134,7 +142,7 @@ LLMKERN_DEVICE float sum_of_magnitudes(const T* row, int filled, int lane) {
 
 // The integers of 16 elements from k on, and whether one of them has a high digit.
 template <class T>
-LLMKERN_DEVICE bool digits16(const T* row, Scale s, Digits digits, uint4& low, uint4& high) {
+LLMKERN_DEVICE bool digits16(const uint4* row, int k, Scale s, Digits digits, uint4& low, uint4& high) {
   constexpr int N = kLanes<T>;
   const float inverse = __frcp_rn(s.scale);
   uint32_t lows[4] = {}, highs[4] = {};
@@ -142,7 +150,7 @@ LLMKERN_DEVICE bool digits16(const T* row, Scale s, Digits digits, uint4& low, u
 #pragma unroll
   for (int i = 0; i < kDigitPiece; i += N) {
     float values[N];
-    widen_piece<T>(*reinterpret_cast<const uint4*>(row + i), values);
+    widen_piece<T>(row[place((k + i) / N)], values);
 #pragma unroll
     for (int j = 0; j < N; j++) {
       const float scaled = fminf(fmaxf(__fmul_rn(values[j], inverse), -kMost), kMost);
@@ -171,7 +179,6 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int depth = static_cast<int>(l.depth), filled = (depth + kSums - 1) / kSums * kSums;
   const int64_t m = blockIdx.x;
-  const T* row = reinterpret_cast<const T*>(stage);
   float* group_scales = reinterpret_cast<float*>(stage + filled / kLanes<T>);
 
   Extent e = stage_row(static_cast<const T*>(l.x) + m * l.x_stride, l.depth, filled, stage);
@@ -181,7 +188,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
     const int group = static_cast<int>(l.quantize.group);
     for (int g = warp; g < p.digits.groups; g += kWarps) {
       Extent part = {};
-      for (int k = g * group + lane; k < min((g + 1) * group, depth); k += 32) part.look(device::widen(row[k]));
+      for (int k = g * group + lane; k < min((g + 1) * group, depth); k += 32)
+        part.look(device::widen(*element<T>(stage, k)));
       part.join_lanes();
       if (lane == 0) group_scales[g] = choose(l.quantize, part, 0.0f).scale + part.broken;
     }
@@ -198,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
     float mean = 0.0f;
     if (l.quantize.outliers) {
       if (warp == 0) {
-        const float total = sum_of_magnitudes(row, filled, lane);
+        const float total = sum_of_magnitudes<T>(stage, filled, lane);
         if (lane == 0) sum = total;
       }
       __syncthreads();
@@ -217,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
     bool any = false;
     if (k < depth) {
       if (digits == Digits::groups) s.scale = group_scales[k / static_cast<int>(l.quantize.group)];
-      any = digits16(row + k, s, digits, low, high);
+      any = digits16<T>(stage, k, s, digits, low, high);
       device::store16(p.digits.low + m * p.digits.stride + k, low);
     }
     if (digits != Digits::two) continue;

@@ -15,7 +15,7 @@ constexpr int kTileColumns = 128, kTileDepth = 64;
 constexpr int kMultiplyDepth = 32;  // of k that one instruction takes
 constexpr int kWarpRows = 2, kWarpColumns = 4;
 constexpr int kColumns = kTileColumns / kWarpColumns, kColumnFragments = kColumns / 8;  // of a warp
-constexpr int kPieces = kTileDepth / kDigitPiece;  // of a row of a tile
+constexpr int kPieces = kTileDepth / kDigitPiece;                                       // of a row of a tile
 constexpr int kMostWords = 160;  // of `bits`, for 2^16 and more values of k: MOST_DEPTH in llmkern/int8/compiled.py
 
 // A row of a tile is 64 bytes, and two neighbouring ones are a row of 128 bytes for the swizzle.
@@ -66,8 +66,7 @@ LLMKERN_DEVICE void copy_high_digits(const Int8CudaParams& p, int64_t row, int f
   for (int i = threadIdx.x; i < kTileRows * kPieces; i += kBlock) {
     const int r = i / kPieces, piece = i % kPieces, k = first + piece * kDigitPiece;
     bool there = row + r < p.linear.rows && k < p.linear.depth;
-    if (there)
-      there = p.digits.bits[(row + r) * p.digits.words + k / kDigitsOfWord] >> (k / kDigitPiece % 32) & 1;
+    if (there) there = p.digits.bits[(row + r) * p.digits.words + k / kDigitsOfWord] >> (k / kDigitPiece % 32) & 1;
     const int64_t from = there ? (row + r) * p.digits.stride + k : 0;
     device::copy16_async(to + T::kHigh + place(r, piece), p.digits.high + from, there ? 16 : 0);
   }
@@ -116,7 +115,8 @@ LLMKERN_DEVICE void add_group(const Int8CudaParams& p, const Position& at, int64
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       const int64_t n = output_of(p, at.column, at.warp_column + j * 8 + at.lane % 4 * 2 + e);
-      weight_scale[j][e] = n < 0 ? 0.0f : p.linear.weight_scale[group * p.linear.outputs + n];
+      weight_scale[j][e] =
+          n < 0 ? 0.0f : p.linear.weight_scale[n * p.weight_scale_stride[0] + group * p.weight_scale_stride[1]];
     }
 #pragma unroll
   for (int i = 0; i < kCount; i++)
@@ -171,8 +171,8 @@ LLMKERN_DEVICE void finish_tile(const Int8CudaParams& p, const Position& at, con
           if constexpr (kDigits == Digits::groups)
             y[j][e] = __fadd_rn(totals[i][j][at_sum], column[j][e].bias);
           else
-            y[j][e] = linear(column[j][e], scale, zero, low[i][j][at_sum],
-                             kDigits == Digits::two ? high[i][j][at_sum] : 0);
+            y[j][e] =
+                linear(column[j][e], scale, zero, low[i][j][at_sum], kDigits == Digits::two ? high[i][j][at_sum] : 0);
         }
 #pragma unroll
       for (int j = 0; j < kColumnFragments; j++) {
@@ -283,7 +283,8 @@ void tiles(const Int8CudaParams& p, int device, void* stream) {
   // Tiles of 64 rows where those of 128 would be half empty, or too few to give every processor one.
   constexpr int64_t kEnough = 128;
   const int64_t large = ((p.linear.rows + 127) / 128) * ((p.linear.outputs + kTileColumns - 1) / kTileColumns);
-  if (p.linear.rows <= 64 || large < kEnough)
+  const bool small = p.tile_rows ? p.tile_rows == 64 : p.linear.rows <= 64 || large < kEnough;
+  if (small)
     tiles_of<64, kDigits>(p, device, stream);
   else
     tiles_of<128, kDigits>(p, device, stream);

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmkern import cuda, extension
 from llmkern.backend import Backend
 from llmkern.int8.compiled import MOST_DEPTH, row_distance
-from llmkern.int8.packing import layout_of, rows_of_16, sums_over_k, transposed
+from llmkern.int8.packing import layout_of, rows_of_16, sums_over_k
 from llmkern.int8.scheme import ACTIVATIONS, INPUTS, PAIRS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +47,7 @@ def _plan(
     input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
 ) -> Callable[..., Tensor]:  # fmt: skip
     distances = [None if t is None else row_distance(t) for t in (x, residual, out)]
-    vectors = (bias, input_scale, None if group else weight_scale)
+    vectors = (bias, input_scale)
     if -1 in distances or not all(t is None or t.stride(0) == 1 or t.size(0) <= 1 for t in vectors):
         return _on_copies
     kernel, device = cuda.kernel("int8_linear_cuda"), x.device
@@ -64,7 +64,7 @@ def _plan(
         activation=ACTIVATIONS[activation], dtype=codes[dtype], bias_dtype=0 if bias is None else codes[bias.dtype],
     )  # fmt: skip
     workspace = cuda.kernel("int8_workspace_cuda")(plan)
-    layout, scale_layout = layout_of(weight), layout_of(weight_scale)
+    layout, scale_strides = layout_of(weight), (*weight_scale.stride(), 0)[:2]
 
     def launch(
         x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
@@ -75,10 +75,10 @@ def _plan(
         digits = torch.empty(workspace, dtype=torch.uint8, device=device)
         aligned = rows_of_16(weight, layout)
         sums = None if group else sums_over_k(weight, layout)
-        scale = transposed(weight_scale, scale_layout) if group else weight_scale
         kernel(
-            plan, x.data_ptr(), aligned.data_ptr(), aligned.stride(0), _address(sums), scale.data_ptr(), _address(bias),
-            _address(residual), _address(input_scale), out.data_ptr(), digits.data_ptr(), *cuda.stream(device),
+            plan, x.data_ptr(), aligned.data_ptr(), aligned.stride(0), _address(sums), weight_scale.data_ptr(),
+            *scale_strides, _address(bias), _address(residual), _address(input_scale), out.data_ptr(), digits.data_ptr(),
+            *cuda.stream(device),
         )  # fmt: skip
         return out
 
@@ -94,8 +94,6 @@ def _on_copies(
     input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     dense = [None if t is None else t.contiguous() for t in (bias, residual, input_scale)]
-    if not group:
-        weight_scale = weight_scale.contiguous()
     args: tuple[Any, ...] = (x.contiguous(), weight, weight_scale, *dense, inputs, group, rotate, activation)
     if out is None or row_distance(out) >= 0:
         args = (*args, out)

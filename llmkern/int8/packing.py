@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llmkern import extension
 
@@ -63,7 +62,14 @@ def rows_of_16(weight: Tensor, layout: _Layout) -> Tensor:
     strides_fit = weight.stride(1) == 1 and weight.stride(0) % 16 == 0 and weight.stride(0) >= depth
     if strides_fit and depth % 16 == 0 and weight.data_ptr() % 16 == 0:
         return weight
-    return _found_or_made(weight, layout, ("cuda", "rows"), lambda: F.pad(weight.detach(), (0, -depth % 16)))
+    return _found_or_made(weight, layout, ("cuda", "rows"), lambda: _padded(weight.detach()))
+
+
+def _padded(weight: Tensor) -> Tensor:
+    outputs, depth = weight.shape
+    result = weight.new_zeros(outputs, -(-depth // 16) * 16)
+    result[:, :depth] = weight
+    return result
 
 
 def sums_over_k(weight: Tensor, layout: _Layout) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import pybind11
 
 from tests.emulation import compilers
-from tests.emulation.ptx.launch import Buffer, Launch, Report, parse, run
+from tests.emulation.ptx.launch import Buffer, Launch, Report, kernels_of, run
 
 ARCHITECTURE = "80"
 HERE = compilers.ROOT / "tests/emulation/cuda"
@@ -54,9 +54,13 @@ class Emulated:
         self.reports: list[tuple[str, Report]] = []
         self.ptx: dict[str, str] = {}
         for ptx in sources:
-            for kernel in parse(ptx).values():
-                self.ptx[kernel.name] = ptx
-                module.set_sizes(kernel.name, [p.size for p in kernel.parameters])
+            self.use(ptx)
+
+    def use(self, ptx: str) -> None:
+        """Takes the kernels of this PTX from here on."""
+        for kernel in kernels_of(ptx).values():
+            self.ptx[kernel.name] = ptx
+            self.module.set_sizes(kernel.name, [p.size for p in kernel.parameters])
 
     def call(self, launcher: Callable[[], Any], launch: Launch) -> None:
         """launcher: queues kernels that work on the buffers of `launch`."""

@@ -22,7 +22,7 @@ inline std::map<const void*, std::string>& names() {
   static std::map<const void*, std::string> all;
   return all;
 }
-inline std::map<const void*, size_t> allowed;     // dynamic shared memory that was asked for
+inline std::map<const void*, size_t> allowed;  // dynamic shared memory that was asked for
 inline std::map<std::string, std::vector<size_t>> sizes;
 inline std::vector<Noted> noted;
 constexpr size_t kAlwaysAllowed = 48 * 1024, kMost = 99 * 1024;  // kMost: of sm_86, 89 and 120
