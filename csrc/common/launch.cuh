@@ -51,21 +51,19 @@ void launch(const char* name, int device, void* stream, int64_t items, void (*ke
   check(cudaLaunchKernelEx(&config, kernel, args...), name, device);
 }
 
-// Launches a grid of blocks of `threads`, each with `shared` bytes of dynamic shared memory; nothing where it is empty.
+// Launches a kernel of `blocks` blocks with dynamic shared memory, also with more than kernels may have unasked.
 template <class... Params, class... Args>
-void launch_grid(const char* name, int device, void* stream, dim3 grid, int threads, size_t shared,
-                 void (*kernel)(Params...), const Args&... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+void launch_blocks(const char* name, int device, void* stream, int64_t blocks, int threads, int shared_bytes,
+                   void (*kernel)(Params...), const Args&... args) {
+  if (blocks <= 0) return;
+  if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": a grid has at most 2^31 - 1 blocks");
   DeviceGuard guard(device, name);
-  constexpr size_t kAlwaysThere = 48 * 1024;  // more must be asked for
-  if (shared > kAlwaysThere)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared)),
-          name, device);
+  if (shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name, device);
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   check(cudaLaunchKernelEx(&config, kernel, args...), name, device);
 }

@@ -141,13 +141,12 @@ __global__ void __launch_bounds__(kThreads) few_rows_kernel(const __grid_constan
 template <Digits kDigits>
 void few_rows(const Int8CudaParams& p, int device, void* stream) {
   const int64_t outputs = p.pairs ? p.linear.outputs / 2 : p.linear.outputs, of_block = p.pairs ? 2 : kOutputs;
-  const dim3 grid(static_cast<unsigned>((outputs + of_block - 1) / of_block));
   const int64_t rows = p.linear.rows;
   auto* kernel = rows <= 1   ? few_rows_kernel<1, kDigits>
                  : rows <= 2 ? few_rows_kernel<2, kDigits>
                  : rows <= 4 ? few_rows_kernel<4, kDigits>
                              : few_rows_kernel<8, kDigits>;
-  device::launch_grid("int8_few_rows", device, stream, grid, kThreads, 0, kernel, p);
+  device::launch_blocks("int8_few_rows", device, stream, (outputs + of_block - 1) / of_block, kThreads, 0, kernel, p);
 }
 
 }  // namespace llmkern::int8

@@ -240,8 +240,8 @@ void quantize_typed(const Int8CudaParams& p, int device, void* stream) {
   const int64_t filled = (p.linear.depth + kSums - 1) / kSums * kSums;
   const size_t shared = static_cast<size_t>(filled) * sizeof(T) +
                         (p.linear.quantize.group ? static_cast<size_t>(p.digits.groups) * sizeof(float) : 0);
-  device::launch_grid("int8_quantize", device, stream, dim3(static_cast<unsigned>(p.linear.rows)), kThreads, shared,
-                      quantize_kernel<T>, p);
+  device::launch_blocks("int8_quantize", device, stream, p.linear.rows, kThreads, static_cast<int>(shared),
+                        quantize_kernel<T>, p);
 }
 
 }  // namespace llmkern::int8

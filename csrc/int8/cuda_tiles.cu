@@ -194,8 +194,9 @@ LLMKERN_DEVICE void finish_tile(const Int8CudaParams& p, const Position& at, con
     }
 }
 
+// Neighbouring blocks take the same columns, row_tiles of them, so that these weights come from memory once.
 template <int kTileRows, Digits kDigits>
-__global__ void __launch_bounds__(kBlock) tiles_kernel(const __grid_constant__ Int8CudaParams p) {
+__global__ void __launch_bounds__(kBlock) tiles_kernel(const __grid_constant__ Int8CudaParams p, int row_tiles) {
   using T = Tile<kTileRows, kDigits>;
   constexpr bool kTwo = T::kTwo, kGroups = kDigits == Digits::groups;
   constexpr int kCount = T::kRowFragments;
@@ -204,8 +205,9 @@ __global__ void __launch_bounds__(kBlock) tiles_kernel(const __grid_constant__ I
   const Int8LinearParams& l = p.linear;
   const int depth = static_cast<int>(l.depth), tiles = (depth + kTileDepth - 1) / kTileDepth;
   const int warp = threadIdx.x / 32;
-  const Position at = {int64_t{blockIdx.x} * kTileRows, blockIdx.y, static_cast<int>(threadIdx.x) % 32,
-                       warp / kWarpColumns * T::kRows, warp % kWarpColumns * kColumns};
+  const Position at = {int64_t{blockIdx.x % row_tiles} * kTileRows, blockIdx.x / row_tiles,
+                       static_cast<int>(threadIdx.x) % 32, warp / kWarpColumns * T::kRows,
+                       warp % kWarpColumns * kColumns};
   const uint32_t shared = device::shared_address(stages);
 
   if constexpr (kTwo) {
@@ -272,10 +274,10 @@ template <int kTileRows, Digits kDigits>
 void tiles_of(const Int8CudaParams& p, int device, void* stream) {
   const int64_t columns = p.pairs ? kTileColumns / 2 : kTileColumns;
   const int64_t outputs = p.pairs ? p.linear.outputs / 2 : p.linear.outputs;
-  const dim3 grid(static_cast<unsigned>((p.linear.rows + kTileRows - 1) / kTileRows),
-                  static_cast<unsigned>((outputs + columns - 1) / columns));
-  device::launch_grid("int8_tiles", device, stream, grid, kBlock, Tile<kTileRows, kDigits>::kShared,
-                      tiles_kernel<kTileRows, kDigits>, p);
+  const int64_t row_tiles = (p.linear.rows + kTileRows - 1) / kTileRows;
+  device::launch_blocks("int8_tiles", device, stream, row_tiles * ((outputs + columns - 1) / columns), kBlock,
+                        Tile<kTileRows, kDigits>::kShared, tiles_kernel<kTileRows, kDigits>, p,
+                        static_cast<int>(row_tiles));
 }
 
 template <Digits kDigits>

@@ -63,7 +63,8 @@ def _plan(
         quantization=extension._C.Quantization(INPUTS[inputs], inputs == "outliers", group, rotate),
         activation=ACTIVATIONS[activation], dtype=codes[dtype], bias_dtype=0 if bias is None else codes[bias.dtype],
     )  # fmt: skip
-    workspace = cuda.kernel("int8_workspace_cuda")(plan)
+    bytes_of: Callable[..., Any] = cuda.kernel("int8_workspace_cuda")
+    workspace = bytes_of(plan)
     layout, scale_strides = layout_of(weight), (*weight_scale.stride(), 0)[:2]
 
     def launch(
@@ -77,8 +78,8 @@ def _plan(
         sums = None if group else sums_over_k(weight, layout)
         kernel(
             plan, x.data_ptr(), aligned.data_ptr(), aligned.stride(0), _address(sums), weight_scale.data_ptr(),
-            *scale_strides, _address(bias), _address(residual), _address(input_scale), out.data_ptr(), digits.data_ptr(),
-            *cuda.stream(device),
+            *scale_strides, _address(bias), _address(residual), _address(input_scale), out.data_ptr(),
+            digits.data_ptr(), *cuda.stream(device),
         )  # fmt: skip
         return out
 

@@ -22,8 +22,7 @@ HERE = compilers.ROOT / "tests/emulation/cuda"
 
 
 def build(folder: Path, family: str) -> tuple[ModuleType, list[str]]:
-    """The module <family>_launches of tests/emulation/cuda, with the family's launchers and no CUDA runtime, and the PTX
-    of its kernels."""
+    """The module <family>_launches of tests/emulation/cuda, without a CUDA runtime, and the kernels' PTX."""
     name = f"{family}_launches"
     path = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_path("include"))]

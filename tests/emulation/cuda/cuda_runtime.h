@@ -38,6 +38,8 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 // One device, number 0.
 inline cudaError_t cudaSetDevice(int device) { return device ? 101 : cudaSuccess; }
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid device ordinal" : "no error"; }
 
 namespace emulation {

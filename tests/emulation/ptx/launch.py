@@ -83,9 +83,10 @@ def _compiled(ptx: str, name: str) -> Code:
 
 def find(ptx: str, part: str | None = None) -> str:
     """The name of the one kernel whose name contains `part`."""
-    names = [n for n in kernels_of(ptx) if part is None or part == n] or [n for n in kernels_of(ptx) if part and part in n]
+    known = kernels_of(ptx)
+    names = [n for n in known if part is None or part == n] or [n for n in known if part and part in n]
     if len(names) != 1:
-        raise PtxError(f"{len(names)} kernels have {part!r} in their name: {', '.join(names or kernels_of(ptx))}")
+        raise PtxError(f"{len(names)} kernels have {part!r} in their name: {', '.join(names or known)}")
     return names[0]
 
 
