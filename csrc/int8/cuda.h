@@ -45,7 +45,7 @@ struct Int8CudaParams {
   int64_t weight_scale_stride[2];
   Int8Digits digits;
   bool pairs;     // takes_pairs(linear.activation)
-  int tile_rows;  // of int8_tiles_cuda: 64, 128, or 0 for a choice by the sizes
+  int tile_rows;  // of int8_tiles_cuda: 64, 128 (not with groups), or 0 for a choice
 };
 
 // Places the digits of a call in `workspace`, which is aligned to 16 bytes; returns how much of it they take.

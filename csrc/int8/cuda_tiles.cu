@@ -286,7 +286,9 @@ void tiles(const Int8CudaParams& p, int device, void* stream) {
   constexpr int64_t kEnough = 128;
   const int64_t large = ((p.linear.rows + 127) / 128) * ((p.linear.outputs + kTileColumns - 1) / kTileColumns);
   const bool small = p.tile_rows ? p.tile_rows == 64 : p.linear.rows <= 64 || large < kEnough;
-  if (small)
+  if constexpr (kDigits == Digits::groups)
+    tiles_of<64, kDigits>(p, device, stream);  // 128 rows and their totals take more registers than there are
+  else if (small)
     tiles_of<64, kDigits>(p, device, stream);
   else
     tiles_of<128, kDigits>(p, device, stream);
