@@ -16,6 +16,7 @@
 #include "positional/bindings.h"
 #ifdef LLMKERN_CUDA
 #include "attention/bindings_cuda.h"
+#include "int8/bindings_cuda.h"
 #include "positional/bindings_cuda.h"
 #endif
 
@@ -33,6 +34,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = llmkern::cuda_architectures = LLMKERN_CUDA;
   m.attr("cuda_missing") = "";
   llmkern::bind_attention_cuda(m);
+  llmkern::bind_int8_cuda(m);
   llmkern::bind_positional_cuda(m);
 #else
   m.attr("cuda_architectures") = "";

@@ -64,7 +64,17 @@ inline void bind_int8(pybind11::module_& m) {
            }),
            py::kw_only(), py::arg("rows"), py::arg("outputs"), py::arg("depth"), py::arg("x_stride"),
            py::arg("residual_stride"), py::arg("out_stride"), py::arg("quantization"), py::arg("activation"),
-           py::arg("dtype"), py::arg("bias_dtype"));
+           py::arg("dtype"), py::arg("bias_dtype"))
+      .def_readonly("rows", &Int8LinearParams::rows)
+      .def_readonly("outputs", &Int8LinearParams::outputs)
+      .def_readonly("depth", &Int8LinearParams::depth)
+      .def_readonly("x_stride", &Int8LinearParams::x_stride)
+      .def_readonly("residual_stride", &Int8LinearParams::residual_stride)
+      .def_readonly("out_stride", &Int8LinearParams::out_stride)
+      .def_property_readonly("group", [](const Int8LinearParams& p) { return p.quantize.group; })
+      .def_property_readonly("pairs", [](const Int8LinearParams& p) { return takes_pairs(p.activation); })
+      .def_property_readonly("dtype", [](const Int8LinearParams& p) { return static_cast<int>(p.dtype); })
+      .def_property_readonly("bias_dtype", [](const Int8LinearParams& p) { return static_cast<int>(p.bias_dtype); });
   // Tensors: x, the packed weight, weight_scale, bias or None, residual or None, scale and zero or None, out.
   call::define_kernel<Int8LinearParams, 7, fill_int8_linear, run_int8_linear>(m, "int8_linear");
   m.def(

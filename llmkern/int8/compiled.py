@@ -36,7 +36,7 @@ def _plan(
     input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
 ) -> Callable[..., Tensor]:  # fmt: skip
     kernel, threads, isa = extension._C.int8_linear, extension.threads, extension._C.active_isa()
-    rows_of = [None if t is None else _rows(t) for t in (x, residual, out)]
+    rows_of = [None if t is None else row_distance(t) for t in (x, residual, out)]
     vectors_dense = all(t is None or t.stride(0) == 1 or t.size(0) <= 1 for t in (bias, input_scale))
     if not group:
         vectors_dense = vectors_dense and (weight_scale.stride(0) == 1 or weight_scale.size(0) <= 1)
@@ -80,7 +80,7 @@ def _plan(
     return launch
 
 
-def _rows(x: Tensor) -> int:
+def row_distance(x: Tensor) -> int:
     """The distance of the rows of x as one matrix, or -1 where its elements do not lie in such rows."""
     if not x.numel():
         return x.size(-1)
@@ -106,7 +106,7 @@ def _on_copies(
     if not group:
         weight_scale = weight_scale.contiguous()
     args: tuple[Any, ...] = (x.contiguous(), weight, weight_scale, *dense, inputs, group, rotate, activation)
-    if out is None or _rows(out) >= 0:
+    if out is None or row_distance(out) >= 0:
         args = (*args, out)
         return _plan(*args)(*args)
     return out.copy_(_plan(*args)(*args))

@@ -1,4 +1,4 @@
-"""Weights in the order that the CPU kernel reads, kept from call to call."""
+"""What kernels read in place of a weight, kept from call to call: the CPU's in its order, rows and sums for CUDA."""
 
 from __future__ import annotations
 
@@ -49,10 +49,41 @@ def packed(weight: Tensor, layout: _Layout, isa: str, group: int = 0, pairs: boo
 
 def transposed(scale: Tensor, layout: _Layout) -> Tensor:
     """(groups, N) from the scales of groups (N, groups), kept as a packed weight is."""
-    found = _found(scale, layout, "transposed")
+    make = lambda: scale.detach().t().clone(memory_format=torch.contiguous_format)  # noqa: E731
+    return _found_or_made(scale, layout, "transposed", make)
+
+
+def rows_of_16(weight: Tensor, layout: _Layout) -> Tensor:
+    """The weight (N, K) with rows that begin at multiples of 16 bytes, zeros behind K up to the next one.
+
+    The weight itself where it is so already, else a copy, kept as a packed weight is.
+    """
+    depth = weight.size(1)
+    strides_fit = weight.stride(1) == 1 and weight.stride(0) % 16 == 0 and weight.stride(0) >= depth
+    if strides_fit and depth % 16 == 0 and weight.data_ptr() % 16 == 0:
+        return weight
+    return _found_or_made(weight, layout, ("cuda", "rows"), lambda: _padded(weight.detach()))
+
+
+def _padded(weight: Tensor) -> Tensor:
+    outputs, depth = weight.shape
+    result = weight.new_zeros(outputs, -(-depth // 16) * 16)
+    result[:, :depth] = weight
+    return result
+
+
+def sums_over_k(weight: Tensor, layout: _Layout) -> Tensor:
+    """The sums of a weight's rows, (N,) int32, kept as a packed weight is."""
+    return _found_or_made(weight, layout, ("cuda", "sums"), lambda: weight.detach().sum(1, dtype=torch.int32))
+
+
+def _found_or_made(tensor: Tensor, layout: _Layout, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    found = _found(tensor, layout, key)
     if found is not None:
         return found
-    return _keep(scale, layout, "transposed", lambda: scale.detach().t().clone(memory_format=torch.contiguous_format))
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return make()  # it belongs to the graph, and holds nothing before the graph has run
+    return _keep(tensor, layout, key, make)
 
 
 def forget(tensor: Tensor) -> None:

@@ -71,20 +71,22 @@ def empty(shape: Any, dtype: Any, name: str = "") -> Buffer:
 
 
 @lru_cache(maxsize=64)
-def _parsed(ptx: str) -> dict[str, Kernel]:
+def kernels_of(ptx: str) -> dict[str, Kernel]:
+    """The kernels of a module by name."""
     return parse(ptx)
 
 
 @lru_cache(maxsize=64)
 def _compiled(ptx: str, name: str) -> Code:
-    return Code(_parsed(ptx)[name])
+    return Code(kernels_of(ptx)[name])
 
 
 def find(ptx: str, part: str | None = None) -> str:
     """The name of the one kernel whose name contains `part`."""
-    names = [n for n in _parsed(ptx) if part is None or part == n] or [n for n in _parsed(ptx) if part and part in n]
+    known = kernels_of(ptx)
+    names = [n for n in known if part is None or part == n] or [n for n in known if part and part in n]
     if len(names) != 1:
-        raise PtxError(f"{len(names)} kernels have {part!r} in their name: {', '.join(names or _parsed(ptx))}")
+        raise PtxError(f"{len(names)} kernels have {part!r} in their name: {', '.join(names or known)}")
     return names[0]
 
 

@@ -1,0 +1,95 @@
+// From exact sums to results on CUDA: zero points, scales, bias, then function, pair and residual (csrc/int8/finish.h).
+#pragma once
+#include "../common/device.cuh"
+#include "cuda.h"
+
+namespace llmkern::int8 {
+
+LLMKERN_DEVICE float load_as_float(const void* x, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::bf16:
+      return device::widen(static_cast<const Bf16*>(x)[i]);
+    case DType::f16:
+      return device::widen(static_cast<const Fp16*>(x)[i]);
+    default:
+      return static_cast<const float*>(x)[i];
+  }
+}
+
+// What is the same for all rows of an output.
+struct Column {
+  float scale, bias;
+  int32_t weight_sum;
+};
+LLMKERN_DEVICE Column column_of(const Int8CudaParams& p, int64_t output) {
+  const Int8LinearParams& l = p.linear;
+  const bool grouped = p.digits.kind == Digits::groups;
+  return {grouped ? 1.0f : l.weight_scale[output * p.weight_scale_stride[0]],
+          l.bias ? load_as_float(l.bias, l.bias_dtype, output) : 0.0f, grouped ? 0 : p.weight_sums[output]};
+}
+
+// The linear part from the sums of products of low and high digits. Each operation rounds by itself, as the reference's
+// do; 256 times a sum is exact, so that there one rounding is the same.
+LLMKERN_DEVICE float linear(const Column& c, float row_scale, int32_t zero, int32_t low, int32_t high) {
+  const float sum = fmaf(256.0f, static_cast<float>(high), static_cast<float>(low - zero * c.weight_sum));
+  return __fadd_rn(__fmul_rn(sum, __fmul_rn(row_scale, c.scale)), c.bias);
+}
+
+LLMKERN_DEVICE float gelu(float x) { return __fmul_rn(0.5f * x, 1.0f + erff(x * 0.707106781f)); }
+LLMKERN_DEVICE float silu(float x) { return __fdiv_rn(x, 1.0f + expf(-x)); }
+
+LLMKERN_DEVICE float activate(Activation activation, float x) {
+  switch (activation) {
+    case Activation::relu:
+      return x < 0.0f ? 0.0f : x;
+    case Activation::gelu:
+    case Activation::geglu:
+      return gelu(x);
+    case Activation::gelu_tanh:
+      return 0.5f * x * (1.0f + tanhf(0.797884561f * fmaf(0.044715f, x * x * x, x)));
+    case Activation::silu:
+    case Activation::swiglu:
+      return silu(x);
+    default:
+      return x;
+  }
+}
+
+// Result n of row m from its linear part, and of a pair from `second` too.
+LLMKERN_DEVICE float finish(const Int8LinearParams& l, bool pairs, int64_t m, int64_t n, float y, float second) {
+  y = activate(l.activation, y);
+  if (pairs) y = __fmul_rn(y, second);
+  if (l.residual) y = __fadd_rn(y, load_as_float(l.residual, l.dtype, m * l.residual_stride + n));
+  return y;
+}
+
+LLMKERN_DEVICE void put(const Int8LinearParams& l, int64_t m, int64_t n, float y) {
+  const int64_t i = m * l.out_stride + n;
+  switch (l.dtype) {
+    case DType::bf16:
+      static_cast<Bf16*>(l.out)[i] = device::narrow(y, Bf16{});
+      break;
+    case DType::f16:
+      static_cast<Fp16*>(l.out)[i] = device::narrow(y, Fp16{});
+      break;
+    default:
+      static_cast<float*>(l.out)[i] = y;
+  }
+}
+
+// Results n and n + 1 of row m, where they lie together in a word of memory.
+LLMKERN_DEVICE void put_two(const Int8LinearParams& l, int64_t m, int64_t n, float y0, float y1) {
+  const int64_t i = m * l.out_stride + n;
+  switch (l.dtype) {
+    case DType::bf16:
+      *reinterpret_cast<uint32_t*>(static_cast<Bf16*>(l.out) + i) = device::narrow_pair(y0, y1, Bf16{});
+      break;
+    case DType::f16:
+      *reinterpret_cast<uint32_t*>(static_cast<Fp16*>(l.out) + i) = device::narrow_pair(y0, y1, Fp16{});
+      break;
+    default:
+      *reinterpret_cast<float2*>(static_cast<float*>(l.out) + i) = make_float2(y0, y1);
+  }
+}
+
+}  // namespace llmkern::int8

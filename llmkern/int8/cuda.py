@@ -1,0 +1,106 @@
+"""The CUDA kernels of int8_linear (csrc/int8/cuda*.cu) as a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern import cuda, extension
+from llmkern.backend import Backend
+from llmkern.int8.compiled import MOST_DEPTH, row_distance
+from llmkern.int8.packing import layout_of, rows_of_16, sums_over_k
+from llmkern.int8.scheme import ACTIVATIONS, INPUTS, PAIRS
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+#: As kMostRowBytes in csrc/int8/cuda.h.
+MOST_ROW_BYTES = 96 * 1024
+
+
+def _refused(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+    input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
+) -> str | None:  # fmt: skip
+    """Why the kernels cannot serve a call on a machine that runs them."""
+    if x.dtype not in FLOATS:
+        return f"x is {x.dtype}, not float32, bfloat16 or float16"
+    if bias is not None and bias.dtype not in FLOATS:
+        return f"bias is {bias.dtype}, not float32, bfloat16 or float16"
+    if rotate > 1:
+        return f"rotate={rotate}: the CUDA kernels have no Hadamard transform"
+    depth = weight.size(1)
+    if depth > MOST_DEPTH:
+        return f"K = {depth} is above {MOST_DEPTH}, past which its int32 sums could overflow"
+    if depth * x.element_size() > MOST_ROW_BYTES:
+        return f"a row of x takes {depth * x.element_size()} bytes, more than the {MOST_ROW_BYTES} that a block holds"
+    return None
+
+
+def _unsupported(x: Tensor, *args: Any) -> str | None:
+    return cuda.unsupported(x) or _refused(x, *args)
+
+
+def _plan(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+    input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
+) -> Callable[..., Tensor]:  # fmt: skip
+    distances = [None if t is None else row_distance(t) for t in (x, residual, out)]
+    vectors = (bias, input_scale)
+    if -1 in distances or not all(t is None or t.stride(0) == 1 or t.size(0) <= 1 for t in vectors):
+        return _on_copies
+    kernel, device = cuda.kernel("int8_linear_cuda"), x.device
+    outputs, depth = weight.shape
+    shape = (*x.shape[:-1], outputs // 2 if activation in PAIRS else outputs)
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    dtype, codes = x.dtype, extension.DTYPE_CODES
+    plan = extension._C.Int8LinearPlan(
+        rows=rows, outputs=outputs, depth=depth, x_stride=distances[0], residual_stride=distances[1] or 0,
+        out_stride=shape[-1] if out is None else distances[2],
+        quantization=extension._C.Quantization(INPUTS[inputs], inputs == "outliers", group, rotate),
+        activation=ACTIVATIONS[activation], dtype=codes[dtype], bias_dtype=0 if bias is None else codes[bias.dtype],
+    )  # fmt: skip
+    bytes_of: Callable[..., Any] = cuda.kernel("int8_workspace_cuda")
+    workspace = bytes_of(plan)
+    layout, scale_strides = layout_of(weight), (*weight_scale.stride(), 0)[:2]
+
+    def launch(
+        x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+        input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if out is None:
+            out = torch.empty(shape, dtype=dtype, device=device)
+        digits = torch.empty(workspace, dtype=torch.uint8, device=device)
+        aligned = rows_of_16(weight, layout)
+        sums = None if group else sums_over_k(weight, layout)
+        kernel(
+            plan, x.data_ptr(), aligned.data_ptr(), aligned.stride(0), _address(sums), weight_scale.data_ptr(),
+            *scale_strides, _address(bias), _address(residual), _address(input_scale), out.data_ptr(),
+            digits.data_ptr(), *cuda.stream(device),
+        )  # fmt: skip
+        return out
+
+    return launch
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _on_copies(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+    input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    dense = [None if t is None else t.contiguous() for t in (bias, residual, input_scale)]
+    args: tuple[Any, ...] = (x.contiguous(), weight, weight_scale, *dense, inputs, group, rotate, activation)
+    if out is None or row_distance(out) >= 0:
+        args = (*args, out)
+        return _plan(*args)(*args)
+    return out.copy_(_plan(*args)(*args))
+
+
+#: int8_linear(x, weight, weight_scale, bias, residual, input_scale, inputs, group, rotate, activation[, out]) -> y
+CUDA_INT8_LINEAR = Backend("cuda", _plan, _unsupported)

@@ -1,0 +1,98 @@
+// Stands in for the CUDA runtime where the tests link host code that nvcc compiled: a launch is noted, not made. What
+// the launchers decide (kernel, grid, shared memory, arguments) is then executed by the PTX emulator.
+#pragma once
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace launches {
+
+struct Noted {
+  std::string kernel;
+  std::vector<unsigned> grid, block;
+  size_t shared;
+  std::vector<std::string> arguments;
+};
+// Names of kernels, by the address that a launch gives; kernels are made known before other globals are made.
+inline std::map<const void*, std::string>& names() {
+  static std::map<const void*, std::string> all;
+  return all;
+}
+inline std::map<const void*, size_t> allowed;  // dynamic shared memory that was asked for
+inline std::map<std::string, std::vector<size_t>> sizes;
+inline std::vector<Noted> noted;
+constexpr size_t kAlwaysAllowed = 48 * 1024, kMost = 99 * 1024;  // kMost: of sm_86, 89 and 120
+
+inline cudaError_t note(const cudaLaunchConfig_t& c, const void* function, void** arguments) {
+  auto known = names().find(function);
+  if (known == names().end() || !sizes.count(known->second)) return cudaErrorInvalidDeviceFunction;
+  size_t most = allowed.count(function) ? allowed[function] : kAlwaysAllowed;
+  if (c.dynamicSmemBytes > most || c.gridDim.y > 65535) return cudaErrorInvalidConfiguration;
+  Noted n{known->second,
+          {c.gridDim.x, c.gridDim.y, c.gridDim.z},
+          {c.blockDim.x, c.blockDim.y, c.blockDim.z},
+          c.dynamicSmemBytes,
+          {}};
+  for (size_t i = 0; i < sizes[n.kernel].size(); i++)
+    n.arguments.emplace_back(static_cast<const char*>(arguments[i]), sizes[n.kernel][i]);
+  noted.push_back(n);
+  return cudaSuccess;
+}
+
+inline void bind(pybind11::module_& m) {
+  namespace py = pybind11;
+  m.def(
+      "set_sizes", [](const std::string& kernel, const std::vector<size_t>& bytes) { sizes[kernel] = bytes; },
+      "The sizes of a kernel's arguments, which the runtime is not told.");
+  m.def(
+      "take",
+      [] {
+        py::list all;
+        for (const Noted& n : noted) {
+          py::list arguments;
+          for (const std::string& a : n.arguments) arguments.append(py::bytes(a));
+          all.append(py::make_tuple(n.kernel, n.grid, n.block, n.shared, arguments));
+        }
+        noted.clear();
+        return all;
+      },
+      "The launches since the last call: kernel, grid, block, bytes of shared memory, arguments as bytes.");
+}
+
+}  // namespace launches
+
+extern "C" {
+void** __cudaRegisterFatBinary(void*) {
+  static void* handle;
+  return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
+  launches::names()[host] = name;
+}
+// Of the stubs for <<<>>>, which no launcher uses.
+cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
+unsigned __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return 1; }
+
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidDevice : cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid launch";
+}
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute what, int value) {
+  if (what != cudaFuncAttributeMaxDynamicSharedMemorySize || value > static_cast<int>(launches::kMost))
+    return cudaErrorInvalidValue;
+  launches::allowed[function] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
+  return launches::note(*config, function, arguments);
+}
+}

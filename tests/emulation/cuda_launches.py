@@ -1,0 +1,81 @@
+"""A family's CUDA launchers as nvcc compiled them, their launches noted and then executed by the PTX emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pybind11
+
+from tests.emulation import compilers
+from tests.emulation.ptx.launch import Buffer, Launch, Report, kernels_of, run
+
+ARCHITECTURE = "80"
+HERE = compilers.ROOT / "tests/emulation/cuda"
+
+
+def build(folder: Path, family: str) -> tuple[ModuleType, list[str]]:
+    """The module <family>_launches of tests/emulation/cuda, without a CUDA runtime, and the kernels' PTX."""
+    name = f"{family}_launches"
+    path = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_path("include"))]
+    flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{ARCHITECTURE},code=compute_{ARCHITECTURE}", "-lineinfo"]
+    host = ["-Xcompiler=-O1,-fPIC,-fvisibility=hidden"]
+    kernels, objects, running = sorted(compilers.ROOT.glob(f"csrc/{family}/cuda*.cu")), [], []
+    for source in [*kernels, HERE / f"{name}.cpp"]:
+        objects.append(str(folder / f"{source.stem}.o"))
+        keep = ["-keep", f"-keep-dir={folder}"] if source in kernels else []
+        command = [compilers.NVCC, *flags, *host, *includes, *keep, "-c", str(source), "-o", objects[-1]]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    for process in running:
+        told = process.communicate()[0]
+        assert process.returncode == 0, told
+    subprocess.run([compilers.NVCC, "-shared", "-cudart", "none", *objects, "-o", str(path)], check=True)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, [(folder / f"{source.stem}.ptx").read_text() for source in kernels]
+
+
+class Emulated:
+    """Runs what launchers launch. options: of `run`; reports: of the launches since it was emptied, by kernel."""
+
+    def __init__(self, module: ModuleType, sources: list[str]) -> None:
+        self.module, self.options = module, {"schedule": "lockstep"}
+        self.reports: list[tuple[str, Report]] = []
+        self.ptx: dict[str, str] = {}
+        for ptx in sources:
+            self.use(ptx)
+
+    def use(self, ptx: str) -> None:
+        """Takes the kernels of this PTX from here on."""
+        for kernel in kernels_of(ptx).values():
+            self.ptx[kernel.name] = ptx
+            self.module.set_sizes(kernel.name, [p.size for p in kernel.parameters])
+
+    def call(self, launcher: Callable[[], Any], launch: Launch) -> None:
+        """launcher: queues kernels that work on the buffers of `launch`."""
+        launcher()
+        for kernel, grid, block, shared, arguments in self.module.take():
+            report = run(
+                self.ptx[kernel], kernel, grid, block, arguments, shared_bytes=shared, launch=launch, **self.options
+            )
+            self.reports.append((kernel, report.raise_if_faulty()))
+
+
+def buffer_of(address: int, size: int, name: str, read_only: bool = True) -> Buffer:
+    """A copy of `size` bytes of this process's memory, as far off a multiple of 256 as they are."""
+    data = np.frombuffer(ctypes.string_at(address, size), np.uint8).copy()
+    return Buffer(data, name, read_only=read_only, offset=address % 256)
+
+
+def copy_back(buffer: Buffer, address: int) -> None:
+    ctypes.memmove(address, buffer.data.ctypes.data, buffer.data.nbytes)
