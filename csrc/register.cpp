@@ -14,6 +14,7 @@
 #include "int8/bindings.h"
 #include "positional/bindings.h"
 #ifdef LLMKERN_CUDA
+#include "attention/bindings_cuda_decode.h"
 #include "positional/bindings_cuda.h"
 #endif
 
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef LLMKERN_CUDA
   m.attr("cuda_architectures") = LLMKERN_CUDA;
   m.attr("cuda_missing") = "";
+  llmkern::bind_attention_cuda_decode(m);
   llmkern::bind_positional_cuda(m);
 #else
   m.attr("cuda_architectures") = "";

@@ -38,17 +38,24 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Launches a kernel of `blocks` blocks, at most 2^31 - 1.
+template <class... Params, class... Args>
+void launch_blocks(const char* name, int device, void* stream, int64_t blocks, int threads, void (*kernel)(Params...),
+                   const Args&... args) {
+  DeviceGuard guard(device, name);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, args...), name, device);
+}
+
 // Launches a kernel over `items` pieces of work, one for each thread as long as the grid reaches.
 template <class... Params, class... Args>
 void launch(const char* name, int device, void* stream, int64_t items, void (*kernel)(Params...), const Args&... args) {
   if (items <= 0) return;
-  DeviceGuard guard(device, name);
   int64_t blocks = (items + kThreads - 1) / kThreads;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel, args...), name, device);
+  launch_blocks(name, device, stream, blocks < kMostBlocks ? blocks : kMostBlocks, kThreads, kernel, args...);
 }
 
 }  // namespace llmkern::device
