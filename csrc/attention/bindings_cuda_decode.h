@@ -9,8 +9,7 @@
 namespace llmkern {
 
 // kernel(plan, device, stream, number, ..., tensor or None, ...): kCall(params, numbers, addresses, device, stream).
-template <class Params, int kNumbers, int kTensors,
-          void (*kCall)(Params&, const int64_t*, void* const*, int, void*)>
+template <class Params, int kNumbers, int kTensors, void (*kCall)(Params&, const int64_t*, void* const*, int, void*)>
 PyObject* cuda_kernel(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 3 + kNumbers + kTensors) {
     PyErr_Format(PyExc_TypeError, "expected a plan, device, stream, %d numbers and %d tensors, got %zd arguments",
@@ -32,8 +31,7 @@ PyObject* cuda_kernel(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-template <class Params, int kNumbers, int kTensors,
-          void (*kCall)(Params&, const int64_t*, void* const*, int, void*)>
+template <class Params, int kNumbers, int kTensors, void (*kCall)(Params&, const int64_t*, void* const*, int, void*)>
 void define_cuda_kernel(pybind11::module_& m, const char* name) {
   static PyMethodDef definition;
   call::define(m, definition, name, cuda_kernel<Params, kNumbers, kTensors, kCall>,

@@ -82,10 +82,13 @@ struct Elements {
       count[0] = p.rotation.interleaved ? at_most(2 * pairs, kN) : pairs;
       count[1] = 2 * pairs - count[0];
     } else {
-      first[0] = rotated + 2 * kN * (lane - blocks), first[1] = first[0] + kN;
+      // Neighbours take neighbouring groups: first those of the others' first half, then those of the second.
+      int others = row.width - rotated, middle = rotated + (others + 2 * kN - 1) / (2 * kN) * kN;
+      first[0] = rotated + kN * (lane - blocks), first[1] = middle + kN * (lane - blocks);
+      const int ends[2] = {at_most(middle, row.width), row.width};
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        int left = row.width - first[i];
+        int left = ends[i] - first[i];
         count[i] = left < 0 ? 0 : at_most(left, kN);
       }
     }

@@ -42,8 +42,7 @@ struct Limits {
 
 // A block's work: up to 16 rows of one group of heads in one sequence. Row r is query r / group of head r % group.
 struct Unit {
-  int64_t b, kv_head;
-  int begin, rows, group;  // the first row and how many there are
+  int b, kv_head, begin, rows, group;  // the first row and how many there are
 
   LLMKERN_DEVICE Unit(const AttentionParams& p, int64_t number) {
     group = static_cast<int>(p.heads / p.kv_heads);
@@ -51,10 +50,10 @@ struct Unit {
     int64_t rest = device::divide(number, blocks);
     begin = static_cast<int>(number - rest * blocks) * kRows;
     rows = static_cast<int>(all - begin < kRows ? all - begin : kRows);
-    b = device::divide(rest, p.kv_heads), kv_head = rest - b * p.kv_heads;
+    b = static_cast<int>(device::divide(rest, p.kv_heads)), kv_head = static_cast<int>(rest - b * p.kv_heads);
   }
   LLMKERN_DEVICE int query(int row) const { return (begin + row) / group; }
-  LLMKERN_DEVICE int64_t head(int row) const { return kv_head * group + (begin + row) % group; }
+  LLMKERN_DEVICE int head(int row) const { return kv_head * group + (begin + row) % group; }
   LLMKERN_DEVICE int64_t number(const AttentionParams& p, int row) const {  // among all rows
     return (b * p.heads + head(row)) * p.queries + query(row);
   }
@@ -133,7 +132,7 @@ struct State {
 struct Scores {
   float scale, softcap, slope[2];
   int first[2], end[2];  // the keys that rows g and g + 8 see
-  int64_t place[2];      // where they stand among the keys
+  int place[2];          // where they stand among the keys
 
   LLMKERN_DEVICE Scores(const AttentionParams& p, const Unit& unit, const Limits& limits, int lane)
       : scale(p.scale), softcap(p.softcap) {
@@ -142,7 +141,7 @@ struct Scores {
       int row = lane / 4 + 8 * r;
       bool is = row < unit.rows;
       int64_t i = is ? unit.query(row) : 0;
-      first[r] = limits.first(i), end[r] = is ? limits.end(i) : 0, place[r] = i + limits.diagonal;
+      first[r] = limits.first(i), end[r] = is ? limits.end(i) : 0, place[r] = static_cast<int>(i + limits.diagonal);
       slope[r] = is && p.alibi ? p.alibi[unit.b * p.alibi_b + unit.head(row) * p.alibi_h] : 0;
     }
   }
@@ -200,14 +199,16 @@ LLMKERN_DEVICE uint4 soften(State<K, kWidth>& state, float (&s)[2][4], const flo
 // that do not see them. So each row by itself, with zeros for what it does not see.
 template <class T, class K, int kWidth>
 LLMKERN_DEVICE void add_row_by_row(State<K, kWidth>& state, const ValueTile<K, kWidth>& values, uint4 weights,
-                                   const Unit& unit, const Limits& limits, int begin, int lane) {
+                                   const Scores& scores, int begin, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; r++)
-    for (int row = 8 * r; row < unit.rows && row < 8 * r + 8; row++) {
-      int first = limits.first(unit.query(row)) - begin, end = limits.end(unit.query(row)) - begin;
+#pragma unroll 1
+    for (int row = 0; row < 8; row++) {
+      int first = __shfl_sync(kAll, scores.first[r], 4 * row) - begin;
+      int end = __shfl_sync(kAll, scores.end[r], 4 * row) - begin;
       unsigned seen = end <= 0 ? 0 : end >= kTile ? 0xffffu : (1u << end) - 1;
       if (first > 0) seen = first >= kTile ? 0 : seen >> first << first;
-      values.add_some(state.output, weights, seen, r, lane / 4 == row % 8, lane, T{});
+      values.add_some(state.output, weights, seen, r, lane / 4 == row, lane, T{});
     }
 }
 
@@ -290,8 +291,15 @@ LLMKERN_DEVICE void write_state(const AttentionParams& p, const Unit& unit, Stat
   }
 }
 
+// As many blocks on a processor as their registers allow without spilling what the loop needs: each has two or three
+// tiles on their way, 64 KB and more of a processor together.
+template <class K, int kWidth>
+constexpr int kBlocks = kWidth <= 64                      ? 4
+                        : sizeof(K) == 1 && kWidth <= 128 ? 3
+                                                          : 2;
+
 template <class T, class K, int kWidth, bool kAligned>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, (kBlocks<K, kWidth>))
     decode_kernel(const __grid_constant__ AttentionParams p, float* workspace, int splits, bool query_aligned) {
   using S = State<K, kWidth>;
   __shared__ uint4 queries[kWidth / 16 * 32];
@@ -317,7 +325,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   KeyTile<K, kWidth> keys;
   ValueTile<K, kWidth> values;
   Place place = {0, -1};
-  float scale = 0;  // lane i < 16: of key i of the tile; i >= 16: of value i - 16
+  float scale = 0;                        // lane i < 16: of key i of the tile; i >= 16: of value i - 16
   constexpr bool kAhead = kWidth <= 128;  // the next tile's keys and this one's values fit into registers together
   auto read_keys = [&](int tile) {
     int key = tile * kTile + lane % kTile;
@@ -367,7 +375,7 @@ __global__ void __launch_bounds__(32 * kWarps)
       int read_first = begin < first ? first : begin, read_end = begin + kTile < end ? begin + kTile : end;
       bool shared = read_first >= all_first && read_end <= all_end;
       if (!shared && __any_sync(kAll, !values.finite(T{}))) {
-        add_row_by_row<T>(state, values, weights, unit, limits, begin, lane);
+        add_row_by_row<T>(state, values, weights, scores, begin, lane);
         continue;
       }
     }

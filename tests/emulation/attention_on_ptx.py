@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from llmkern import backend, extension
@@ -206,7 +205,9 @@ class Emulated:
         at = {name: memory.address(t, name, name not in fresh) for name, t in named.items()}
         p.lengths.data, p.pages.data, p.key_scales, p.value_scales = (at[n] for n in names[:4])
         p.rotation.cos, p.rotation.sin = at["cos"], at["sin"]
-        for field, name in zip(("query", "rotated", "key", "value", "key_cache", "value_cache"), names[6:]):
+        for field, name in zip(
+            ("query", "rotated", "key", "value", "key_cache", "value_cache"), names[6:], strict=True
+        ):
             getattr(p, field).data = at[name]
         written = p.batch * p.added * 2 * p.kv_heads
         rows = written + (p.batch * p.queries * p.heads if rotates else 0)
