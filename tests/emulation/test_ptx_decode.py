@@ -10,7 +10,7 @@ from llmkern.attention import reference
 from llmkern.functional import attention_with_kvcache
 from llmkern.verify import verify
 from tests.emulation import compilers
-from tests.emulation.attention_on_ptx import Emulated, serve
+from tests.emulation.attention_on_ptx import DECODE, Emulated, serve
 
 pytestmark = pytest.mark.skipif(compilers.NVCC is None, reason=compilers.NO_NVCC)
 HALVES = [torch.float16, torch.bfloat16]
@@ -212,3 +212,34 @@ def test_in_the_loop_no_bank_conflicts(emulated):
     sites = emulated.reports["decode_kernel"].counts.sites
     loads = [s for s in sites if s.space == "shared" and not s.writes and "v4" in s.text]
     assert loads and all(s.units == s.fewest for s in loads)
+
+
+def cut(source: str, begin: str, end: str) -> str:
+    at = source.index(begin)
+    return source[at : source.index(end, at)]
+
+
+def one_kernel() -> tuple[tuple[str, str], ...]:
+    """Changes that leave one kernel of the many, which compiles quickly."""
+    source = DECODE.read_text()
+    chosen = cut(source, "  auto* kernel = decode_kernel<T, K, 256", "  // Of int8 values")
+    typed = cut(source, "  bool bf16 = p.dtype", "}\n")
+    return (
+        (chosen, "  auto* kernel = decode_kernel<T, K, 64, true>;\n"),
+        (typed, "  decode_typed<Fp16, Fp16>(p, workspace, splits, device, stream);\n"),
+    )
+
+
+FAULTS = {
+    "no barrier": ("query_aligned, queries);\n  __syncthreads();", "query_aligned, queries);", "uninitialised|race"),
+    "a key too many": ("key >= first && key < end)", "key >= first && key <= end)", "out of bounds"),
+    "not rescaled": ("  state.scale(alpha[0], alpha[1]);\n", "", "output"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "message"), FAULTS.values(), ids=FAULTS)
+def test_planted_faults_are_found(old, new, message, emulated):
+    emulated.changes = (*one_kernel(), (old, new))
+    emulated.schedule = "reverse" if "sync" in old else "lockstep"
+    with pytest.raises(AssertionError, match=message):
+        check(*inputs(1, 1, 2, 1, 64, 64, 150, torch.float16))
