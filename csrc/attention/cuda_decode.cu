@@ -82,7 +82,7 @@ LLMKERN_DEVICE void fill_queries(const AttentionParams& p, const Unit& unit, boo
   }
 }
 
-// A row's output and log-sum-exp, of `N` elements from d on: output / sum, where `max` is in units of log2.
+// Of a row's weights: the largest score, in units of log2, and the sum relative to it.
 struct Sum {
   float max, sum;
 
@@ -99,6 +99,7 @@ struct Sum {
   }
 };
 
+// N elements of a row from d on, those of them that there are.
 template <class T, int N>
 LLMKERN_DEVICE void write_output(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int d, float* x) {
   const AttentionTensor& t = p.output;
@@ -158,12 +159,12 @@ struct Scores {
 template <class T, class K, int kWidth>
 LLMKERN_DEVICE uint4 soften(State<K, kWidth>& state, float (&s)[2][4], const float* value_scales) {
   float alpha[2];
-  float factor[4], size[4];  // of the values' scales: size * factor
+  float sign[4], inverse[4];  // a value's scale is its size, whose inverse this is, times its sign, or 0
   if constexpr (sizeof(K) == 1) {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      size[j] = fmaxf(fabsf(value_scales[j]), kSmallest), factor[j] = value_scales[j] / size[j];
-      float log = log2f(size[j]);
+      float size = fmaxf(fabsf(value_scales[j]), kSmallest), log = log2_quick(size);
+      inverse[j] = inverse_quick(size), sign[j] = value_scales[j] * inverse[j];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         float& x = s[j / 2][2 * r + j % 2];
@@ -177,20 +178,22 @@ LLMKERN_DEVICE uint4 soften(State<K, kWidth>& state, float (&s)[2][4], const flo
     most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
     most = fmaxf(fmaxf(most, __shfl_xor_sync(kAll, most, 2)), state.max[r]);
     float safe = most == minus_infinity() ? 0 : most;
-    alpha[r] = exp2f(state.max[r] - safe), state.max[r] = most, state.sum[r] *= alpha[r];
+    alpha[r] = most == state.max[r] ? 1 : exp2_quick(state.max[r] - safe);
+    state.max[r] = most, state.sum[r] *= alpha[r];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       float& x = s[j / 2][2 * r + j % 2];
       bool seen = x != minus_infinity();
-      x = exp2f(x - safe);
+      x = exp2_quick(x - safe);
       if constexpr (sizeof(K) == 1) {
-        if (seen) state.sum[r] += x / size[j], x *= factor[j];
+        if (seen) state.sum[r] += x * inverse[j], x *= sign[j];
       } else {
         state.sum[r] += x;
       }
     }
   }
-  state.scale(alpha[0], alpha[1]);
+  // The largest score changes ever more rarely.
+  if (__any_sync(kAll, alpha[0] != 1 || alpha[1] != 1)) state.scale(alpha[0], alpha[1]);
   return make_uint4(device::narrow_pair(s[0][0], s[0][1], T{}), device::narrow_pair(s[0][2], s[0][3], T{}),
                     device::narrow_pair(s[1][0], s[1][1], T{}), device::narrow_pair(s[1][2], s[1][3], T{}));
 }
@@ -384,30 +387,51 @@ __global__ void __launch_bounds__(32 * kWarps, (kBlocks<K, kWidth>))
   if (join_warps(state, outputs, sums, warp, lane)) write_state<T>(p, unit, state, workspace, split, splits, lane);
 }
 
-// One row of the output from the pieces'.
+// One row of the output from the pieces', which the warps take in turn.
 template <class T>
-__global__ void __launch_bounds__(device::kThreads)
+__global__ void __launch_bounds__(32 * kWarps)
     join_pieces_kernel(const __grid_constant__ AttentionParams p, const float* workspace, int splits) {
-  int64_t rows = p.batch * p.heads * p.queries, width = p.value_width;
+  constexpr int kMost = 256 / 32;  // elements of a lane
+  __shared__ float outputs[kWarps][256];
+  int64_t rows = p.batch * p.heads * p.queries;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = static_cast<int>(p.value_width);
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const float* statistics = workspace + rows * splits * width + 2 * row * splits;
+    Sum total{minus_infinity(), 0};
+    for (int s = lane; s < splits; s += 32) total.max = fmaxf(total.max, statistics[2 * s]);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) total.max = fmaxf(total.max, __shfl_xor_sync(kAll, total.max, step));
+    float safe = total.max == minus_infinity() ? 0 : total.max;
+    for (int s = lane; s < splits; s += 32) total.sum += statistics[2 * s + 1] * exp2f(statistics[2 * s] - safe);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) total.sum += __shfl_xor_sync(kAll, total.sum, step);
+
+    float output[kMost] = {};
+#pragma unroll 2
+    for (int s = warp; s < splits; s += kWarps) {
+      if (statistics[2 * s + 1] == 0) continue;  // it saw no key, and wrote no output
+      float weight = exp2f(statistics[2 * s] - safe);
+      const float* piece = workspace + (row * splits + s) * width;
+#pragma unroll
+      for (int j = 0; j < kMost; j++)
+        if (lane + 32 * j < width) output[j] += weight * piece[lane + 32 * j];
+    }
+#pragma unroll
+    for (int j = 0; j < kMost; j++) outputs[warp][lane + 32 * j] = output[j];
+    __syncthreads();
     int64_t of_head = device::divide(row, p.queries), i = row - of_head * p.queries;
     int64_t b = device::divide(of_head, p.heads), h = of_head - b * p.heads;
-    Sum total{minus_infinity(), 0};
-    for (int s = 0; s < splits; s++) total.max = fmaxf(total.max, statistics[2 * s]);
-    float safe = total.max == minus_infinity() ? 0 : total.max;
-    for (int s = 0; s < splits; s++) total.sum += statistics[2 * s + 1] * exp2f(statistics[2 * s] - safe);
     float factor = total.add_sink(p, h);
     factor = total.sum == 0 ? 0 : factor / total.sum;
-    for (int64_t d = threadIdx.x; d < width; d += device::kThreads) {
+    for (int d = threadIdx.x; d < width; d += 32 * kWarps) {
       float x = 0;
-      for (int s = 0; s < splits; s++)
-        if (statistics[2 * s + 1] != 0)
-          x += workspace[(row * splits + s) * width + d] * exp2f(statistics[2 * s] - safe);
+#pragma unroll
+      for (int w = 0; w < kWarps; w++) x += outputs[w][d];
       x *= factor;
-      write_output<T, 1>(p, b, h, i, static_cast<int>(d), &x);
+      write_output<T, 1>(p, b, h, i, d, &x);
     }
     if (threadIdx.x == 0 && p.logsumexp) p.logsumexp[row] = total.logsumexp();
+    __syncthreads();
   }
 }
 
@@ -436,7 +460,7 @@ void decode_typed(const AttentionParams& p, float* workspace, int splits, int de
   if (splits == 1) return;
   int64_t all = p.batch * p.heads * p.queries;
   device::launch_blocks("attention_decode", device, stream, all < device::kMostBlocks ? all : device::kMostBlocks,
-                        device::kThreads, join_pieces_kernel<T>, p, static_cast<const float*>(workspace), splits);
+                        32 * kWarps, join_pieces_kernel<T>, p, static_cast<const float*>(workspace), splits);
 }
 
 }  // namespace

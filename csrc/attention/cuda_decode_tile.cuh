@@ -20,6 +20,23 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 LLMKERN_DEVICE float minus_infinity() { return device::bits_to_float(0xff800000u); }
 
+// By the special function unit: relative errors near 2^-22. 2^x below the smallest normal number is 0.
+LLMKERN_DEVICE float exp2_quick(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+LLMKERN_DEVICE float log2_quick(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+LLMKERN_DEVICE float inverse_quick(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // c (16, 8) += a (16, 16) b (16, 8). Lane has of c the columns 2 q and 2 q + 1, of rows g (c[0], c[1]) and g + 8.
 LLMKERN_DEVICE void multiply(float (&c)[4], uint4 a, uint32_t b0, uint32_t b1, Bf16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

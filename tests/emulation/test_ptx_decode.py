@@ -233,7 +233,7 @@ def one_kernel() -> tuple[tuple[str, str], ...]:
 FAULTS = {
     "no barrier": ("query_aligned, queries);\n  __syncthreads();", "query_aligned, queries);", "uninitialised|race"),
     "a key too many": ("key >= first && key < end)", "key >= first && key <= end)", "out of bounds"),
-    "not rescaled": ("  state.scale(alpha[0], alpha[1]);\n", "", "output"),
+    "not rescaled": (") state.scale(alpha[0], alpha[1]);", ");", "output"),
 }
 
 
