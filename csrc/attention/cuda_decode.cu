@@ -294,12 +294,10 @@ LLMKERN_DEVICE void write_state(const AttentionParams& p, const Unit& unit, Stat
   }
 }
 
-// As many blocks on a processor as their registers allow without spilling what the loop needs: each has two or three
-// tiles on their way, 64 KB and more of a processor together.
+// Blocks that a processor's 65536 registers are to hold without spilling what the loop needs. A warp has two tiles on
+// their way, so that these are 24 KB and more of a processor together.
 template <class K, int kWidth>
-constexpr int kBlocks = kWidth <= 64                      ? 4
-                        : sizeof(K) == 1 && kWidth <= 128 ? 3
-                                                          : 2;
+constexpr int kBlocks = kWidth <= 64 || (sizeof(K) == 1 && kWidth <= 128) ? 3 : 2;
 
 template <class T, class K, int kWidth, bool kAligned>
 __global__ void __launch_bounds__(32 * kWarps, (kBlocks<K, kWidth>))
