@@ -450,9 +450,9 @@ void decode_typed(const AttentionParams& p, float* workspace, int splits, int de
   // Of int8 values, 16 bytes a thread are 128 elements of a row.
   if constexpr (sizeof(K) != 1)
     if (vectors && widest <= 64) kernel = decode_kernel<T, K, 64, true>;
+  if (!p.batch || !p.heads || !p.queries) return;
   int64_t rows = p.queries * (p.heads / p.kv_heads), blocks = p.batch * p.kv_heads * ((rows + kRows - 1) / kRows);
   blocks *= splits;
-  if (blocks <= 0) return;
   device::launch_blocks("attention_decode", device, stream, blocks, 32 * kWarps, kernel, p, workspace, splits,
                         aligned<T>(p.query, p.width));
   if (splits == 1) return;

@@ -81,7 +81,7 @@ def test_compiled_by_nvcc(tmp_path):
     """Registers for the blocks that a processor is to hold, and next to no spills."""
     for name, kernels in (("cuda_decode", 16), ("cuda_cache", 4)):
         source = tmp_path / f"{name}.ptx"
-        source.write_text(compilers.nvcc(compilers.ROOT / f"csrc/attention/{name}.cu", "80"))
+        source.write_text(compilers.nvcc(compilers.ROOT / f"csrc/attention/{name}.cu", "80", ()))
         command = ["ptxas", "-v", "-arch=sm_80", str(source), "-o", str(tmp_path / "cubin")]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         found = re.findall(
