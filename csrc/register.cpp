@@ -17,6 +17,7 @@
 #ifdef LLMKERN_CUDA
 #include "attention/bindings_cuda.h"
 #include "int8/bindings_cuda.h"
+#include "attention/bindings_cuda_decode.h"
 #include "positional/bindings_cuda.h"
 #endif
 
@@ -35,6 +36,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_missing") = "";
   llmkern::bind_attention_cuda(m);
   llmkern::bind_int8_cuda(m);
+  llmkern::bind_attention_cuda_decode(m);
   llmkern::bind_positional_cuda(m);
 #else
   m.attr("cuda_architectures") = "";

@@ -37,19 +37,6 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Launches a kernel over `items` pieces of work, one for each thread as long as the grid reaches.
-template <class... Params, class... Args>
-void launch(const char* name, int device, void* stream, int64_t items, void (*kernel)(Params...), const Args&... args) {
-  if (items <= 0) return;
-  DeviceGuard guard(device, name);
-  int64_t blocks = (items + kThreads - 1) / kThreads;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel, args...), name, device);
-}
-
 // Launches a kernel of `blocks` blocks with dynamic shared memory, also with more than kernels may have unasked.
 template <class... Params, class... Args>
 void launch_blocks(const char* name, int device, void* stream, int64_t blocks, int threads, int shared_bytes,
@@ -65,6 +52,13 @@ void launch_blocks(const char* name, int device, void* stream, int64_t blocks, i
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   check(cudaLaunchKernelEx(&config, kernel, args...), name, device);
+}
+
+// Launches a kernel over `items` pieces of work, one for each thread as long as the grid reaches.
+template <class... Params, class... Args>
+void launch(const char* name, int device, void* stream, int64_t items, void (*kernel)(Params...), const Args&... args) {
+  const int64_t blocks = (items + kThreads - 1) / kThreads;
+  launch_blocks(name, device, stream, blocks < kMostBlocks ? blocks : kMostBlocks, kThreads, 0, kernel, args...);
 }
 
 }  // namespace llmkern::device

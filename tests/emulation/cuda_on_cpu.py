@@ -25,7 +25,7 @@ def compiler() -> str | None:
 
 
 def build(folder: Path) -> ModuleType:
-    """The module of all emulated kernels, compiled into the folder. Its memory errors abort the process."""
+    """The kernels that plain C++ can run, compiled into the folder. The module's memory errors abort the process."""
     includes = [f"-I{p}" for p in (HERE, pybind11.get_include(), sysconfig.get_path("include"))]
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DLLMKERN_ISA=portable"]
     path = folder / f"emulated_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"

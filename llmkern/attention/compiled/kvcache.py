@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,19 +16,25 @@ from llmkern.attention.mask import Mask
 from llmkern.backend import Backend
 
 
-def _kvcache(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, key: Tensor | None, value: Tensor | None,
-    rotary_cos: Tensor | None, rotary_sin: Tensor | None, cache_seqlens: Tensor | None, block_table: Tensor | None,
-    k_scale: Tensor | None, v_scale: Tensor | None, slopes: Tensor | None, sink: Tensor | None, left: int, right: int,
-    softcap: float, scale: float, interleaved: bool,
+def kvcache_launcher(
+    append_kernel: Callable[..., None], attend_kernel: Callable[..., None], query: Tensor, k_cache: Tensor,
+    v_cache: Tensor, key: Tensor | None, value: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
+    cache_seqlens: Tensor | None, block_table: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
+    slopes: Tensor | None, sink: Tensor | None, left: int, right: int, softcap: float, scale: float, interleaved: bool,
 ) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
-    """Two kernels on the cache as it lies: one writes what is new, the other attends to all."""
+    """Two kernels on the cache as it lies: one writes what is new, the other attends to all.
+
+    append_kernel(plan, lengths, block_table, k_scale, v_scale, cos, sin, query, rotated, key, value, k_cache, v_cache);
+    attend_kernel(plan, block_table, k_scale, v_scale, lengths, logsumexp, slopes, sink, query, k_cache, v_cache,
+    output).
+    """
     copied = (query, key, value, rotary_cos, rotary_sin, block_table)
     if any(t is not None and plain(t) is not t for t in copied):
-        return through_copies(_kvcache, 9)  # the caches, which are written to, are plain: see _unsupported_kvcache
+        # The caches, which are written to, are plain: see _unsupported_kvcache.
+        return through_copies(partial(kvcache_launcher, append_kernel, attend_kernel), 9)
     rotates = rotary_cos is not None and rotary_cos.shape[1] > 0
     batch, queries, heads, width = query.shape
-    kv_heads, value_width = k_cache.shape[2], v_cache.shape[3]
+    kv_heads, value_width, device = k_cache.shape[2], v_cache.shape[3], query.device
     capacity, added = cache.capacity(k_cache, block_table), 0 if key is None else key.shape[1]
     rules = Mask(
         None, cache_seqlens, slopes, sink, window_left=left, window_right=right, bottom_right=True, softcap=softcap
@@ -49,7 +56,6 @@ def _kvcache(
     if cache_seqlens is not None:
         plan.lengths(cache_seqlens.dtype == torch.int64, cache_seqlens.stride(0), added)
     _describe_cache(plan, k_cache, block_table, k_scale, v_scale)
-    kernel, threads = extension._C.attention_cached, extension.threads
 
     def launch(
         query: Tensor, k_cache: Tensor, v_cache: Tensor, key: Tensor | None, value: Tensor | None,
@@ -60,17 +66,36 @@ def _kvcache(
         if append is not None:
             if abs(k_cache.data_ptr() - v_cache.data_ptr()) < reach:
                 cache.check_apart(k_cache, v_cache)
-            rotated = torch.empty(query.shape, dtype=query.dtype) if rotates else query
+            rotated = torch.empty(query.shape, dtype=query.dtype, device=device) if rotates else query
             tables = (cache_seqlens, block_table, k_scale, v_scale, rotary_cos, rotary_sin)
-            extension._C.cache_append(append, threads(), *tables, query, rotated, key, value, k_cache, v_cache)
+            append_kernel(append, *tables, query, rotated, key, value, k_cache, v_cache)
             query = rotated
-        output = torch.empty((batch, queries, heads, value_width), dtype=query.dtype)
-        logsumexp = torch.empty((batch, heads, queries), dtype=torch.float64)
-        rules = (None, cache_seqlens, logsumexp, slopes, as_sink(sink), None)
-        kernel(plan, threads(), block_table, k_scale, v_scale, *rules, query, k_cache, v_cache, output)
+        output = torch.empty((batch, queries, heads, value_width), dtype=query.dtype, device=device)
+        logsumexp = torch.empty((batch, heads, queries), dtype=torch.float64, device=device)
+        attend_kernel(
+            plan, block_table, k_scale, v_scale, cache_seqlens, logsumexp, slopes, as_sink(sink), query, k_cache,
+            v_cache, output,
+        )  # fmt: skip
         return output, logsumexp
 
     return launch
+
+
+def _kvcache(*args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    append, attend, threads = extension._C.cache_append, extension._C.attention_cached, extension.threads
+
+    def append_kernel(plan: Any, *tensors: Tensor | None) -> None:
+        append(plan, threads(), *tensors)
+
+    def attend_kernel(
+        plan: Any, block_table: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, lengths: Tensor | None,
+        logsumexp: Tensor, slopes: Tensor | None, sink: Tensor | None, *tensors: Tensor,
+    ) -> None:  # fmt: skip
+        attend(
+            plan, threads(), block_table, k_scale, v_scale, None, lengths, logsumexp, slopes, sink, None, *tensors
+        )  # fmt: skip
+
+    return kvcache_launcher(append_kernel, attend_kernel, *args)
 
 
 def _append(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmkern import check
 from llmkern.attention import compiled, reference
+from llmkern.attention.cuda_decode import CUDA_KVCACHE
 from llmkern.attention.mask import window
 from llmkern.attention.op import checks
 from llmkern.backend import Operator, reference_backend
@@ -198,6 +199,7 @@ _KVCACHE = Operator(
     _check,
     _example,
     cpu=[compiled.CPU_KVCACHE, reference_backend(reference.attention_kvcache)],
+    cuda=[CUDA_KVCACHE, reference_backend(reference.attention_kvcache)],
     other=[reference_backend(reference.attention_kvcache)],
 )
 
