@@ -63,10 +63,16 @@ def _baseline(target: Target) -> tuple[str, process.Outcome]:
     return target.source, _tree.passes(target, {})
 
 
-def run(mutants: list[Mutant], chosen: dict[str, list[Target]], processes: int, cache: Cache) -> Results:
-    """The verdict on each, put into the cache one by one. Raises SystemExit where the tests fail without a fault."""
+def run(
+    mutants: list[Mutant], chosen: dict[str, list[Target]], processes: int, cache: Cache, minutes: float | None = None
+) -> Results:
+    """The verdict on each, put into the cache one by one; on as many as `minutes` are enough for.
+
+    Raises SystemExit where the tests fail without a fault.
+    """
+    end = time.monotonic() + 60 * (minutes or 1e6)
     verdicts = {m: v for m in mutants if (v := cache.get(m)) is not None}
-    waiting = [m for m in mutants if m not in verdicts]
+    waiting = sorted((m for m in mutants if m not in verdicts), key=lambda m: m.order(0))  # of all kinds from the start
     print(f"{len(mutants)} mutants, {len(verdicts)} verdicts known from before", flush=True)
     if waiting:
         process.preload()
@@ -86,11 +92,12 @@ def run(mutants: list[Mutant], chosen: dict[str, list[Target]], processes: int, 
                         f"({verdict.seconds:.0f} s)",
                         flush=True,
                     )
-                pool.close()
+                    if time.monotonic() > end:
+                        break
             finally:
                 pool.terminate()
                 pool.join()
-    return Results([(m, verdicts[m]) for m in mutants])
+    return Results([(m, verdicts[m]) for m in mutants if m in verdicts], sum(m not in verdicts for m in mutants))
 
 
 def _check_baseline(pool: multiprocessing.pool.Pool, targets: list[Target]) -> None:
@@ -108,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, default=300, metavar="N", help="N mutants (0: all; default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
+    parser.add_argument("--minutes", type=float, help="then report on the mutants that were run until then")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     parser.add_argument("--cache", type=Path, default=CACHE, help="verdicts that are known (default %(default)s)")
     parser.add_argument(
@@ -130,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit("there is no nvcc on PATH to compile the mutants of CUDA C++; --file triton leaves them out")
 
     cache = Cache(options.cache, chosen, options.tests_grew)
-    results = run(mutants, chosen, options.jobs, cache)
+    results = run(mutants, chosen, options.jobs, cache, options.minutes)
     summary = results.summary()
     print(words(summary))
     for line in results.wrong():

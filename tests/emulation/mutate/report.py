@@ -16,6 +16,7 @@ WANTED = 0.97
 @dataclasses.dataclass
 class Results:
     verdicts: list[tuple[Mutant, Verdict]]
+    not_run: int = 0
 
     def kind(self, mutant: Mutant, verdict: Verdict) -> str:
         if verdict.kind == "survived" and equivalent.reason(mutant):
@@ -45,6 +46,7 @@ class Results:
             "score": round(counts["caught"] / changing, 4) if changing else None,
             "invalid": counts["invalid"],
             "errors": errors,
+            "not_run": self.not_run,
             "files": {file: dict(c) for file, c in sorted(by_file.items())},
         }
 
@@ -60,7 +62,8 @@ class Results:
 def words(summary: dict[str, Any]) -> str:
     lines = [
         f"planted {summary['planted']}, caught {summary['caught']}, equivalent {summary['equivalent']}, "
-        f"survivors {len(summary['survivors'])}; {summary['invalid']} did not compile"
+        f"survivors {len(summary['survivors'])}; {summary['invalid']} did not compile, "
+        f"{summary['not_run']} were not run"
     ]
     if summary["score"] is not None:
         lines.append(f"caught of those that change behaviour: {100 * summary['score']:.1f} %")
