@@ -77,6 +77,7 @@ def run(
     if waiting:
         process.preload()
         with tempfile.TemporaryDirectory() as folder:
+            signal.signal(signal.SIGTERM, lambda *args: sys.exit(1))  # and end the processes below
             pool = multiprocessing.get_context("fork").Pool(processes, _start, (folder,))
             try:
                 _check_baseline(pool, list(dict.fromkeys(t for m in waiting for t in chosen[m.file])))
