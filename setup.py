@@ -74,6 +74,14 @@ def cuda_architectures(nvcc: str) -> list[str]:
     return archs
 
 
+def compiles_for_hopper(nvcc: str, archs: list[str]) -> bool:
+    """Whether csrc/*/cuda_sm90*.cu are built, for sm_90a alone: 90 is asked for, and this nvcc knows sm_90a."""
+    if not {"90", "90a"} & set(archs):
+        return False
+    command = [nvcc, "-arch=sm_90a", "--dryrun", "-x", "cu", "-c", "-o", os.devnull, os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def compiler() -> list[str]:
     """The C++ compiler to build with and its own flags: CXX, or the first one found."""
     cxx = shlex.split(os.environ.get("CXX", "")) or [c for c in ("g++", "clang++", "c++") if shutil.which(c)][:1]
@@ -151,16 +159,23 @@ class NinjaBuild(build_ext):
         if not nvcc:
             missing = "LLMKERN_CUDA=0 left them out" if os.environ.get("LLMKERN_CUDA") == "0" else "no nvcc was found"
             define = f'-DLLMKERN_CUDA_MISSING="{missing}"'
-        defines = [f'-DPYBIND11_RELEASE="{pybind11.__version__}"', define]
+        hopper = nvcc is not None and compiles_for_hopper(nvcc, archs)
+        sm90 = " -DLLMKERN_SM90" if hopper else ""
+        defines = [f'-DPYBIND11_RELEASE="{pybind11.__version__}"', define, *sm90.split()]
         linker = [nvcc, "-cudart", "static"] if nvcc else cxx
+        nvcc_flags = (
+            f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -lineinfo{sm90} -MD -MF $out.d -c $in -o $out"
+        )
         lines = [
             "rule cxx",
             f"  command = {quoted(*cxx)} {flags} $flags -MMD -MF $out.d -c $in -o $out",
             "  deps = gcc\n  depfile = $out.d\n  description = C++ $out",
             "rule nvcc",
-            f"  command = {quoted(nvcc)} -O3 -std=c++17 -t 0 {quoted(*gencode)} -Xcompiler -fPIC,-fvisibility=hidden"
-            " -lineinfo -MD -MF $out.d -c $in -o $out",
+            f"  command = {quoted(nvcc)} -t 0 {quoted(*gencode)} {nvcc_flags} -c $in -o $out",
             "  deps = gcc\n  depfile = $out.d\n  description = CUDA $out",
+            "rule nvcc_sm90",
+            f"  command = {quoted(nvcc)} -gencode=arch=compute_90a,code=sm_90a {nvcc_flags} -c $in -o $out",
+            "  deps = gcc\n  depfile = $out.d\n  description = CUDA for sm_90a $out",
             f"rule link\n  command = {quoted(*linker)} -o $out $in {quoted(*link_flags)}\n  description = link $out",
         ]
         objects = []
@@ -182,7 +197,10 @@ class NinjaBuild(build_ext):
                 compile("cxx", source, f"common.{source.stem}")
         if nvcc:
             for source in sorted(CSRC.glob("*/cuda*.cu")):
-                compile("nvcc", source, f"{source.parent.name}.{source.stem}")
+                for_hopper = source.stem.startswith("cuda_sm90")
+                if hopper or not for_hopper:
+                    rule = "nvcc_sm90" if for_hopper else "nvcc"
+                    compile(rule, source, f"{source.parent.name}.{source.stem}")
         include = quoted("-isystem", "include", "-isystem", sysconfig.get_path("include"), *defines)
         compile("cxx", CSRC / "register.cpp", "register", include)
         lines.append(f"build {library.name}: link {' '.join(objects)}\ndefault {library.name}\n")

@@ -220,6 +220,23 @@ def test_barriers_with_numbers_and_counts(schedule):
     assert (per_thread(body, blocks=3, schedule=schedule)[:N] == np.where(t < 64, t * 11, (t - 64) * 11)).all()
 
 
+@ALL
+def test_a_barrier_whose_number_is_in_a_register(schedule):
+    """Each warp pair has its own number, and a register that holds no number before it comes there."""
+    body = """
+    .shared .align 4 .b8 s[512]; .reg .pred %p; .reg .b32 %at, %n; mov.u32 %at, s; mad.lo.u32 %at, %t, 4, %at;
+    setp.lt.u32 %p, %t, 64; mul.lo.u32 %r, %t, 7; st.shared.b32 [%at], %r; @%p bra low;
+    mov.u32 %n, 3; bra meet; low: mov.u32 %n, 2; meet: bar.sync %n, 64; xor.b32 %at, %at, 128; ld.shared.b32 %r, [%at];
+    """
+    got = per_thread(body, schedule=schedule)
+    assert (got == (np.arange(N) ^ 32) * 7).all()
+    body = """
+    .reg .pred %p; .reg .b32 %n; mov.u32 %r, 1; setp.ge.u32 %p, %t, 64; @%p bra end; mov.u32 %n, 4; bar.sync %n, 64;
+    end:
+    """
+    assert (per_thread(body, schedule=schedule) == 1).all()
+
+
 def test_barriers_that_reduce():
     x = np.zeros(2 * N, np.uint32)
     x[:5] = 1

@@ -29,7 +29,7 @@ class Barriers:
     ) -> str | None:
         """Threads come to a barrier; "wait" where they have to stay (they go on when it is complete)."""
         active = unit.exists if mask is None else mask
-        numbers = full(number, unit.count).astype(np.int64)
+        numbers = np.where(active, full(number, unit.count).astype(np.int64), 0)  # others' registers hold anything
         place = unit.block * COUNT + numbers
         counts = np.bincount(place[active], minlength=self.arrived.size).reshape(self.arrived.shape)
         self.arrived += counts

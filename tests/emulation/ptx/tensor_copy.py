@@ -40,11 +40,13 @@ def swizzled(address: np.ndarray, span: int) -> np.ndarray:
 @dataclasses.dataclass
 class TensorMap:
     """What cuTensorMapEncodeTiled makes, as an argument of a launch. data: the tensor (a Buffer or an array), its last
-    dimension contiguous; box: elements of a copy in each dimension; swizzle: 0, 32, 64 or 128 bytes."""
+    dimension contiguous; box: elements of a copy in each dimension; swizzle: 0, 32, 64 or 128 bytes. address: where
+    the launch has the tensor, whose shape and strides alone are read then, as of a view of a larger buffer."""
 
     data: Any
     box: tuple[int, ...]
     swizzle: int = 0
+    address: int | None = None
 
     def encode(self, launch: Any) -> bytes:
         """Raises ValueError for what the driver refuses."""
@@ -58,7 +60,7 @@ class TensorMap:
             raise ValueError(f"box: {inner} bytes of the last dimension are no multiple of 16 up to the swizzle's span")
         if any(s % 16 for s in strides):
             raise ValueError(f"data: strides of {strides} bytes are no multiples of 16")
-        address = launch.address(self.data, "tensor")
+        address = launch.address(self.data, "tensor") if self.address is None else self.address
         if address % 16:
             raise ValueError("data: the address is no multiple of 16")
         code = {1: 0, 2: 1, 4: 2, 8: 4}[size]

@@ -1,0 +1,52 @@
+// Tensor maps: what the tensor memory accelerator (TMA) of Hopper knows of a tensor in global memory. For the host.
+#pragma once
+#include <cudaTypedefs.h>
+
+#include "launch.cuh"
+
+namespace llmkern::device {
+
+// The driver's encoder, asked for at run time, so that the library loads where there is no driver.
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const char* kernel) {
+  static const auto encoder = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? found : nullptr;
+  }();
+  if (!encoder)
+    throw std::runtime_error(std::string(kernel) +
+                             ": the CUDA driver has no cuTensorMapEncodeTiled: it needs one for CUDA 12.0 or newer");
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encoder);
+}
+
+// A tensor of 16-bit elements and four dimensions, the innermost one first and contiguous; steps count elements, as
+// does the box that a copy moves. Rows of the box are 128 bytes, swizzled as csrc/common/sm90.cuh has it.
+struct TensorShape {
+  const void* data;
+  int64_t sizes[4], steps[4];
+  int box[4];
+};
+inline CUtensorMap tensor_map(const TensorShape& shape, const char* kernel) {
+  cuuint64_t sizes[4], strides[3];
+  cuuint32_t box[4];
+  const cuuint32_t ones[4] = {1, 1, 1, 1};
+  for (int i = 0; i < 4; i++) {
+    sizes[i] = static_cast<cuuint64_t>(shape.sizes[i]);
+    box[i] = static_cast<cuuint32_t>(shape.box[i]);
+    // The step of a dimension of one element means nothing, and may be one that the encoder refuses.
+    if (i > 0) strides[i - 1] = shape.sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(shape.steps[i]) * 2;
+  }
+  CUtensorMap map;
+  CUresult result =
+      tensor_map_encoder(kernel)(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(shape.data), sizes, strides,
+                                 box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error(std::string(kernel) + ": cuTensorMapEncodeTiled refused a tensor with error " +
+                             std::to_string(static_cast<int>(result)));
+  return map;
+}
+
+}  // namespace llmkern::device
