@@ -1,4 +1,8 @@
-"""CUDA kernels run on the CPU: their sources compiled by the host's compiler against tests/emulation/cuda."""
+"""CUDA kernels run on the CPU: their sources compiled by the host's compiler against tests/emulation/cuda.
+
+These are the cuda.cu of each family. What is written in instructions that only a GPU has stands in other files
+(cuda_*.cu), whose PTX is executed instead.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ def build(folder: Path) -> ModuleType:
     includes = [f"-I{p}" for p in (HERE, pybind11.get_include(), sysconfig.get_path("include"))]
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DLLMKERN_ISA=portable"]
     path = folder / f"emulated_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = ["-x", "c++", *map(str, sorted(ROOT.glob("csrc/*/cuda*.cu"))), str(HERE / "module.cpp")]
+    sources = ["-x", "c++", *map(str, sorted(ROOT.glob("csrc/*/cuda.cu"))), str(HERE / "module.cpp")]
     command = [
         str(compiler()),
         *flags,

@@ -16,6 +16,7 @@ from tests.emulation import compilers
 from tests.emulation.mutate import __main__ as command
 from tests.emulation.mutate import cuda_source, equivalent, judge, lexer, planted, targets, triton_source
 from tests.emulation.mutate.cache import Cache
+from tests.emulation.mutate.faults.fault import Planted
 from tests.emulation.mutate.judge import Verdict
 from tests.emulation.mutate.report import Results, words
 
@@ -135,7 +136,7 @@ def test_every_target_has_its_files_and_faults_written_by_hand():
 
 
 def test_a_fault_written_by_hand_that_no_longer_fits_is_an_error(monkeypatch):
-    monkeypatch.setattr(planted, "PLANTED", (planted.Planted("k.cu", "no such text", ""),))
+    monkeypatch.setattr(planted, "PLANTED", (Planted("k.cu", "no such text", ""),))
     with pytest.raises(ValueError, match="stands there 0 times"):
         planted.mutants("k.cu", KERNEL)
 

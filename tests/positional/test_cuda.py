@@ -12,6 +12,7 @@ import torch
 
 from llmkern import backend, extension
 from llmkern.positional import cuda, op, reference
+from llmkern.random import philox_words
 from llmkern.verify import verify
 from tests.emulation import cuda_on_cpu
 from tests.positional.cases import (
@@ -100,7 +101,7 @@ def test_rotary_strides_and_in_place(layout, dtype, interleaved, on_cpu):
 @pytest.mark.parametrize("which", range(4), ids=["q", "k", "cos", "sin"])
 def test_rotary_every_tensor_has_strides_of_its_own(which, interleaved, on_cpu):
     """Each alone in another layout: one that is not aligned keeps the kernel of wide accesses away from all."""
-    inputs = list(rotary_inputs((2, 4, 2, 9, 48, 32), torch.bfloat16))
+    inputs = list(rotary_inputs((2, 4, 2, 8, 48, 32), torch.bfloat16))  # 8 rows apart by any step are aligned again
     expected, own = rotate(interleaved)(*inputs), inputs[which]
     for name, layout in ROTARY_LAYOUTS.items():
         inputs[which] = layout(own) if own.dim() == 4 else layout(own[None, None])[0, 0]
@@ -162,6 +163,18 @@ def test_the_dropout_mask_is_the_cpus(on_cpu):
         kept = op.sinusoidal_add(x, pe, dropout_p=0.4, seed=seed) != 0
         assert torch.equal(kept, reference.dropout_factor(x, 0.4, seed) != 0)
     assert op.sinusoidal_add(x, pe, dropout_p=1.0, seed=1).abs().max() == 0
+
+
+def test_dropout_at_the_threshold(on_cpu):
+    """A random word that equals the threshold keeps its element."""
+    x, pe, seed = torch.ones(2, 1, 4), torch.zeros(2, 1, 4), 7
+    for row in range(2):
+        counter = (torch.tensor(0), torch.tensor(row), torch.tensor(0), torch.tensor(0))
+        for element, word in enumerate(philox_words(counter, seed).tolist()):
+            for dropout_p, kept in ((word / 2**32, True), ((word + 1) / 2**32, False)):
+                out = op.sinusoidal_add(x, pe, dropout_p=dropout_p, seed=seed)
+                assert (out[row, 0, element] != 0) == kept
+                assert torch.equal(out != 0, reference.dropout_factor(x, dropout_p, seed) != 0)
 
 
 def test_sinusoidal_add_strides(on_cpu):

@@ -56,6 +56,7 @@ P* aligned16(P* p) {
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), const Args&... args) {
   constexpr unsigned kMostBlocks = 3;
+  if (config->gridDim.x == 0) return 9;  // as CUDA: an invalid configuration
   gridDim = dim3(config->gridDim.x < kMostBlocks ? config->gridDim.x : kMostBlocks);
   blockDim = config->blockDim;
   for (unsigned block = 0; block < gridDim.x; block++)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.emulation.mutate import process
 from tests.emulation.mutate.mutant import Mutant
-from tests.emulation.mutate.targets import ROOT, Target
+from tests.emulation.mutate.targets import ROOT, Target, headers
 
 FOLDERS = ("csrc", "llmkern", "tests")
 #: Of one process of tests: many times what they take, by the processor's clock and by the wall's.
@@ -114,16 +114,23 @@ def _cuda(target: Target) -> bool:
 
 def digest(targets: list[Target], tests: bool) -> str:
     """Of what a verdict depends on but for the mutant: the kernels' sources and launchers, or their tests."""
-    families = {Path(t.source).parent.name for t in targets}
-    if tests:
-        parts = {"tests/emulation", "tests/conftest.py", *(f"tests/{f}" for f in families)}
-    else:
-        parts = {"csrc/common", "llmkern/verify", *(f"{top}/{f}" for f in families for top in ("csrc", "llmkern"))}
     hasher = hashlib.sha256(repr([dataclasses.astuple(t) for t in targets] if tests else "").encode())
-    for part in sorted(parts):
-        for path in [ROOT / part] if (ROOT / part).is_file() else sorted((ROOT / part).rglob("*")):
-            relative = str(path.relative_to(ROOT))
-            ours = relative.startswith(("tests/emulation/mutate", "tests/emulation/test_mutate"))
-            if path.is_file() and "__pycache__" not in relative and not ours:
-                hasher.update(relative.encode() + b"\0" + path.read_bytes())
+    for path in sorted(set().union(*((_tests if tests else _sources)(t) for t in targets))):
+        hasher.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return hasher.hexdigest()
+
+
+def _sources(target: Target) -> set[Path]:
+    """What is compiled, and the family's Python."""
+    family = Path(target.source).parent.name
+    found = {ROOT / target.source, *(ROOT / "llmkern" / family).rglob("*.py"), *ROOT.glob(f"csrc/{family}/bindings*.h")}
+    return found | ({ROOT / h for h in headers(target.source)} if _cuda(target) else set())
+
+
+def _tests(target: Target) -> set[Path]:
+    """The test files that are named, and all that is no test in the folders of tests: cases, emulators, fixtures."""
+    family = Path(target.source).parent.name
+    found = {ROOT / arguments.split()[0] for arguments, _ in target.steps(True)}
+    for folder in ("tests", f"tests/{family}", "tests/emulation", "tests/emulation/ptx", "tests/emulation/cuda"):
+        found |= {p for p in (ROOT / folder).glob("*") if p.is_file() and not p.name.startswith("test_")}
+    return found

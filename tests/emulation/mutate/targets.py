@@ -37,11 +37,21 @@ TARGETS = (
     Target(
         "csrc/positional/cuda.cu",
         ptx=(
-            "tests/emulation/test_ptx_positional.py -k 'dtype1-80 or positions'",
-            "tests/emulation/test_ptx_positional.py -k 'not dtype1 and not 90 and not triton and not positions'",
+            "tests/emulation/test_ptx_positional.py tests/emulation/test_ptx_common.py "
+            "-k 'dtype1-80 or positions or more_items or divide'",
+            "tests/emulation/test_ptx_positional.py -k 'not dtype1 and not 90 and not triton and not positions and not items'",
             "tests/positional/test_cuda.py -k 'compiled_by_nvcc and 80'",
         ),
         host=("tests/positional/test_cuda.py -k 'not nvcc and not (sinusoidal and many)'",),
+    ),
+    Target(
+        "csrc/attention/cuda_sm90.cu",
+        ptx=(
+            "tests/emulation/test_ptx_attention_sm90.py -k 'many_tiles and 64 and dtype0'",
+            "tests/emulation/test_ptx_attention_sm90.py -k 'layouts or masked or lengths_of or without or around'",
+            "tests/emulation/test_ptx_attention_sm90.py -k 'schedules or many or contract'",
+        ),
+        architectures=("90a",),
     ),
     Target(
         "llmkern/positional/triton_kernels.py",
