@@ -130,7 +130,7 @@ def _sources(target: Target) -> set[Path]:
 def _tests(target: Target) -> set[Path]:
     """The test files that are named, and all that is no test in the folders of tests: cases, emulators, fixtures."""
     family = Path(target.source).parent.name
-    found = {ROOT / arguments.split()[0] for arguments, _ in target.steps(True)}
+    found = {ROOT / word for arguments, _ in target.steps(True) for word in arguments.split() if word.endswith(".py")}
     for folder in ("tests", f"tests/{family}", "tests/emulation", "tests/emulation/ptx", "tests/emulation/cuda"):
         found |= {p for p in (ROOT / folder).glob("*") if p.is_file() and not p.name.startswith("test_")}
     return found

@@ -38,8 +38,8 @@ TARGETS = (
         "csrc/positional/cuda.cu",
         ptx=(
             "tests/emulation/test_ptx_positional.py tests/emulation/test_ptx_common.py "
-            "-k 'dtype1-80 or positions or more_items or divide'",
-            "tests/emulation/test_ptx_positional.py -k 'not dtype1 and not 90 and not triton and not positions and not items'",
+            "-k '(dtype1-80 or positions or more_items or divide) and not triton'",
+            "tests/emulation/test_ptx_positional.py -k '(dtype0-80 or dtype2-80) and not triton'",
             "tests/positional/test_cuda.py -k 'compiled_by_nvcc and 80'",
         ),
         host=("tests/positional/test_cuda.py -k 'not nvcc and not (sinusoidal and many)'",),
