@@ -66,8 +66,8 @@ def test_rotary(shape, dtype, interleaved, on_cpu):
 
 @LAYOUTS
 def test_rotary_with_many_items(interleaved, on_cpu):
-    """Past the size at which a thread takes four heads."""
-    inputs = rotary_inputs((1, 34, 7, 200, 128, 128), torch.bfloat16)
+    """Past 2**17 items, from where on one takes four heads; the second of the two has the fifth head alone."""
+    inputs = rotary_inputs((16, 3, 2, 4100, 2, 2), torch.float32)
     functions = rotate(interleaved), rotate(interleaved, plain=True)
     verify(*functions, inputs, gradients=False).raise_if_failed()
 
