@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.emulation.mutate", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the result there")
     parser.add_argument("--kernel", help="of device functions whose name contains this alone")
-    parser.add_argument("--file", help="of files whose path contains this alone")
+    parser.add_argument("--file", action="append", help="of files whose path contains this alone, or another --file's")
     parser.add_argument("--sample", type=int, default=300, metavar="N", help="N mutants (0: all; default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
-    chosen = {f: t for f, t in files().items() if options.file is None or options.file in f}
+    chosen = {f: t for f, t in files().items() if options.file is None or any(part in f for part in options.file)}
     everything = collect(chosen)
     stale = equivalent.stale(everything)
     for entry in stale:

@@ -48,8 +48,8 @@ TARGETS = (
         "csrc/attention/cuda_sm90.cu",
         ptx=(
             "tests/emulation/test_ptx_attention_sm90.py -k 'many_tiles and 64 and dtype0'",
-            "tests/emulation/test_ptx_attention_sm90.py -k 'layouts or masked or lengths_of or without or around'",
-            "tests/emulation/test_ptx_attention_sm90.py -k 'schedules or many or contract'",
+            "tests/emulation/test_ptx_attention_sm90.py -k 'layouts or (masked and 64) or lengths_of or without'",
+            "tests/emulation/test_ptx_attention_sm90.py -k 'contract and primes or many_tiles and 128 and dtype1'",
         ),
         architectures=("90a",),
     ),
