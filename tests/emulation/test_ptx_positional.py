@@ -54,10 +54,12 @@ def sinusoidal(
         per = 16 // x.element_size()
         items = length * batch * -(-width // per)
         given = Buffer(bits(x).copy(), "x", offset=offset, read_only=blocks is None)
+        where = launch.address(given)
         out = out_like(x, offset) if blocks is None else given
+        out_where = where if out is given else launch.address(out)
         drop, keep = (reference.drop_below(dropout), 1 / (1 - dropout)) if dropout else (0, 1.0)
         arguments = struct.pack(
-            "<QQQqqqqqqqqfiiIf4xQ", launch.address(given), launch.address(bits(pe), "pe"), launch.address(out),
+            "<QQQqqqqqqqqfiiIf4xQ", where, launch.address(bits(pe), "pe"), out_where,
             length, batch, width, batch * width, width, width, batch * width, width, scale, DTYPE_CODES[x.dtype], 0,
             drop, keep, seed,
         )  # fmt: skip
@@ -116,11 +118,13 @@ def rotary(
         place = lambda x, name: Buffer(bits(x).copy(), name, offset=offset, read_only=blocks is None)  # noqa: E731
         given = place(q, "q"), place(k, "k")
         out, k_out = (out_like(q, offset), out_like(k, offset)) if blocks is None else given
+        addresses = [launch.address(x) for x in given]
+        addresses += [launch.address(x) for x in (out, k_out)] if blocks is None else addresses
         strides = lambda n: (n * length * width, length * width, width)  # noqa: E731
         rows = (strides(q_heads), strides(kv_heads or q_heads)) * 2
         where = 0 if positions is None else launch.address(positions.numpy(), "positions")
         packed = struct.pack(
-            "<7Q7q12q4q3i??2xi4x", *map(launch.address, (*given, out, k_out)),
+            "<7Q7q12q4q3i??2xi4x", *addresses,
             launch.address(bits(cos), "cos"), launch.address(bits(sin), "sin"), where, batch, q_heads, kv_heads, length,
             width, 2 * half, cos.shape[0], *sum(rows, ()), half, half, length, 1, DTYPE_CODES[q.dtype],
             DTYPE_CODES[torch.float32], DTYPE_CODES[torch.int64], interleaved, inverse, 0,
