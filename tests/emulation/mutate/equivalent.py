@@ -22,7 +22,18 @@ class Equivalent:
         return there == (self.file, self.function, self.before, self.after)
 
 
-EQUIVALENT: tuple[Equivalent, ...] = ()
+TRITON = "llmkern/positional/triton_kernels.py"
+LOADS = {n: f"{n[0]} = tl.load({n[2:]} + position * {n[2:]}_s + pair, mask=known" for n in ("c_cos", "d_sin")}
+EQUIVALENT = tuple(
+    Equivalent(
+        TRITON,
+        "rotary_kernel",
+        f'{load}, other=float("nan")).to(tl.float32)',
+        f"{load}, other=float(0)).to(tl.float32)",
+        "outside of the table the other of the two is still NaN, and both results contain it",
+    )
+    for load in LOADS.values()
+)  # fmt: skip
 
 
 def reason(mutant: Mutant) -> str | None:
