@@ -39,26 +39,36 @@ def out_like(x: torch.Tensor, offset: int = 0) -> Buffer:
     return Buffer(np.zeros(tuple(x.shape), NUMPY[x.dtype]), "out", written=False, offset=offset)
 
 
-def sinusoidal(architecture: str, scale: float, dropout: float, seed: int, aligned: bool, schedule: str):
-    """A function of (x, pe) that runs the kernel's PTX; not aligned: the other kernel, on addresses that fit."""
+def sinusoidal(
+    architecture: str, scale: float, dropout: float, seed: int, aligned: bool, schedule: str, blocks: int | None = None
+):
+    """A function of (x, pe) that runs the kernel's PTX; not aligned: the other kernel, on addresses that fit.
+
+    blocks: fewer than there is work for, whose threads go on with more; then x is overwritten by the result, so that
+    whatever is done twice is seen.
+    """
 
     def function(x, pe):
         length, batch, width = x.shape
         launch, offset = Launch(), 0 if aligned else x.element_size()
         per = 16 // x.element_size()
         items = length * batch * -(-width // per)
-        out = out_like(x, offset)
+        given = Buffer(bits(x).copy(), "x", offset=offset, read_only=blocks is None)
+        where = launch.address(given)
+        out = out_like(x, offset) if blocks is None else given
+        out_where = where if out is given else launch.address(out)
         drop, keep = (reference.drop_below(dropout), 1 / (1 - dropout)) if dropout else (0, 1.0)
         arguments = struct.pack(
-            "<QQQqqqqqqqqfiiIf4xQ", launch.address(Buffer(bits(x), "x", offset=offset, read_only=True)),
-            launch.address(bits(pe), "pe"), launch.address(out), length, batch, width, batch * width, width, width,
-            batch * width, width, scale, DTYPE_CODES[x.dtype], 0, drop, keep, seed,
+            "<QQQqqqqqqqqfiiIf4xQ", where, launch.address(bits(pe), "pe"), out_where,
+            length, batch, width, batch * width, width, width, batch * width, width, scale, DTYPE_CODES[x.dtype], 0,
+            drop, keep, seed,
         )  # fmt: skip
         ptx = compilers.nvcc(SOURCE, architecture)
         name = find(ptx, f"sinusoidal_add_kernelI{MANGLED[x.dtype]}Lb{int(aligned)}E")
-        run(
-            ptx, name, -(-items // THREADS), THREADS, [arguments, items], launch=launch, schedule=schedule
-        ).raise_if_faulty()
+        report = run(
+            ptx, name, blocks or -(-items // THREADS), THREADS, [arguments, items], launch=launch, schedule=schedule
+        )
+        report.raise_if_faulty()
         return tensor(out.data, x)
 
     return function
@@ -83,8 +93,21 @@ def test_sinusoidal_add(dtype, architecture):
                 assert report, (name, str(report))
 
 
-def rotary(architecture: str, interleaved: bool, aligned: bool, inverse: bool, positions=None, heads: int = 1):
-    """A function of (q, k, cos, sin); `heads`: that an item of the kernel's work takes."""
+@needs_nvcc
+def test_sinusoidal_add_of_more_items_than_threads():
+    for dtype, shape, aligned in ((torch.float32, (37, 4, 21), False), (torch.bfloat16, (37, 4, 40), True)):
+        kernel = sinusoidal("80", 2.5, 0.3, 2**40 + 9, aligned, "lockstep", blocks=2)
+        x, pe = sinusoidal_inputs(shape, dtype)
+        verify(
+            kernel, lambda x, pe: reference.sinusoidal_add(x, pe, 2.5, 0.3, 2**40 + 9), (x, pe[:37]), gradients=False
+        ).raise_if_failed()
+
+
+def rotary(
+    architecture: str, interleaved: bool, aligned: bool, inverse: bool, positions=None, heads: int = 1,
+    blocks: int | None = None,
+):  # fmt: skip
+    """A function of (q, k, cos, sin); `heads`: that an item of the kernel's work takes; `blocks`: as above."""
 
     def function(q, k, cos, sin):
         batch, q_heads, length, width = q.shape
@@ -92,13 +115,16 @@ def rotary(architecture: str, interleaved: bool, aligned: bool, inverse: bool, p
         k = q if k is None else k
         launch, offset = Launch(), 0 if aligned else q.element_size()
         per, half = 16 // q.element_size(), cos.shape[1]
-        out, k_out = out_like(q, offset), out_like(k, offset)
+        place = lambda x, name: Buffer(bits(x).copy(), name, offset=offset, read_only=blocks is None)  # noqa: E731
+        given = place(q, "q"), place(k, "k")
+        out, k_out = (out_like(q, offset), out_like(k, offset)) if blocks is None else given
+        addresses = [launch.address(x) for x in given]
+        addresses += [launch.address(x) for x in (out, k_out)] if blocks is None else addresses
         strides = lambda n: (n * length * width, length * width, width)  # noqa: E731
         rows = (strides(q_heads), strides(kv_heads or q_heads)) * 2
-        place = lambda x, name: launch.address(Buffer(bits(x), name, offset=offset, read_only=True))  # noqa: E731
         where = 0 if positions is None else launch.address(positions.numpy(), "positions")
         packed = struct.pack(
-            "<7Q7q12q4q3i??2xi4x", place(q, "q"), place(k, "k"), launch.address(out), launch.address(k_out),
+            "<7Q7q12q4q3i??2xi4x", *addresses,
             launch.address(bits(cos), "cos"), launch.address(bits(sin), "sin"), where, batch, q_heads, kv_heads, length,
             width, 2 * half, cos.shape[0], *sum(rows, ()), half, half, length, 1, DTYPE_CODES[q.dtype],
             DTYPE_CODES[torch.float32], DTYPE_CODES[torch.int64], interleaved, inverse, 0,
@@ -109,8 +135,8 @@ def rotary(architecture: str, interleaved: bool, aligned: bool, inverse: bool, p
         work = struct.pack("<5q", rotated, groups, heads, chunks, batch * chunks * length * groups)
         ptx = compilers.nvcc(SOURCE, architecture)
         name = find(ptx, f"rotary_kernelI{MANGLED[q.dtype]}fLb{int(interleaved)}ELb{int(aligned)}E")
-        blocks = -(-batch * chunks * length * groups // THREADS)
-        run(ptx, name, blocks, THREADS, [packed, work], launch=launch).raise_if_faulty()
+        count = blocks or -(-batch * chunks * length * groups // THREADS)
+        run(ptx, name, count, THREADS, [packed, work], launch=launch).raise_if_faulty()
         return (tensor(out.data, q), tensor(k_out.data, k)) if kv_heads else (tensor(out.data, q),)
 
     return function
@@ -142,6 +168,14 @@ def test_rotary(dtype, architecture, interleaved):
             kernel = rotary(architecture, interleaved, aligned, aligned, heads=1 if aligned else 4)
             report = verify(kernel, plain(interleaved, aligned), inputs, gradients=False)
             assert report, (name, str(report))
+
+
+@needs_nvcc
+@LAYOUTS
+def test_rotary_of_more_items_than_threads(interleaved):
+    inputs = rotary_inputs((2, 4, 2, 9, 48, 48), torch.bfloat16)
+    kernel = rotary("80", interleaved, True, False, blocks=2)
+    verify(kernel, plain(interleaved), inputs, gradients=False).raise_if_failed()
 
 
 @needs_nvcc

@@ -30,6 +30,7 @@ ROTARY = {
     "no positions": (2, 2, 2, 0, 16, 16),
     "no batch": (0, 2, 2, 3, 16, 16),
     "head 256": (1, 2, 2, 3, 256, 256),
+    "pairs that fill no vector": (1, 2, 1, 3, 48, 24),
 }
 
 
@@ -65,10 +66,16 @@ def fused_qkv(t: Tensor) -> Tensor:
     return torch.stack([t.transpose(1, 2)] * 3, 2)[:, :, 1].transpose(1, 2)
 
 
+def apart(t: Tensor, room: int) -> Tensor:
+    """The same numbers, with other elements between the rows."""
+    return torch.nn.functional.pad(t, (0, room), value=7.0)[..., : t.size(-1)]
+
+
 ROTARY_LAYOUTS = {
     "batch, sequence, head": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
     "one fused projection": fused_qkv,
     "head dimension outermost": lambda t: t.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
     "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t),
+    "rows apart": lambda t: apart(t, 5),
     "every second": lambda t: torch.stack([t, t], -1).flatten(-2)[..., ::2],
 }

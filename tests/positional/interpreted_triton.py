@@ -76,6 +76,17 @@ def test_strides_and_in_place(layout, interleaved):
     assert returned[0] is a and torch.equal(a, expected[0]) and torch.equal(b, expected[1])
 
 
+@LAYOUTS
+def test_every_tensor_has_strides_of_its_own(interleaved):
+    q, k, cos, sin = rotary_inputs((2, 3, 2, 5, 24, 20), torch.float16)
+    expected = rotate(interleaved)(q, k, cos, sin)
+    for name, layout in ROTARY_LAYOUTS.items():
+        for inputs in ((layout(q), k, cos, sin), (q, layout(k), cos, sin), (q, k, layout(cos[None, None])[0, 0], sin),
+                       (q, k, cos, layout(sin[None, None])[0, 0])):  # fmt: skip
+            for x, y in zip(rotate(interleaved)(*inputs), expected, strict=True):
+                assert torch.equal(x, y), name
+
+
 def test_nothing_is_written_outside():
     """The tensors lie in larger ones, whose other elements must stay."""
     q, k, cos, sin = rotary_inputs((1, 3, 2, 2, 10, 6), torch.float32)

@@ -12,6 +12,7 @@ import torch
 
 from llmkern import backend, extension
 from llmkern.positional import cuda, op, reference
+from llmkern.random import philox_words
 from llmkern.verify import verify
 from tests.emulation import cuda_on_cpu
 from tests.positional.cases import (
@@ -20,6 +21,7 @@ from tests.positional.cases import (
     ROTARY_LAYOUTS,
     SINUSOIDAL,
     add,
+    apart,
     rotary_inputs,
     rotate,
     sinusoidal_inputs,
@@ -64,8 +66,8 @@ def test_rotary(shape, dtype, interleaved, on_cpu):
 
 @LAYOUTS
 def test_rotary_with_many_items(interleaved, on_cpu):
-    """Past the size at which a thread takes four heads."""
-    inputs = rotary_inputs((1, 34, 7, 200, 128, 128), torch.bfloat16)
+    """Past 2**17 items, from where on one takes four heads; the second of the two has the fifth head alone."""
+    inputs = rotary_inputs((16, 3, 2, 4100, 2, 2), torch.float32)
     functions = rotate(interleaved), rotate(interleaved, plain=True)
     verify(*functions, inputs, gradients=False).raise_if_failed()
 
@@ -93,6 +95,42 @@ def test_rotary_strides_and_in_place(layout, dtype, interleaved, on_cpu):
         assert torch.equal(x, y)
     op.rotary(a, b, cos, sin, interleaved=interleaved, inplace=True)
     assert torch.equal(a, expected[0]) and torch.equal(b, expected[1])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("which", range(4), ids=["q", "k", "cos", "sin"])
+def test_rotary_every_tensor_has_strides_of_its_own(which, interleaved, on_cpu):
+    """Each alone in another layout: one that is not aligned keeps the kernel of wide accesses away from all."""
+    inputs = list(rotary_inputs((2, 4, 2, 8, 48, 32), torch.bfloat16))  # 8 rows apart by any step are aligned again
+    expected, own = rotate(interleaved)(*inputs), inputs[which]
+    for name, layout in ROTARY_LAYOUTS.items():
+        inputs[which] = layout(own) if own.dim() == 4 else layout(own[None, None])[0, 0]
+        for x, y in zip(rotate(interleaved)(*inputs), expected, strict=True):
+            assert torch.equal(x, y), name
+
+
+@LAYOUTS
+def test_rotary_of_aligned_rows_to_rows_that_are_not(interleaved, on_cpu):
+    q, k, cos, sin = rotary_inputs((2, 4, 2, 9, 50, 32), torch.bfloat16)
+    expected = rotate(interleaved)(q, k, cos, sin)
+    for a, b in ((apart(q, 6), apart(k, 6)), (apart(q, 6), k), (q, apart(k, 6))):
+        for x, y in zip(rotate(interleaved)(a, b, cos, sin), expected, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_rotary_one_of_the_two_in_place(module):
+    """What is not rotated is copied where one of the two outputs is no input."""
+    q, k, cos, sin = rotary_inputs((1, 2, 3, 5, 48, 32), torch.float32)
+    expected = rotate(plain=True)(q, k, cos, sin)
+    rows = [*q.stride()[:3], *k.stride()[:3]] * 2
+    for in_place in (0, 1):
+        ins = [q.clone(), k.clone()]
+        outs = [x if i == in_place else torch.full_like(x, torch.nan) for i, x in enumerate(ins)]
+        sizes, strides = [1, 2, 3, 5, 48, 32, len(cos)], [*rows, cos.stride(0), sin.stride(0), 0, 0]
+        plan = extension._C.RotaryPlan(sizes, strides, [extension.DTYPE_CODES[torch.float32]] * 2 + [0], False, False)
+        module.rotary_cuda(plan, *(t.data_ptr() for t in (*ins, *outs, cos, sin)), 0, 0, 0)
+        for x, y in zip(outs, expected, strict=True):
+            torch.testing.assert_close(x, y)
 
 
 def test_rotary_tables_in_the_dtype_of_q(on_cpu):
@@ -127,15 +165,33 @@ def test_the_dropout_mask_is_the_cpus(on_cpu):
     assert op.sinusoidal_add(x, pe, dropout_p=1.0, seed=1).abs().max() == 0
 
 
+def test_dropout_at_the_threshold(on_cpu):
+    """A random word that equals the threshold keeps its element."""
+    x, pe, seed = torch.ones(2, 1, 4), torch.zeros(2, 1, 4), 7
+    for row in range(2):
+        counter = (torch.tensor(0), torch.tensor(row), torch.tensor(0), torch.tensor(0))
+        for element, word in enumerate(philox_words(counter, seed).tolist()):
+            for dropout_p, kept in ((word / 2**32, True), ((word + 1) / 2**32, False)):
+                out = op.sinusoidal_add(x, pe, dropout_p=dropout_p, seed=seed)
+                assert (out[row, 0, element] != 0) == kept
+                assert torch.equal(out != 0, reference.dropout_factor(x, dropout_p, seed) != 0)
+
+
 def test_sinusoidal_add_strides(on_cpu):
-    x, pe = sinusoidal_inputs((9, 4, 24), torch.float32)
-    expected = op.sinusoidal_add(x, pe)
-    for strided in (
-        x.transpose(0, 1).contiguous().transpose(0, 1),
-        x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
-        torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
-    ):
-        assert torch.equal(op.sinusoidal_add(strided, pe), expected)
+    for width in (24, 22):
+        x, pe = sinusoidal_inputs((9, 4, width), torch.float32)
+        expected = op.sinusoidal_add(x, pe)
+        shifted = ROTARY_LAYOUTS["misaligned"]
+        for strided, table in (
+            (x.transpose(0, 1).contiguous().transpose(0, 1), pe),
+            (x.permute(2, 0, 1).contiguous().permute(1, 2, 0), pe),
+            (shifted(x), pe),
+            (x, shifted(pe)),
+            (apart(x, 3), pe),
+            (x, apart(pe, 3)),
+            (apart(x, 8 - width % 8), apart(pe, 8 - width % 8)),  # only the output's rows are not aligned
+        ):
+            assert torch.equal(op.sinusoidal_add(strided, table), expected)
 
 
 def test_another_device_is_an_error(module):

@@ -1,0 +1,46 @@
+"""Mutants whose PTX differs and whose behaviour does not, each with the reason; an entry that fits none is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tests.emulation.mutate.mutant import Mutant
+
+
+@dataclasses.dataclass(frozen=True)
+class Equivalent:
+    """The mutants of a file and function whose changed lines, with single spaces, are `before` and `after`."""
+
+    file: str
+    function: str
+    before: str
+    after: str
+    reason: str
+
+    def fits(self, mutant: Mutant) -> bool:
+        there = (mutant.file, mutant.function, mutant.before, mutant.after)
+        return there == (self.file, self.function, self.before, self.after)
+
+
+TRITON = "llmkern/positional/triton_kernels.py"
+LOADS = {n: f"{n[0]} = tl.load({n[2:]} + position * {n[2:]}_s + pair, mask=known" for n in ("c_cos", "d_sin")}
+EQUIVALENT = tuple(
+    Equivalent(
+        TRITON,
+        "rotary_kernel",
+        f'{load}, other=float("nan")).to(tl.float32)',
+        f"{load}, other=float(0)).to(tl.float32)",
+        "outside of the table the other of the two is still NaN, and both results contain it",
+    )
+    for load in LOADS.values()
+)  # fmt: skip
+
+
+def reason(mutant: Mutant) -> str | None:
+    return next((e.reason for e in EQUIVALENT if e.fits(mutant)), None)
+
+
+def stale(mutants: list[Mutant]) -> list[Equivalent]:
+    """Entries that fit none of all mutants of their files."""
+    files = {m.file for m in mutants}
+    return [e for e in EQUIVALENT if e.file in files and not any(map(e.fits, mutants))]

@@ -1,0 +1,136 @@
+"""What becomes of a mutant: compiled, compared with the original's PTX, and run through its tests, in a copied tree."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import re
+import shutil
+import subprocess
+import time
+from functools import cache
+from pathlib import Path
+
+from tests.emulation.mutate import process
+from tests.emulation.mutate.mutant import Mutant
+from tests.emulation.mutate.targets import ROOT, Target, headers
+
+FOLDERS = ("csrc", "llmkern", "tests")
+#: Of one process of tests: many times what they take, by the processor's clock and by the wall's.
+PROCESSOR_S, WALL_S = 240.0, 1200.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """kind: caught, survived, equivalent (the same PTX), or invalid (it does not compile). how: by which test, why."""
+
+    kind: str
+    how: str
+    seconds: float
+
+
+class Tree:
+    """A copy of the sources and tests, in which one file at a time is changed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in FOLDERS:
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        for library in ROOT.glob("llmkern/*.so"):
+            (folder / "llmkern" / library.name).symlink_to(library)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+
+    @cache  # noqa: B019
+    def original(self, source: str, architecture: str) -> str:
+        return self.ptx(source, architecture)
+
+    def ptx(self, source: str, architecture: str) -> str:
+        """The PTX with line information, as the tests compile it. Raises CalledProcessError."""
+        out = self.folder / "out.ptx"
+        command = ["nvcc", f"-arch=sm_{architecture}", "-std=c++17", "-O3", "-lineinfo", "-ptx"]
+        command += [f"-I{(self.folder / source).parent}", str(self.folder / source), "-o", str(out)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=WALL_S)
+        return out.read_text()
+
+    def passes(self, target: Target, ptx: dict[tuple[str, str], str], ptx_changed: bool = True) -> process.Outcome:
+        """All tests of the target, up to the first that fails. ptx: by source and architecture, compiled before."""
+        seconds = 0.0
+        for arguments, interpreted in target.steps(ptx_changed):
+            outcome = process.pytest_in(self.folder, arguments, interpreted, ptx, PROCESSOR_S, WALL_S)
+            seconds += outcome.seconds
+            if not outcome.passed:
+                return dataclasses.replace(outcome, seconds=seconds)
+        return process.Outcome(True, "", seconds)
+
+    def judge(self, mutant: Mutant, targets: list[Target]) -> Verdict:
+        path, started = self.folder / mutant.file, time.monotonic()
+        text = path.read_text()
+        for target in targets:
+            if _cuda(target):
+                for architecture in target.architectures:
+                    self.original(target.source, architecture)
+        path.write_text(mutant.apply(text))
+        try:
+            kind, how = self._judge(mutant, targets)
+        finally:
+            path.write_text(text)
+        return Verdict(kind, how, round(time.monotonic() - started, 2))
+
+    def _judge(self, mutant: Mutant, targets: list[Target]) -> tuple[str, str]:
+        ran = []
+        for target in targets:
+            ptx, differs = {}, True
+            if _cuda(target):
+                try:
+                    ptx = {(target.source, a): self.ptx(target.source, a) for a in target.architectures}
+                except subprocess.CalledProcessError as error:
+                    return "invalid", next((x for x in error.stderr.splitlines() if "error" in x), "nvcc failed")[-200:]
+                differs = any(normal(x) != normal(self.original(*which)) for which, x in ptx.items())
+            else:
+                try:
+                    ast.parse((self.folder / mutant.file).read_text())
+                except SyntaxError as error:
+                    return "invalid", str(error)
+            if not (differs or mutant.host):
+                continue
+            ran += [arguments for arguments, _ in target.steps(differs)]
+            outcome = self.passes(target, ptx, differs)
+            if not outcome.passed:
+                return ("error" if outcome.how.startswith("pytest ended") else "caught"), outcome.how
+        return ("survived", "all pass: " + "; ".join(ran)) if ran else ("equivalent", "the PTX is the same")
+
+
+def normal(ptx: str) -> str:
+    """PTX without line information and without what nvcc makes of the file's path and contents."""
+    ptx = re.sub(r"^\s*(\.section.*\Z)", "", ptx, flags=re.MULTILINE | re.DOTALL)
+    ptx = re.sub(r"^(\s*\.(loc|file)\b.*|\$L__tmp\d+:|\$L__func_\w+:|\s*//.*)\n", "", ptx, flags=re.MULTILINE)
+    return re.sub(r"_GLOBAL__N__[0-9a-f]+_\d+_\w+?_cu_[0-9a-f]{8}(?:_\d+)?", "_GLOBAL_", ptx)
+
+
+def _cuda(target: Target) -> bool:
+    return target.source.endswith(".cu")
+
+
+def digest(targets: list[Target], tests: bool) -> str:
+    """Of what a verdict depends on but for the mutant: the kernels' sources and launchers, or their tests."""
+    hasher = hashlib.sha256(repr([dataclasses.astuple(t) for t in targets] if tests else "").encode())
+    for path in sorted(set().union(*((_tests if tests else _sources)(t) for t in targets))):
+        hasher.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return hasher.hexdigest()
+
+
+def _sources(target: Target) -> set[Path]:
+    """What is compiled, and the family's Python."""
+    family = Path(target.source).parent.name
+    found = {ROOT / target.source, *(ROOT / "llmkern" / family).rglob("*.py"), *ROOT.glob(f"csrc/{family}/bindings*.h")}
+    return found | ({ROOT / h for h in headers(target.source)} if _cuda(target) else set())
+
+
+def _tests(target: Target) -> set[Path]:
+    """The test files that are named, and all that is no test in the folders of tests: cases, emulators, fixtures."""
+    family = Path(target.source).parent.name
+    found = {ROOT / word for arguments, _ in target.steps(True) for word in arguments.split() if word.endswith(".py")}
+    for folder in ("tests", f"tests/{family}", "tests/emulation", "tests/emulation/ptx", "tests/emulation/cuda"):
+        found |= {p for p in (ROOT / folder).glob("*") if p.is_file() and not p.name.startswith("test_")}
+    return found

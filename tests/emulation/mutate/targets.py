@@ -1,0 +1,88 @@
+"""Which sources are mutated, and which tests belong to each: one entry for each source of kernels.
+
+The headers of ours that a CUDA source includes are mutated with it, where they hold device code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A source of kernels. ptx, host, interpreted: arguments of pytest, one string a process, run in this order.
+
+    ptx: tests that execute or read the PTX, which cannot tell a change of the launchers. host: those that run what the
+    host's compiler makes of the source. interpreted: those for Triton's interpreter. What fails soonest stands first.
+    architectures: for which the PTX is compared, those whose code the tests run.
+    """
+
+    source: str
+    ptx: tuple[str, ...] = ()
+    host: tuple[str, ...] = ()
+    interpreted: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ("80",)
+
+    def steps(self, ptx_changed: bool) -> list[tuple[str, bool]]:
+        """Arguments of pytest, and whether Triton's interpreter is to run."""
+        compiled = (*(self.ptx if ptx_changed else ()), *self.host)
+        return [(s, False) for s in compiled] + [(s, True) for s in self.interpreted]
+
+
+TARGETS = (
+    Target(
+        "csrc/positional/cuda.cu",
+        ptx=(
+            "tests/emulation/test_ptx_positional.py tests/emulation/test_ptx_common.py "
+            "-k '(dtype1-80 or positions or more_items or divide) and not triton'",
+            "tests/emulation/test_ptx_positional.py -k '(dtype0-80 or dtype2-80) and not triton'",
+            "tests/positional/test_cuda.py -k 'compiled_by_nvcc and 80'",
+        ),
+        host=("tests/positional/test_cuda.py -k 'not nvcc and not (sinusoidal and many)'",),
+    ),
+    Target(
+        "csrc/attention/cuda_sm90.cu",
+        ptx=(
+            "tests/emulation/test_ptx_attention_sm90.py -k 'many_tiles and 64 and dtype0'",
+            "tests/emulation/test_ptx_attention_sm90.py -k 'layouts or (masked and 64) or lengths_of or without'",
+            "tests/emulation/test_ptx_attention_sm90.py -k 'contract and primes or many_tiles and 128 and dtype1'",
+        ),
+        architectures=("90a",),
+    ),
+    Target(
+        "llmkern/positional/triton_kernels.py",
+        ptx=("tests/emulation/test_ptx_positional.py -k 'triton and 80'",),
+        interpreted=(
+            "tests/positional/interpreted_triton.py -k 'not contract'",
+            "tests/positional/interpreted_triton.py -k 'contract and dtype1 and not usual and not 256'",
+        ),
+    ),
+)
+
+
+def headers(source: str, root: Path = ROOT) -> list[str]:
+    """Those of our own that a CUDA source includes, by way of others too, in the order of their names."""
+    found: set[str] = set()
+    waiting = [root / source]
+    while waiting:
+        path = waiting.pop()
+        for name in re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text(), re.MULTILINE):
+            header = (path.parent / name).resolve()
+            relative = str(header.relative_to(root)) if header.is_relative_to(root) else ""
+            if relative and relative not in found and header.exists():
+                found.add(relative)
+                waiting.append(header)
+    return sorted(found)
+
+
+def files() -> dict[str, list[Target]]:
+    """Every file to be mutated, and the targets whose kernels it is part of."""
+    found: dict[str, list[Target]] = {}
+    for target in TARGETS:
+        for file in (target.source, *(headers(target.source) if target.source.endswith(".cu") else ())):
+            found.setdefault(file, []).append(target)
+    return found
