@@ -30,6 +30,8 @@ def _refused(
         return f"bias is {bias.dtype}, not float32, bfloat16 or float16"
     if rotate > 1:
         return f"rotate={rotate}: the CUDA kernels have no Hadamard transform"
+    if group and inputs != "symmetric":
+        return f"inputs={inputs!r} with group={group}: the CUDA kernels take groups of 'symmetric' inputs alone"
     depth = weight.size(1)
     if depth > MOST_DEPTH:
         return f"K = {depth} is above {MOST_DEPTH}, past which its int32 sums could overflow"
