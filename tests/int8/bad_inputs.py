@@ -146,7 +146,7 @@ SCHEMES = {
     "no inputs": ((None,), ValueError, ["inputs: expected one of outliers", "got None"]),
     "group": (("symmetric", 48), ValueError, ["group: expected 0 or a multiple of 32, got 48"]),
     "a negative group": (("symmetric", -32), ValueError, ["group: expected 0 or a multiple of 32, got -32"]),
-    "a group of other inputs": (("row", 64), ValueError, ["group: expected 0 with inputs='row'", "got 64"]),
+    "a group of other inputs": (("16bit", 64), ValueError, ["group: expected 0 with inputs='16bit'", "got 64"]),
     "a group that is no integer": (("symmetric", 64.0), TypeError, ["group: expected an integer, got 64.0"]),
     "a group that is a flag": (("symmetric", True), TypeError, ["group: expected an integer, got True"]),
     "no group": (("symmetric", None), TypeError, ["group: expected an integer, got None"]),
