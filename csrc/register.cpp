@@ -16,8 +16,8 @@
 #include "positional/bindings.h"
 #ifdef LLMKERN_CUDA
 #include "attention/bindings_cuda.h"
-#include "int8/bindings_cuda.h"
 #include "attention/bindings_cuda_decode.h"
+#include "int8/bindings_cuda.h"
 #include "positional/bindings_cuda.h"
 #endif
 

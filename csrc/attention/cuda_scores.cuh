@@ -3,7 +3,7 @@
 #pragma once
 #include "../common/mma.cuh"
 #include "../common/philox.cuh"
-#include "limits.h"
+#include "key_limits.h"
 
 namespace llmkern::device {
 namespace {

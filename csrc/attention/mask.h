@@ -6,7 +6,7 @@
 #include "../common/exp.h"
 #include "../common/philox.h"
 #include "../common/simd.h"
-#include "limits.h"
+#include "key_limits.h"
 #include "sequence.h"
 
 namespace llmkern::LLMKERN_ISA {

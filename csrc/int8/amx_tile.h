@@ -132,7 +132,7 @@ class HighDigits {
 
  private:
   static constexpr int kMostQuads = 256, kQuadsOfOneTile = 4;  // that take as long as a tile
-  static constexpr int kMostTiles = 1 << 10;  // compiled.py's bound on k is 65793
+  static constexpr int kMostTiles = 1 << 10;                   // compiled.py's bound on k is 65793
   struct Quad {
     int32_t row, quad;
   };

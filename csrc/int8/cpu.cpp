@@ -9,12 +9,12 @@
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-constexpr int64_t kFewRows = 4;             // up to here the weights' way from memory is the cost
-constexpr int64_t kBlockBytes = 384 << 10;  // quantised rows that stay in the second-level cache
+constexpr int64_t kFewRows = 4;              // up to here the weights' way from memory is the cost
+constexpr int64_t kBlockBytes = 384 << 10;   // quantised rows that stay in the second-level cache
 constexpr int64_t kPanelsBytes = 512 << 10;  // packed weights that do, where rows pass through the panels
-constexpr int64_t kChunkBytes = 8 << 20;    // quantised rows held at a time
+constexpr int64_t kChunkBytes = 8 << 20;     // quantised rows held at a time
 
-constexpr int64_t kRowsBytes = 16 << 10;    // rows that are looked at together, in the first-level cache
+constexpr int64_t kRowsBytes = 16 << 10;  // rows that are looked at together, in the first-level cache
 
 // Rows [begin, end) of x, as integers in row_of(m). What is found of some is worked out together, since each takes a
 // chain of instructions that wait for one another.
@@ -91,12 +91,8 @@ struct Rows {
     return stride * kElement % 4096 == 0 ? stride + 64 / kElement : stride;
   }
   QuantizedRow row(int64_t m) const {
-    return {low + m * stride,
-            high ? high + m * stride : nullptr,
-            bits ? bits + m * words : nullptr,
-            scales + m * scales_of_row,
-            zeros + m * scales_of_row,
-            high_sums + m};
+    return {low + m * stride,           high ? high + m * stride : nullptr, bits ? bits + m * words : nullptr,
+            scales + m * scales_of_row, zeros + m * scales_of_row,          high_sums + m};
   }
 };
 

@@ -14,13 +14,12 @@ namespace llmkern::LLMKERN_ISA {
 
 // LLMKERN_INLINE void store_low(Low* p, Int u)                kWidth low digits of numbers cut off at 0 and 255
 // LLMKERN_INLINE void store_digits(Low* p, High* h, Int u)    both digits of kWidth numbers in -32512..32767
-// LLMKERN_INLINE void store_lows(Low* p, const Int* u)        low digits of 64 numbers, kRun vectors, cut off at 0 and 255
-// LLMKERN_INLINE int store_both(Low* p, High* h, const Int* u)  both digits of 64 numbers; bit i: quad i has a high one
-// LLMKERN_INLINE Int load_weights(const int8_t* p)            kWidth * kDotDepth weights
-// LLMKERN_INLINE Int dot(Int sum, Int x, Int w)               low digits
-// LLMKERN_INLINE Int high_weights(Int w)                      what dot_high takes of these weights
-// LLMKERN_INLINE Int dot_high(Int sum, Int x, Int w)          high digits
-// LLMKERN_INLINE int high_quads(Int u)                        bit i: one of lanes 4 i to 4 i + 3 has a high digit
+// LLMKERN_INLINE void store_lows(Low* p, const Int* u)        low digits of 64 numbers, kRun vectors, cut off at 0 and
+// 255 LLMKERN_INLINE int store_both(Low* p, High* h, const Int* u)  both digits of 64 numbers; bit i: quad i has a high
+// one LLMKERN_INLINE Int load_weights(const int8_t* p)            kWidth * kDotDepth weights LLMKERN_INLINE Int dot(Int
+// sum, Int x, Int w)               low digits LLMKERN_INLINE Int high_weights(Int w)                      what dot_high
+// takes of these weights LLMKERN_INLINE Int dot_high(Int sum, Int x, Int w)          high digits LLMKERN_INLINE int
+// high_quads(Int u)                        bit i: one of lanes 4 i to 4 i + 3 has a high digit
 #if defined(LLMKERN_SIMD_AVX512)
 constexpr int kDotDepth = 4;
 using Low = uint8_t;
@@ -41,10 +40,10 @@ LLMKERN_INLINE void store_lows(Low* p, const Int* u) {
 }
 LLMKERN_INLINE int store_both(Low* p, High* h, const Int* u) {
   Int low[4], high[4];
-  for (int i = 0; i < 4; i++) low[i] = _mm512_and_si512(u[i], _mm512_set1_epi32(255)), high[i] = _mm512_srai_epi32(u[i], 8);
+  for (int i = 0; i < 4; i++)
+    low[i] = _mm512_and_si512(u[i], _mm512_set1_epi32(255)), high[i] = _mm512_srai_epi32(u[i], 8);
   store_lows(p, low);
-  Int packed =
-      in_order(_mm512_packs_epi16(_mm512_packs_epi32(high[0], high[1]), _mm512_packs_epi32(high[2], high[3])));
+  Int packed = in_order(_mm512_packs_epi16(_mm512_packs_epi32(high[0], high[1]), _mm512_packs_epi32(high[2], high[3])));
   _mm512_storeu_si512(h, packed);
   return _mm512_test_epi32_mask(packed, packed);
 }
@@ -193,7 +192,7 @@ LLMKERN_INLINE int high_quads(Int u) {
 #endif
 
 constexpr int kRun = 64 / kWidth;  // vectors
-constexpr int kQuad = 4;  // values of k: what the bits of rows with high digits stand for
+constexpr int kQuad = 4;           // values of k: what the bits of rows with high digits stand for
 constexpr int kStepsOfQuad = kQuad / kDotDepth;
 
 #ifndef LLMKERN_RUNS

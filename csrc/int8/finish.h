@@ -86,9 +86,9 @@ LLMKERN_INLINE Int load_sums(const int32_t* p) {
 // What is the same for all rows of vectors [first, first + vectors) of a panel.
 struct Columns {
   int vectors;
-  bool whole;              // every vector is full of outputs
-  int count[kVectors];     // outputs of a vector
-  int64_t out[kVectors];   // their first column of the result
+  bool whole;             // every vector is full of outputs
+  int count[kVectors];    // outputs of a vector
+  int64_t out[kVectors];  // their first column of the result
   Float scale[kVectors], bias[kVectors];
   Int weight_sum[kVectors];
 };

@@ -1,8 +1,8 @@
 // Packed weights: a header, the sums of each output's weights (one for each group of k), and panels of kPanel outputs.
 // A panel holds, for each step of kDotDepth values of k, the weights of its outputs one after another, so that a step
 // of a tile reads one run of memory. With AMX the two halves of a panel follow one another, each in the tiles that its
-// registers take: 16 steps of a vector of outputs, then of the next. Of pairs, a vector of first ones is followed by the
-// one of their seconds. What lies beyond the last output or the last k is zero.
+// registers take: 16 steps of a vector of outputs, then of the next. Of pairs, a vector of first ones is followed by
+// the one of their seconds. What lies beyond the last output or the last k is zero.
 #pragma once
 #include <cstring>
 

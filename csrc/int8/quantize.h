@@ -1,7 +1,7 @@
 // Rows of activations as integers: u = round(x / scale) + zero, in one digit of 8 bits or two.
 //
-// Two passes over rows that are in the cache: their ranges, then the integers. All of it is exact or in one order on every
-// instruction set, so that the integers are the same on all of them.
+// Two passes over rows that are in the cache: their ranges, then the integers. All of it is exact or in one order on
+// every instruction set, so that the integers are the same on all of them.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -23,8 +23,8 @@ constexpr int64_t kBitsOfWord = 64 * kQuad;  // values of k in a word of `bits`
 // Where a row's integers go, and what is known of it.
 struct QuantizedRow {
   Low* low;
-  High* high;      // null: one digit
-  uint64_t* bits;  // for each quad of k whether a high digit is there; null with `high`
+  High* high;         // null: one digit
+  uint64_t* bits;     // for each quad of k whether a high digit is there; null with `high`
   float* scale;       // one, or one for each group
   int32_t* zero;      // as many, less kLowOffset
   int32_t* high_sum;  // of the high digits; with `high`
@@ -123,8 +123,8 @@ LLMKERN_INLINE Int integer(Float x, Float factor, Int origin) {
   return add(round_to_int(x), origin);
 }
 
-// The low digits of a row, up to the next multiple of kWidth: what is beyond `depth` is anything. `next`, as long as the
-// row, is asked for meanwhile.
+// The low digits of a row, up to the next multiple of kWidth: what is beyond `depth` is anything. `next`, as long as
+// the row, is asked for meanwhile.
 template <bool kGiven, class T>
 void put_lows(const T* x, int64_t depth, Scale s, Low* low, const T* next) {
   const Float factor = broadcast(1.0f / s.scale);
@@ -156,7 +156,8 @@ LLMKERN_INLINE int32_t sum_of_digits(const High* digits, int64_t count) {
   return total;
 }
 
-// Both digits of a row, and where there are high ones; beyond `depth` its high digits up to the next multiple of 64 are 0.
+// Both digits of a row, and where there are high ones; beyond `depth` its high digits up to the next multiple of 64 are
+// 0.
 template <bool kGiven, class T>
 void put_digits(const T* x, int64_t depth, Scale s, const QuantizedRow& row) {
   const Float factor = broadcast(1.0f / s.scale);
@@ -200,8 +201,8 @@ Found look_at(const QuantizeParams& q, const T* x, int64_t depth) {
   return f;
 }
 
-// Writes the row up to the next multiple of kWidth, and its high digits, which are 0 beyond `depth`, to that of 64. What
-// lies behind the low digits is anything: it meets weights of 0. `next`: as for put_lows.
+// Writes the row up to the next multiple of kWidth, and its high digits, which are 0 beyond `depth`, to that of 64.
+// What lies behind the low digits is anything: it meets weights of 0. `next`: as for put_lows.
 template <class T>
 void put_row(const QuantizeParams& q, const T* x, int64_t depth, const Found& f, const QuantizedRow& row,
              const T* next) {

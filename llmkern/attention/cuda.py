@@ -14,7 +14,7 @@ from llmkern.attention.layout import output_strides
 from llmkern.backend import Backend
 
 _WIDEST = 128
-#: Queries and keys are numbered in 32 bits with room for the sum of a place and a window (limits.h, kMostRows).
+#: Queries and keys are numbered in 32 bits with room for the sum of a place and a window (key_limits.h, kMostRows).
 _MOST_ROWS = 2**28
 
 

@@ -34,7 +34,9 @@ def nvcc(source: Path, architecture: str = "80", changes: tuple[tuple[str, str],
             path = Path(folder) / source.name
             path.write_text(text)
         out = Path(folder) / "out.ptx"
-        flags = [f"-arch=sm_{architecture}", "-std=c++17", "-O3", "-lineinfo", "-ptx", f"-I{source.parent}"]
+        flags = [f"-arch=sm_{architecture}", "-std=c++17", "-O3", "-lineinfo", "-ptx"]
+        # For quoted includes alone: a family's cuda.h is not the toolkit's.
+        flags += ["-Xcompiler", f"-iquote,{source.parent}"]
         subprocess.run([NVCC, *flags, str(path), "-o", str(out)], check=True, capture_output=True)
         return out.read_text()
 

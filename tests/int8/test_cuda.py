@@ -16,7 +16,11 @@ from tests.emulation import compilers
 from tests.int8.cases import FLOATS, QUANTIZATIONS, inputs, positional, quantized, row_kinds, with_outliers
 from tests.int8.on_emulator import serve
 
-SCHEMES = {name: kw for name, kw in QUANTIZATIONS.items() if not name.startswith("rotated")}
+SCHEMES = {  # that the kernels take
+    name: kw
+    for name, kw in QUANTIZATIONS.items()
+    if "rotate" not in kw and ("group" not in kw or kw["inputs"] == "symmetric")
+}
 # (M, K, N): of few rows and of tiles
 SHAPES = {
     "one of everything": (1, 1, 1), "one row": (1, 2100, 6), "few rows": (4, 64, 9), "primes": (7, 131, 13),
@@ -204,13 +208,13 @@ def test_another_device_is_an_error(emulator):
         emulator.module.int8_linear_cuda(plan, *[0] * 12, 3, 0)
 
 
-def refused(depth=8, dtype=torch.float32, bias_dtype=torch.float32, rotate=1):
+def refused(depth=8, dtype=torch.float32, bias_dtype=torch.float32, rotate=1, group=0):
     x, weight = (
         torch.empty(2, depth, dtype=dtype, device="meta"),
         torch.empty(3, depth, dtype=torch.int8, device="meta"),
     )
     scale, bias = torch.empty(3, device="meta"), torch.empty(3, dtype=bias_dtype, device="meta")
-    return cuda._refused(x, weight, scale, bias, None, None, "row", 0, rotate, "none")
+    return cuda._refused(x, weight, scale, bias, None, None, "row", group, rotate, "none")
 
 
 def test_why_it_cannot_serve():
@@ -218,6 +222,7 @@ def test_why_it_cannot_serve():
     assert refused(dtype=torch.float64) == "x is torch.float64, not float32, bfloat16 or float16"
     assert refused(bias_dtype=torch.float64) == "bias is torch.float64, not float32, bfloat16 or float16"
     assert "Hadamard" in refused(depth=32, rotate=2)
+    assert "groups of 'symmetric' inputs alone" in refused(depth=64, group=32)
     assert "overflow" in refused(depth=cuda.MOST_DEPTH + 1)
     assert "a block holds" in refused(depth=24577) and refused(depth=24576) is None
     assert refused(depth=49152, dtype=torch.bfloat16) is None

@@ -106,7 +106,8 @@ __device__ __forceinline__ void product(const char* a, const char* b, Sum* c, in
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(128) gemm_bf16(const char* a, const char* b, float* c, int m, int n, int k) {
+extern "C" __global__ void __launch_bounds__(128)
+    gemm_bf16(const char* a, const char* b, float* c, int m, int n, int k) {
   product(a, b, c, m, n, 2 * k);
 }
 

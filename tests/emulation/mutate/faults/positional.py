@@ -30,7 +30,7 @@ PLANTED = (
     Planted(POSITIONAL, "w.items = p.batch * w.chunks", "w.items = w.chunks", host=True),
     Planted(POSITIONAL, "p.batch * ((p.width + kLanes<T> - 1)", "p.batch * ((p.width)", host=True),
     Planted(LAUNCH, "(items + kThreads - 1) / kThreads", "items / kThreads", host=True),
-    Planted(LAUNCH, "if (items <= 0) return;", "if (items < 0) return;", host=True),
+    Planted(LAUNCH, "if (blocks <= 0) return;", "if (blocks < 0) return;", host=True),
     # Wrong dtype, wrong half, wrong row.
     Planted(POSITIONAL, "wide ? rotary_typed<Bf16, float>", "!wide ? rotary_typed<Bf16, float>", host=True),
     Planted(POSITIONAL, "return sinusoidal_add_typed<Bf16>", "return sinusoidal_add_typed<Fp16>", host=True),
