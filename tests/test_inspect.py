@@ -315,8 +315,8 @@ def test_budgets_are_well_formed():
         for source, targets in sources.items():
             assert source in inspector.SOURCES
             for target, budget in targets.items():
-                assert target in limits.LIMITS and set(budget) == set(budgets.FIELDS), (kernel, target)
-                assert budget["spill_bytes"] == 0, (kernel, target)
+                assert target in limits.LIMITS and set(budget) - {"why"} == set(budgets.FIELDS), (kernel, target)
+                assert (budget["spill_bytes"] > 0) == bool(budget.get("why")), (kernel, target)
 
 
 ENFORCED = ["sm_80", "sm_90", "sm_120"]
