@@ -1,8 +1,9 @@
 """The most that each kernel may need: budgets.json, which the tests hold the kernels to.
 
 {kernel: {source: {target: {"registers": n, "spill_bytes": n, "shared_bytes": n}}}}, the largest over a kernel's
-configurations; where any may spill, "why" says which and what for. A kernel that is not listed may not spill and must fit
-on an SM. The shared memory of kernels that take it at launch is not known here; theirs is the most that a block can have.
+configurations; where any may spill, "why" says which and what for. A kernel that is not listed may not spill and must
+fit on an SM. The shared memory of kernels that take it at launch is not known here; theirs is the most that a block can
+have.
 """
 
 from __future__ import annotations
