@@ -31,8 +31,9 @@ LLMKERN_INLINE void store_low(Low* p, Int u) {
 }
 #define LLMKERN_RUNS
 // Packing works in quarters of 128 bits: quarter i of its result has lanes 4 i to 4 i + 3 of each vector.
+constexpr int32_t kQuartersInOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
 LLMKERN_INLINE Int in_order(Int packed) {
-  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), packed);
+  return _mm512_permutexvar_epi32(_mm512_loadu_si512(kQuartersInOrder), packed);
 }
 LLMKERN_INLINE void store_lows(Low* p, const Int* u) {
   Int packed = _mm512_packus_epi16(_mm512_packs_epi32(u[0], u[1]), _mm512_packs_epi32(u[2], u[3]));

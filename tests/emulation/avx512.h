@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace emulated {
 
@@ -392,6 +393,27 @@ EMULATED void store_aligned(void* p, V a) {
 }
 
 // --- permutations
+template <class From, class To>
+EMULATED __m512i packs(__m512i a, __m512i b) {  // saturated, within each 128-bit quarter: those of a, then those of b
+  constexpr int n = 16 / sizeof(From);
+  Lanes<From> x = lanes<From>(a), y = lanes<From>(b);
+  Lanes<To> r;
+  auto cut_off = [](From v) {
+    constexpr int32_t least = std::numeric_limits<To>::min(), most = std::numeric_limits<To>::max();
+    return static_cast<To>(v < least ? least : v > most ? most : v);
+  };
+  for (int q = 0; q < 4; q++)
+    for (int i = 0; i < n; i++) {
+      r.lane[2 * n * q + i] = cut_off(x.lane[n * q + i]);
+      r.lane[2 * n * q + n + i] = cut_off(y.lane[n * q + i]);
+    }
+  return pack<__m512i>(r);
+}
+EMULATED __m512i permutexvar_epi32(__m512i order, __m512i a) {
+  Lanes<uint32_t> from = lanes<uint32_t>(order), x = lanes<uint32_t>(a), r;
+  for (int i = 0; i < 16; i++) r.lane[i] = x.lane[from.lane[i] % 16];
+  return pack<__m512i>(r);
+}
 template <class T, bool High>
 EMULATED __m512i unpack(__m512i a, __m512i b) {  // within each 128-bit quarter
   constexpr int quarter = 16 / sizeof(T), half = quarter / 2;
@@ -474,6 +496,10 @@ EMULATED __m512i shuffle_i32x4(__m512i a, __m512i b, int control) {  // quarters
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_reduce_max_ps emulated::reduce_max_ps
 #define _mm512_reduce_min_ps emulated::reduce_min_ps
+#define _mm512_packs_epi16 emulated::packs<int16_t, int8_t>
+#define _mm512_packs_epi32 emulated::packs<int32_t, int16_t>
+#define _mm512_packus_epi16 emulated::packs<int16_t, uint8_t>
+#define _mm512_permutexvar_epi32 emulated::permutexvar_epi32
 #define _mm512_set1_epi16 emulated::set1_epi16
 #define _mm512_set1_epi32 emulated::set1_epi32
 #define _mm512_permute_ps emulated::permute_ps

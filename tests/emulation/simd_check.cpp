@@ -110,5 +110,14 @@ int main() {
     print("quads", &quads, sizeof quads);
     show("dot low", dot(i, broadcast_step(low), w));
     show("dot high", dot_high(i, broadcast_step(high), high_weights(w)));
+    Int run[kRun];
+    Low lows[64];
+    High highs[64];
+    for (int v = 0; v < kRun; v++) run[v] = v % 2 ? u : broadcast_int(97 * v + 11 * round - 700);
+    store_lows(lows, run);
+    print("64 low", lows, sizeof lows);
+    quads = store_both(lows, highs, run);
+    print("64 low digits", lows, sizeof lows), print("64 high digits", highs, sizeof highs);
+    print("64 quads", &quads, sizeof quads);
   }
 }
