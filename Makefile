@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints
 # Those that run the compiled library; not the GPU kernels' tests, which bring their own.
 # Nor those of what Python does around the int8 kernels.
 LIBRARY_TESTS := tests/attention tests/int8 tests/positional --ignore-glob='*test_triton.py' --ignore-glob='*test_cuda*.py' \
-	$(foreach name,lora packing out portability,--ignore=tests/int8/test_$(name).py)
+	$(foreach name,lora packing packing_threads out portability,--ignore=tests/int8/test_$(name).py)
 .PHONY: help demo test lint emulate sanitize neon
 .DEFAULT_GOAL := help
 

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Not the GPU kernels' tests, which bring libraries of their own.
 IGNORED = ["--ignore-glob=*test_triton.py", "--ignore-glob=*test_cuda*.py"]
-IGNORED += [f"--ignore=tests/int8/test_{name}.py" for name in ("lora", "packing", "portability")]
+IGNORED += [f"--ignore=tests/int8/test_{name}.py" for name in ("lora", "packing", "packing_threads", "portability")]
 # Those of the kernels, without those of what Python does around the int8 ones.
 FAMILIES = ["tests/attention", "tests/int8", "tests/positional", *IGNORED]
 
