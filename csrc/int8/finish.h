@@ -103,7 +103,8 @@ LLMKERN_INLINE Columns columns_of(const Work& w, int64_t panel, int first, int l
     c.count[v] = n, c.whole = c.whole && n == kWidth, c.out[v] = output;
     c.scale[v] = w.grouped ? broadcast(1.0f) : of(w.weight_scale);
     c.bias[v] = w.bias ? of(w.bias) : zero();
-    c.weight_sum[v] = load_sums(w.weight_sums + panel * layout.groups * kPanel + (first + v) * kWidth);
+    // Groups have sums of their own, and without k there are none.
+    c.weight_sum[v] = w.grouped ? broadcast_int(0) : load_sums(w.weight_sums + (panel * kVectors + first + v) * kWidth);
   }
   return c;
 }
