@@ -10,9 +10,13 @@
 //   2 q + 9, which are the rows that it has to give. Column g of product i is element 8 L c + L g + i of the row.
 #pragma once
 #include "../common/device.cuh"
+#include "../common/special.cuh"
 #include "params.h"
 
 namespace llmkern::decode {
+
+using device::exp2_quick;
+using device::log2_quick;
 
 constexpr int kTile = 16;  // keys
 constexpr unsigned kAll = 0xffffffffu;
@@ -20,17 +24,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 LLMKERN_DEVICE float minus_infinity() { return device::bits_to_float(0xff800000u); }
 
-// By the special function unit: relative errors near 2^-22. 2^x below the smallest normal number is 0.
-LLMKERN_DEVICE float exp2_quick(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-LLMKERN_DEVICE float log2_quick(float x) {
-  float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+// By the special function unit, too.
 LLMKERN_DEVICE float inverse_quick(float x) {
   float y;
   asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "../common/launch.cuh"
+#include "../common/special.cuh"
 #include "../common/tensor_map.h"
 
 #ifndef LLMKERN_SM90
@@ -53,11 +54,6 @@ LLMKERN_DEVICE uint32_t not_finite(uint32_t pair, Fp16) { return ((pair & 0x7c00
 // All bits of those two whose highest one is set, of what not_finite gives.
 LLMKERN_DEVICE uint32_t halves(uint32_t highest) { return (highest >> 15) * 0xffffu; }
 
-LLMKERN_DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 LLMKERN_DEVICE float log_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -155,12 +151,12 @@ struct Consumer {
       for (int i = 2 * r; i < kKeys / 2; i += 4) most = fmaxf(most, fmaxf(scores[i], scores[i + 1]));
       most = largest_of_four(most);
       float base = most == -kInfinity ? 0.0f : most * scale2;  // no key so far: all weights are 0
-      shrink[r] = exp2_fast(largest[r] * scale2 - base);
+      shrink[r] = device::exp2_quick(largest[r] * scale2 - base);
       largest[r] = most;
 #pragma unroll
       for (int i = 2 * r; i < kKeys / 2; i += 4) {
-        scores[i] = exp2_fast(fmaf(scores[i], scale2, -base));
-        scores[i + 1] = exp2_fast(fmaf(scores[i + 1], scale2, -base));
+        scores[i] = device::exp2_quick(fmaf(scores[i], scale2, -base));
+        scores[i + 1] = device::exp2_quick(fmaf(scores[i + 1], scale2, -base));
         sum += scores[i] + scores[i + 1];
       }
       sums[r] = fmaf(sums[r], shrink[r], sum);

@@ -7,6 +7,7 @@
 // piece (ldmatrix) nor the pieces of one row (copies) meet in a bank.
 #pragma once
 #include "device.cuh"
+#include "special.cuh"
 
 namespace llmkern::device {
 
@@ -78,18 +79,6 @@ LLMKERN_DEVICE void multiply(float* c, const uint32_t* a, uint32_t b0, uint32_t 
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// 2^x and log2 x by the special function unit: relative errors near 2^-22; 2^-infinity is 0.
-LLMKERN_DEVICE float exp2_quick(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-LLMKERN_DEVICE float log2_quick(float x) {
-  float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 }  // namespace llmkern::device
