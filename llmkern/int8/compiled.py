@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,20 +42,9 @@ def _plan(
     if not group:
         vectors_dense = vectors_dense and (weight_scale.stride(0) == 1 or weight_scale.size(0) <= 1)
     if -1 in rows_of or not vectors_dense:
-        return _on_copies
-    outputs, depth = weight.shape
-    pairs = activation in PAIRS
-    shape = (*x.shape[:-1], outputs // 2 if pairs else outputs)
-    rows = 1
-    for size in x.shape[:-1]:
-        rows *= size
-    dtype, codes = x.dtype, extension.DTYPE_CODES
-    plan = extension._C.Int8LinearPlan(
-        rows=rows, outputs=outputs, depth=depth, x_stride=rows_of[0], residual_stride=rows_of[1] or 0,
-        out_stride=shape[-1] if out is None else rows_of[2],
-        quantization=extension._C.Quantization(INPUTS[inputs], inputs == "outliers", group, rotate),
-        activation=ACTIVATIONS[activation], dtype=codes[dtype], bias_dtype=0 if bias is None else codes[bias.dtype],
-    )  # fmt: skip
+        return on_copies(_plan)
+    dtype, pairs = x.dtype, activation in PAIRS
+    plan, shape = kernel_plan(x, weight, bias, rows_of, inputs, group, rotate, activation, out)
     strides = torch.empty(shape, device="meta").stride()
     empty = torch.empty_strided  # quicker than torch.empty
     layout, scale_layout = layout_of(weight), layout_of(weight_scale)
@@ -80,6 +70,26 @@ def _plan(
     return launch
 
 
+def kernel_plan(
+    x: Tensor, weight: Tensor, bias: Tensor | None, distances: Sequence[int | None], inputs: str, group: int,
+    rotate: int, activation: str, out: Tensor | None,
+) -> tuple[Any, tuple[int, ...]]:  # fmt: skip
+    """What the kernels of every device are told of a call, and the shape of the result.
+
+    distances: of the rows of x, residual and out (row_distance); None where there is no such tensor.
+    """
+    outputs, depth = weight.shape
+    shape = (*x.shape[:-1], outputs // 2 if activation in PAIRS else outputs)
+    codes = extension.DTYPE_CODES
+    plan = extension._C.Int8LinearPlan(
+        rows=math.prod(x.shape[:-1]), outputs=outputs, depth=depth, x_stride=distances[0],
+        residual_stride=distances[1] or 0, out_stride=shape[-1] if out is None else distances[2],
+        quantization=extension._C.Quantization(INPUTS[inputs], inputs == "outliers", group, rotate),
+        activation=ACTIVATIONS[activation], dtype=codes[x.dtype], bias_dtype=0 if bias is None else codes[bias.dtype],
+    )  # fmt: skip
+    return plan, shape
+
+
 def row_distance(x: Tensor) -> int:
     """The distance of the rows of x as one matrix, or -1 where its elements do not lie in such rows."""
     if not x.numel():
@@ -98,18 +108,23 @@ def row_distance(x: Tensor) -> int:
     return x.size(-1) if row is None else row
 
 
-def _on_copies(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-    input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    dense = [None if t is None else t.contiguous() for t in (bias, residual, input_scale)]
-    if not group:
-        weight_scale = weight_scale.contiguous()
-    args: tuple[Any, ...] = (x.contiguous(), weight, weight_scale, *dense, inputs, group, rotate, activation)
-    if out is None or row_distance(out) >= 0:
-        args = (*args, out)
-        return _plan(*args)(*args)
-    return out.copy_(_plan(*args)(*args))
+def on_copies(plan: Callable[..., Callable[..., Tensor]]) -> Callable[..., Tensor]:
+    """A launcher that gives `plan` dense copies of what its kernel cannot read as it lies."""
+
+    def launch(
+        x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+        input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        dense = [None if t is None else t.contiguous() for t in (bias, residual, input_scale)]
+        if not group:
+            weight_scale = weight_scale.contiguous()
+        args: tuple[Any, ...] = (x.contiguous(), weight, weight_scale, *dense, inputs, group, rotate, activation)
+        if out is None or row_distance(out) >= 0:
+            args = (*args, out)
+            return plan(*args)(*args)
+        return out.copy_(plan(*args)(*args))
+
+    return launch
 
 
 #: int8_linear(x, weight, weight_scale, bias, residual, input_scale, inputs, group, rotate, activation[, out]) -> y

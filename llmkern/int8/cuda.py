@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern import cuda, extension
+from llmkern import cuda
 from llmkern.backend import Backend
-from llmkern.int8.compiled import MOST_DEPTH, row_distance
+from llmkern.int8.compiled import MOST_DEPTH, kernel_plan, on_copies, row_distance
 from llmkern.int8.packing import layout_of, rows_of_16, sums_over_k
-from llmkern.int8.scheme import ACTIVATIONS, INPUTS, PAIRS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 #: As kMostRowBytes in csrc/int8/cuda.h.
@@ -51,20 +50,10 @@ def _plan(
     distances = [None if t is None else row_distance(t) for t in (x, residual, out)]
     vectors = (bias, input_scale)
     if -1 in distances or not all(t is None or t.stride(0) == 1 or t.size(0) <= 1 for t in vectors):
-        return _on_copies
+        return on_copies(_plan)
     kernel, device = cuda.kernel("int8_linear_cuda"), x.device
-    outputs, depth = weight.shape
-    shape = (*x.shape[:-1], outputs // 2 if activation in PAIRS else outputs)
-    rows = 1
-    for size in x.shape[:-1]:
-        rows *= size
-    dtype, codes = x.dtype, extension.DTYPE_CODES
-    plan = extension._C.Int8LinearPlan(
-        rows=rows, outputs=outputs, depth=depth, x_stride=distances[0], residual_stride=distances[1] or 0,
-        out_stride=shape[-1] if out is None else distances[2],
-        quantization=extension._C.Quantization(INPUTS[inputs], inputs == "outliers", group, rotate),
-        activation=ACTIVATIONS[activation], dtype=codes[dtype], bias_dtype=0 if bias is None else codes[bias.dtype],
-    )  # fmt: skip
+    dtype = x.dtype
+    plan, shape = kernel_plan(x, weight, bias, distances, inputs, group, rotate, activation, out)
     bytes_of: Callable[..., Any] = cuda.kernel("int8_workspace_cuda")
     workspace = bytes_of(plan)
     layout, scale_strides = layout_of(weight), (*weight_scale.stride(), 0)[:2]
@@ -90,18 +79,6 @@ def _plan(
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-
-def _on_copies(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-    input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    dense = [None if t is None else t.contiguous() for t in (bias, residual, input_scale)]
-    args: tuple[Any, ...] = (x.contiguous(), weight, weight_scale, *dense, inputs, group, rotate, activation)
-    if out is None or row_distance(out) >= 0:
-        args = (*args, out)
-        return _plan(*args)(*args)
-    return out.copy_(_plan(*args)(*args))
 
 
 #: int8_linear(x, weight, weight_scale, bias, residual, input_scale, inputs, group, rotate, activation[, out]) -> y
