@@ -98,8 +98,11 @@ class HighDigits {
         uint64_t bits = w.bits[(row + i) * w.words + word];
         any |= bits;
         rows_ |= uint32_t{bits != 0} << i;
-        for (; bits; bits &= bits - 1, quads_++)
-          if (quads_ < kMostQuads) quad_[quads_] = {i, static_cast<int32_t>(word * 64) + __builtin_ctzll(bits)};
+        const int count = __builtin_popcountll(bits);
+        if (quads_ + count <= kMostQuads)  // beyond, they are not multiplied by themselves
+          for (int at = quads_; bits; bits &= bits - 1)
+            quad_[at++] = {i, static_cast<int32_t>(word * 64) + __builtin_ctzll(bits)};
+        quads_ += count;
       }
       for (int part = 0; any; part++, any >>= kQuadsOfTile)
         if (any & ((1u << kQuadsOfTile) - 1)) tile_[tiles_++] = static_cast<int32_t>(word * (64 / kQuadsOfTile) + part);
