@@ -10,6 +10,7 @@ from torch import Tensor
 from llmkern import extension
 
 OLDEST = (8, 0)  # the compute capability that the machine code in the library begins with
+HOPPER = (9, 0)  # the one that runs the kernels for sm_90a (cuda_sm90*.cu), which no other does
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -37,6 +38,11 @@ def kernel(name: str) -> Callable[..., None]:
     """The function of the compiled library; an AttributeError where it has no CUDA part."""
     found: Callable[..., None] = getattr(extension._C, name)
     return found
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device runs the kernels for sm_90a."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
 
 
 def stream(device: torch.device) -> tuple[int, int]:

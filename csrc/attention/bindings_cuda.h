@@ -1,7 +1,7 @@
 // The attention CUDA kernels as Python functions; included where the library has a CUDA part.
 #pragma once
 #include "bindings.h"
-#include "cuda.h"
+#include "cuda_sm90.h"
 
 namespace llmkern {
 
@@ -49,6 +49,10 @@ inline void bind_attention_cuda(pybind11::module_& m) {
   constexpr int kTensors = kRuleTensors + 4;
   constexpr auto fill = fill_attention<&P::query, &P::key, &P::value, &P::output>;
   define_cuda_kernel<AttentionParams, kTensors, fill, attention_forward_cuda>(m, "attention_forward_cuda");
+  define_cuda_kernel<AttentionParams, kTensors, fill, attention_forward_hopper>(m, "attention_forward_hopper");
+  // Why wgmma and TMA cannot serve calls with this plan on Hopper, or None where they can; a call whose tensors do not
+  // begin at multiples of 16 bytes is served by mma.sync all the same.
+  m.def("attention_forward_sm90_unsupported", attention_forward_sm90_unsupported);
   // For the tests, which execute its code without a GPU: how the kernel would be launched with tensors at these
   // addresses, as (width, row tiles, features, blocks, threads, shared bytes), and the bytes of its arguments.
   m.def("attention_forward_cuda_launch", [](const AttentionParams& plan, const std::vector<uintptr_t>& addresses) {

@@ -199,20 +199,32 @@ LLMKERN_DEVICE uint4 soften(State<K, kWidth>& state, float (&s)[2][4], const flo
 }
 
 // Products of a tile whose keys not all rows see, with values that are NaN or infinite: 0 * NaN would reach the rows
-// that do not see them. So each row by itself, with zeros for what it does not see.
+// that do not see them. So each row by itself, with zeros for what it does not see. The rows are the inner loop, which
+// keeps one product's sums in registers and not those of all.
 template <class T, class K, int kWidth>
 LLMKERN_DEVICE void add_row_by_row(State<K, kWidth>& state, const ValueTile<K, kWidth>& values, uint4 weights,
                                    const Scores& scores, int begin, int lane) {
+  using Values = ValueTile<K, kWidth>;
 #pragma unroll
-  for (int r = 0; r < 2; r++)
+  for (int i = 0; i < Values::kPieces * Values::L; i++) {
+    int c = i / Values::L;
+    float (&output)[4] = state.output[c][i % Values::L];
 #pragma unroll 1
-    for (int row = 0; row < 8; row++) {
-      int first = __shfl_sync(kAll, scores.first[r], 4 * row) - begin;
-      int end = __shfl_sync(kAll, scores.end[r], 4 * row) - begin;
+    for (int row = 0; row < kRows; row++) {
+      int first = __shfl_sync(kAll, row < 8 ? scores.first[0] : scores.first[1], 4 * (row % 8)) - begin;
+      int end = __shfl_sync(kAll, row < 8 ? scores.end[0] : scores.end[1], 4 * (row % 8)) - begin;
       unsigned seen = end <= 0 ? 0 : end >= kTile ? 0xffffu : (1u << end) - 1;
       if (first > 0) seen = first >= kTile ? 0 : seen >> first << first;
-      values.add_some(state.output, weights, seen, r, lane / 4 == row, lane, T{});
+      float sums[4] = {};
+      values.add_some(sums, weights, c, i % Values::L, seen, lane, T{});
+      if (lane / 4 == row % 8) {
+        if (row < 8)
+          output[0] += sums[0], output[1] += sums[1];
+        else
+          output[2] += sums[2], output[3] += sums[3];
+      }
     }
+  }
 }
 
 // Adds up what the warps have; the last of them then has all of it, and true is returned for it.

@@ -213,28 +213,14 @@ struct ValueTile {
         for (int w = 0; w < 4; w++) look_for_nonfinite(sum, word(x[j][c], w), T{});
     return sum == 0;
   }
-  // add_to for row g (half = 0) or g + 8 (half = 1) of the lanes that `take` is true for, as if the values of keys
-  // whose bit is not set were 0. Of 16-bit elements.
+  // sums += product i of piece c, as if the values of keys whose bit is not set were 0. Of 16-bit elements.
   template <class T>
-  LLMKERN_DEVICE void add_some(float (&output)[kPieces][L][4], uint4 weights, unsigned keys, int half, bool take,
-                               int lane, T) const {
-    uint32_t mask[4];
+  LLMKERN_DEVICE void add_some(float (&sums)[4], uint4 weights, int c, int i, unsigned keys, int lane, T) const {
+    uint32_t y[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) mask[j] = keys >> key(j, lane) & 1 ? 0xffffffffu : 0;
-#pragma unroll
-    for (int c = 0; c < kPieces; c++)
-#pragma unroll
-      for (int i = 0; i < L; i++) {
-        uint32_t y[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) y[j] = word(x[j][c], i / 2) & mask[j];
-        float sum[4] = {};
-        unsigned order = i % 2 ? 0x7632 : 0x5410;
-        multiply(sum, weights, __byte_perm(y[0], y[1], order), __byte_perm(y[2], y[3], order), T{});
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-          if (take) output[c][i][2 * half + e] += sum[2 * half + e];
-      }
+    for (int j = 0; j < 4; j++) y[j] = keys >> key(j, lane) & 1 ? word(x[j][c], i / 2) : 0;
+    unsigned order = i % 2 ? 0x7632 : 0x5410;
+    multiply(sums, weights, __byte_perm(y[0], y[1], order), __byte_perm(y[2], y[3], order), T{});
   }
 };
 

@@ -17,6 +17,13 @@ namespace {
 using namespace device;
 
 constexpr int kWarps = 4, kBlockThreads = 32 * kWarps;
+
+// x, of which the compiler does not know that it is the same in each turn of a loop: what follows from it is worked out
+// again where it is needed, and takes no registers beside the sums. The few limits of masks are cheap, spills are not.
+LLMKERN_DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 // How many keys a tile has: fewer where the sums of 32 rows of 128 leave no room for the scores of more.
 constexpr int keys_of_tile(int width, int row_tiles) { return width * row_tiles > 128 ? 32 : 64; }
 
@@ -184,9 +191,10 @@ struct Forward {
                 w.query_aligned);
     if (key < end) load_keys(key);
     commit_copies();
-    int warp_row = first_row + warp * 16 * kTiles, last_row = warp_row + 16 * kTiles - 1;
+    int warp_row = first_row + warp * 16 * kTiles;
     for (bool first = true; key < end; key += kKeys, first = false) {
-      Seen seen = look_at_block(rules.limits, warp_row, last_row, key, key + kKeys);
+      int row = kWidth > 64 ? anew(warp_row) : warp_row;
+      Seen seen = look_at_block(rules.limits, row, row + 16 * kTiles - 1, key, key + kKeys);
       wait_for_copies<0>();
       __syncthreads();
       load<kKeys>(values, value_data, p.value.row, key, rules.limits.keys, static_cast<int>(p.value_width),
@@ -211,7 +219,7 @@ struct Forward {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           if constexpr (kFeatures) bend_scores<T, kNumbers>(p, rules, s[t], 2 * half, b, h, row_of(t, half), mine);
-          if (seen == Seen::some) limit_scores<kNumbers>(rules.limits, s[t], 2 * half, row_of(t, half), mine);
+          if (seen == Seen::some) limit_scores<kNumbers>(rules.limits, s[t], 2 * half, anew(row_of(t, half)), mine);
         }
         soften(s[t], t);
         if constexpr (kFeatures)
@@ -374,7 +382,7 @@ struct Forward {
 };
 
 template <class T, int kWidth, int kTiles, bool kFeatures>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kTiles == 1 && kWidth == 64 ? 3 : 2)
     attention_forward_kernel(const __grid_constant__ AttentionParams p,
                              const __grid_constant__ AttentionForwardWork w) {
   extern __shared__ __align__(1024) unsigned char shared[];

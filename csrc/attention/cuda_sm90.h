@@ -1,7 +1,7 @@
 // The attention forward for Hopper (compute capability 9.0), by wgmma and TMA. docs/attention_sm90.md tells how it
 // works.
 #pragma once
-#include "params.h"
+#include "cuda.h"
 
 namespace llmkern {
 
@@ -22,5 +22,13 @@ inline const char* attention_forward_sm90_unsupported(const AttentionParams&) {
 #ifdef LLMKERN_SM90
 void attention_forward_sm90(const AttentionParams& p, int device, void* stream);
 #endif
+
+// The forward on a device of compute capability 9.0: by this kernel where it can serve the call, or by mma.sync.
+inline void attention_forward_hopper(const AttentionParams& p, int device, void* stream) {
+#ifdef LLMKERN_SM90
+  if (!attention_forward_sm90_unsupported(p)) return attention_forward_sm90(p, device, stream);
+#endif
+  attention_forward_cuda(p, device, stream);
+}
 
 }  // namespace llmkern

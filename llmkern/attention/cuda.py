@@ -24,7 +24,9 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable
     shape, strides = (*query.shape[:3], value.shape[3]), output_strides(query, value.shape[3])
     sizes = sizes_of(query, key, value.shape[3])
     plan = params(sizes, query.dtype, rules, query=query, key=key, value=value, output=strides)
-    kernel, dtype, rows, device = cuda.kernel("attention_forward_cuda"), query.dtype, shape[:3], query.device
+    dtype, rows, device = query.dtype, shape[:3], query.device
+    # On Hopper the launcher takes wgmma and TMA for the calls that they can serve, and mma.sync for the others.
+    kernel = cuda.kernel("attention_forward_hopper" if cuda.is_hopper(device) else "attention_forward_cuda")
 
     def launch(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, key_lengths: Tensor | None,

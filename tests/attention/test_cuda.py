@@ -67,17 +67,36 @@ def test_what_it_cannot_serve_anywhere(options, words, monkeypatch):
     assert "no CUDA kernel of the gradients" in cuda.CUDA_ATTENTION_BACKWARD.unsupported(*arguments())
 
 
-@pytest.mark.skipif(
+without_a_device = pytest.mark.skipif(
     extension.MISSING is not None or not extension._C.cuda_architectures or torch.cuda.is_available(),
     reason="needs the CUDA part of the library, and no GPU",
 )
-def test_a_launch_without_a_device_is_an_error():
-    q, k, v, *rules = arguments()
+
+
+def what_a_launch_says(monkeypatch, **options):
+    q, k, v, *rules = arguments(**options)
     launch = cuda._forward(q, k, v, *rules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmkern.cuda.stream", lambda device: (0, 0))
-        with pytest.raises(RuntimeError, match="attention_forward: the launch on CUDA device 0 failed"):
-            launch(q, k, v, *rules)
+    monkeypatch.setattr("llmkern.cuda.stream", lambda device: (0, 0))
+    with pytest.raises(RuntimeError) as error:
+        launch(q, k, v, *rules)
+    return str(error.value)
+
+
+@without_a_device
+def test_a_launch_without_a_device_is_an_error(monkeypatch):
+    assert "attention_forward: the launch on CUDA device 0 failed" in what_a_launch_says(monkeypatch)
+
+
+@without_a_device
+def test_hopper_takes_wgmma_where_it_can(monkeypatch):
+    """The errors of the two kernels, which name them, tell which one a call came to."""
+    monkeypatch.setattr("llmkern.cuda.is_hopper", lambda device: True)
+    served = {"shape": (1, 2, 1, 3, 5, 64, 64), "window_right": 0}
+    there = "sm_90" in extension._C.cuda_architectures
+    expected = "attention_forward_sm90: " if there else "attention_forward: "
+    assert what_a_launch_says(monkeypatch, **served).startswith(expected)
+    for options in ({"shape": (1, 2, 1, 3, 5, 40, 40)}, {**served, "softcap": 20.0}):
+        assert what_a_launch_says(monkeypatch, **options).startswith("attention_forward: ")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
