@@ -26,13 +26,19 @@ LLMKERN_DEVICE int anew(int x) {
 }
 // How many keys a tile has: fewer where the sums of 32 rows of 128 leave no room for the scores of more.
 constexpr int keys_of_tile(int width, int row_tiles) { return width * row_tiles > 128 ? 32 : 64; }
+constexpr int rows_of_block(int row_tiles) { return 16 * row_tiles * kWarps; }
+// Bytes of a block's queries, keys and values.
+constexpr int shared_of(int width, int row_tiles) {
+  return 2 * width * (rows_of_block(row_tiles) + 2 * keys_of_tile(width, row_tiles));
+}
 
 // One block's work. Query and key are numbered in 32 bits (kMostRows).
 template <class T, int kWidth, int kTiles, bool kFeatures>
 struct Forward {
   static constexpr int kKeys = keys_of_tile(kWidth, kTiles), kNumbers = kKeys / 8;
-  static constexpr int kRows = 16 * kTiles * kWarps, kRowBytes = 2 * kWidth, kPieces = kWidth / 8;
+  static constexpr int kRows = rows_of_block(kTiles), kRowBytes = 2 * kWidth, kPieces = kWidth / 8;
   static constexpr int kQueryBytes = kRows * kRowBytes, kTileBytes = kKeys * kRowBytes;
+  static constexpr int kShared = shared_of(kWidth, kTiles);
   // Where they would not leave room for the rest, queries are read from shared memory again for each tile.
   static constexpr bool kQueriesStay = kTiles * kWidth <= 128;
 
@@ -386,7 +392,9 @@ __global__ void __launch_bounds__(kBlockThreads, kTiles == 1 && kWidth == 64 ? 3
     attention_forward_kernel(const __grid_constant__ AttentionParams p,
                              const __grid_constant__ AttentionForwardWork w) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  Forward<T, kWidth, kTiles, kFeatures>(p, w, shared).run(shared);
+  using Block = Forward<T, kWidth, kTiles, kFeatures>;
+  note_shared_bytes<Block::kShared>();
+  Block(p, w, shared).run(shared);
 }
 
 bool aligned(const AttentionTensor& t, int64_t width) {
@@ -421,14 +429,14 @@ AttentionLaunch attention_forward_launch(const AttentionParams& p) {
   // Two for more work with each key and value that is read; one where they would have no rows, or no registers.
   l.row_tiles = l.features || p.queries <= 64 ? 1 : 2;
   l.threads = kBlockThreads;
-  int64_t rows = 16 * l.row_tiles * kWarps;
+  int64_t rows = rows_of_block(l.row_tiles);
   l.blocks = p.batch * p.heads * ((p.queries + rows - 1) / rows);
-  l.shared_bytes = static_cast<int>(2 * l.width * (rows + 2 * keys_of_tile(l.width, l.row_tiles)));
+  l.shared_bytes = shared_of(l.width, l.row_tiles);
   return l;
 }
 
 AttentionForwardWork attention_forward_work(const AttentionParams& p, const AttentionLaunch& l) {
-  int64_t rows = 16 * l.row_tiles * kWarps;
+  int64_t rows = rows_of_block(l.row_tiles);
   return {static_cast<uint32_t>((p.queries + rows - 1) / rows),
           l.features ? kLog2e : kLog2e * p.scale,
           aligned(p.query, p.width),

@@ -300,6 +300,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                           const __grid_constant__ CUtensorMap value, const __grid_constant__ CUtensorMap output,
                           const __grid_constant__ Work w) {
   extern __shared__ __align__(1024) char memory[];
+  note_shared_bytes<sizeof(Tiles<kWidth>)>();
   auto& tiles = *reinterpret_cast<Tiles<kWidth>*>(memory);
   if (threadIdx.x == 0) {
     if (w.keys > 0) tensor_prefetch(query), tensor_prefetch(key), tensor_prefetch(value);

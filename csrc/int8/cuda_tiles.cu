@@ -201,6 +201,7 @@ __global__ void __launch_bounds__(kBlock) tiles_kernel(const __grid_constant__ I
   constexpr bool kTwo = T::kTwo, kGroups = kDigits == Digits::groups;
   constexpr int kCount = T::kRowFragments;
   extern __shared__ uint4 stages[];
+  device::note_shared_bytes<T::kShared>();
   __shared__ uint32_t any_bits[kTwo ? kMostWords : 1];  // for each piece of k whether a row of the tile has high digits
   const Int8LinearParams& l = p.linear;
   const int depth = static_cast<int>(l.depth), tiles = (depth + kTileDepth - 1) / kTileDepth;
