@@ -9,14 +9,19 @@
 // - values, whose rows are the keys: lane reads elements 8 L c + L g ... + L - 1 of keys 2 q, 2 q + 1, 2 q + 8 and
 //   2 q + 9, which are the rows that it has to give. Column g of product i is element 8 L c + L g + i of the row.
 #pragma once
-#include "../common/device.cuh"
-#include "../common/special.cuh"
+#include "../common/mma.cuh"
 #include "params.h"
 
 namespace llmkern::decode {
 
 using device::exp2_quick;
 using device::log2_quick;
+
+template <class T>
+LLMKERN_DEVICE void multiply(float (&c)[4], uint4 a, uint32_t b0, uint32_t b1, T) {
+  const uint32_t rows[4] = {a.x, a.y, a.z, a.w};
+  device::multiply(c, rows, b0, b1, T{});
+}
 
 constexpr int kTile = 16;  // keys
 constexpr unsigned kAll = 0xffffffffu;
@@ -29,20 +34,6 @@ LLMKERN_DEVICE float inverse_quick(float x) {
   float y;
   asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// c (16, 8) += a (16, 16) b (16, 8). Lane has of c the columns 2 q and 2 q + 1, of rows g (c[0], c[1]) and g + 8.
-LLMKERN_DEVICE void multiply(float (&c)[4], uint4 a, uint32_t b0, uint32_t b1, Bf16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
-LLMKERN_DEVICE void multiply(float (&c)[4], uint4 a, uint32_t b0, uint32_t b1, Fp16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
 // Four signed bytes as two pairs of numbers, exactly, without the slow conversions of integers: put into the mantissa
