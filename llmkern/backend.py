@@ -80,6 +80,14 @@ PREFERENCES: list[Preference] = [
         "its machine code is in the library for every head size, where Triton compiles at the first call with each; "
         "both move 16 bytes at a time, and the rest is little",
     ),
+    Preference(
+        "sinusoidal_add", (8, 0), NEWEST, "any", _any_shape, "cuda",
+        "as rotary: the same accesses, and no compilation at the first call",
+    ),
+    Preference(
+        "sinusoidal_dropout", (8, 0), NEWEST, "any", _any_shape, "cuda",
+        "as sinusoidal_add, whose gradient it is",
+    ),
 ]  # fmt: skip
 
 

@@ -69,3 +69,36 @@ def rotary_kernel(  # type: ignore[no-untyped-def]
         rest = 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
         mask = there & (rest < width)
         tl.store(y_row + rest, tl.load(x_row + rest, mask=mask), mask=mask)
+
+
+@triton.jit
+def sinusoidal_add_kernel(  # type: ignore[no-untyped-def]
+    x, pe, out,
+    rows, batch, width, x_s, x_b, pe_s, out_s, out_b,
+    scale, seed, drop_below, keep_scale,
+    HAS_PE: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out = dropout(x * scale + pe) of ROWS rows by COLUMNS elements; row s * batch + b is that of x[s, b].
+
+    Grid: (blocks of rows, blocks of columns). The last dimension of every tensor is contiguous; strides count elements.
+    Without HAS_PE pe is not read and stands for zeros. COLUMNS: a power of two of at least 4. Element d of a row is
+    kept where word d % 4 of Philox4x32-10 at (d // 4, low and high half of the row's number, 0) is at least drop_below
+    (Salmon et al. 2011; llmkern/random.py). Computes in float32.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * COLUMNS
+    d = (first + tl.arange(0, COLUMNS))[None, :]
+    there = (row[:, None] < rows) & (d < width)
+    s = row // batch
+    b = row - s * batch
+    y = tl.load(x + (s * x_s + b * x_b)[:, None] + d, mask=there, other=0.0).to(tl.float32) * scale
+    if HAS_PE:
+        y += tl.load(pe + (s * pe_s)[:, None] + d, mask=there, other=0.0)
+    if DROPOUT:
+        four = (first // 4 + tl.arange(0, COLUMNS // 4))[None, :] + tl.zeros((ROWS, 1), tl.int32)
+        zero = tl.zeros((ROWS, COLUMNS // 4), tl.int32)
+        low, high = row[:, None].to(tl.int32) + zero, (row >> 32)[:, None].to(tl.int32) + zero
+        w0, w1, w2, w3 = tl.philox(tl.cast(seed, tl.int64), four, low, high, zero)
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS)).to(tl.uint32, bitcast=True)
+        y = tl.where(words >= tl.cast(drop_below, tl.uint32), y * keep_scale, 0.0 * y)
+    tl.store(out + (s * out_s + b * out_b)[:, None] + d, y.to(out.dtype.element_ty), mask=there)

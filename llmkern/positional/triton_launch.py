@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmkern.backend import Backend
 from llmkern.positional.compiled import rotary_output, side_by_side
+from llmkern.random import drop_below
 
 if TYPE_CHECKING:
     from llmkern.inspect.triton_source import Compilation
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 #: Elements of a program's tile: 32 a thread with 4 warps keeps everything in registers at full occupancy.
 TILE = 4096
 WARPS = 4
+#: The same of the sinusoidal add, whose dropout has four random words of its own for each four elements.
+ADD_TILE = 2048
 
 
 @lru_cache(maxsize=1)
@@ -110,10 +113,57 @@ def _rotary(*args: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
 TRITON_ROTARY = Backend("triton", _rotary, _unsupported)
 
 
+def sinusoidal_constants(width: int, has_pe: bool, dropout: bool) -> dict[str, Any]:
+    """The compile-time arguments of sinusoidal_add_kernel for rows of `width` elements."""
+    columns = min(max(_power_of_two(width), 16), 1024)
+    return {"HAS_PE": has_pe, "DROPOUT": dropout, "ROWS": ADD_TILE // columns, "COLUMNS": columns}
+
+
+def launch_sinusoidal(
+    kernel: Any, x: Tensor, pe: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float
+) -> Tensor:
+    """Runs `kernel`, which is sinusoidal_add_kernel, on what op.sinusoidal_add takes; pe None stands for zeros."""
+    if not all(t is None or side_by_side(t) for t in (x, pe)):
+        x, pe = x.contiguous(), None if pe is None else pe.contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    length, batch, width = x.shape
+    if not x.numel():
+        return out
+    constant = sinusoidal_constants(width, pe is not None, seed is not None and dropout_p > 0.0)
+    grid = (-(-length * batch // constant["ROWS"]), -(-width // constant["COLUMNS"]))
+    kernel[grid](
+        x, x if pe is None else pe, out, length * batch, batch, width, *x.stride()[:2],
+        0 if pe is None else pe.stride(0), *out.stride()[:2], scale, 0 if seed is None else int(seed),
+        drop_below(dropout_p), 0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p), **constant,
+        num_warps=WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def _sinusoidal_add(*args: Any) -> Callable[..., Tensor]:
+    from llmkern.positional.triton_kernels import sinusoidal_add_kernel
+
+    def run(x: Tensor, *rest: Any) -> Tensor:
+        with torch.cuda.device(x.device):
+            return launch_sinusoidal(sinusoidal_add_kernel, x, *rest)
+
+    return run
+
+
+def _sinusoidal_dropout(*args: Any) -> Callable[..., Tensor]:
+    run = _sinusoidal_add()
+    return lambda x, *rest: run(x, None, *rest)
+
+
+TRITON_SINUSOIDAL_ADD = Backend("triton", _sinusoidal_add, _unsupported)
+TRITON_SINUSOIDAL_DROPOUT = Backend("triton", _sinusoidal_dropout, _unsupported)
+
+
 def compilations() -> Iterator[Compilation]:
-    """What `python -m llmkern inspect` compiles: heads of 128, all rotated, aligned tensors and strides."""
+    """What `python -m llmkern inspect` compiles, with aligned tensors and strides: rotary of heads of 128, all rotated,
+    and the sinusoidal add to rows of 1024."""
     from llmkern.inspect.triton_source import Compilation
-    from llmkern.positional.triton_kernels import rotary_kernel
+    from llmkern.positional.triton_kernels import rotary_kernel, sinusoidal_add_kernel
 
     pointers = ("q", "k", "q_out", "k_out", "cos", "sin", "position_ids")
     for dtype, interleaved in itertools.product(("fp32", "bf16"), (False, True)):
@@ -124,4 +174,14 @@ def compilations() -> Iterator[Compilation]:
         yield Compilation(
             rotary_kernel, f"{dtype}, {'interleaved' if interleaved else 'half-split'}, D=128", types, constant,
             [*pointers, *strides], {"num_warps": WARPS, "enable_fp_fusion": True},
+        )  # fmt: skip
+    for dtype, dropout in itertools.product(("fp32", "bf16"), (False, True)):
+        constant = sinusoidal_constants(1024, True, dropout)
+        types = {name: "i32" for name in sinusoidal_add_kernel.arg_names if name not in constant}
+        types |= {"x": f"*{dtype}", "pe": "*fp32", "out": f"*{dtype}", "scale": "fp32", "keep_scale": "fp32"}
+        types |= {"seed": "i64", "drop_below": "i64"}
+        yield Compilation(
+            sinusoidal_add_kernel, f"{dtype}, {'dropout' if dropout else 'no dropout'}", types, constant,
+            ["x", "pe", "out", "width", "x_s", "x_b", "pe_s", "out_s", "out_b"],
+            {"num_warps": WARPS, "enable_fp_fusion": True},
         )  # fmt: skip

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from llmkern.positional import reference, triton_launch
-from llmkern.positional.triton_kernels import rotary_kernel
+from llmkern.positional.triton_kernels import rotary_kernel, sinusoidal_add_kernel
 from llmkern.verify import verify
 from tests.emulation.triton_interpreter import round_as_hardware, to_bf16
-from tests.positional.cases import FLOATS, ROTARY, ROTARY_LAYOUTS, rotary_inputs
+from tests.positional.cases import FLOATS, ROTARY, ROTARY_LAYOUTS, SINUSOIDAL, rotary_inputs, sinusoidal_inputs
 
 round_as_hardware()
 LAYOUTS = pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
@@ -97,3 +97,38 @@ def test_nothing_is_written_outside():
     assert torch.equal(inside, plain()(q, k, cos, sin)[0])
     inside.fill_(7.0)
     assert (room == 7.0).all()
+
+
+def add(x, pe, scale=1.0, dropout_p=0.0, seed=None):
+    return triton_launch.launch_sinusoidal(sinusoidal_add_kernel, x, pe, seed, scale, dropout_p)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", SINUSOIDAL.values(), ids=SINUSOIDAL)
+def test_sinusoidal_contract(shape, dtype):
+    inputs = sinusoidal_inputs(shape, dtype)
+    for p, seed in ((0.0, None), (0.1, 3), (0.5, -1), (0.9, 2**62 + 5), (1.0, 7)):
+        options = {"scale": 2.0, "dropout_p": p, "seed": None if seed is None else torch.tensor(seed)}
+        verify(add, reference.sinusoidal_add, inputs, options, gradients=False).raise_if_failed()
+
+
+def test_sinusoidal_without_an_encoding():
+    """As the backward calls it."""
+    x, _ = sinusoidal_inputs((5, 3, 37), torch.bfloat16)
+    seed = torch.tensor(11)
+    assert torch.equal(add(x, None, 0.5, 0.5, seed), x * 0.5 * reference.dropout_factor(x, 0.5, seed).to(x.dtype))
+
+
+def test_sinusoidal_strides():
+    x, pe = sinusoidal_inputs((6, 3, 20), torch.float16)
+    expected = add(x, pe, 1.5)
+    for layout in (lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), lambda t: torch.cat([t, t], 2)[..., :20],
+                   lambda t: torch.stack([t, t], -1).flatten(-2)[..., ::2]):  # fmt: skip
+        assert torch.equal(add(layout(x), pe, 1.5), expected) and torch.equal(add(x, layout(pe), 1.5), expected)
+
+
+def test_sinusoidal_writes_nothing_else():
+    x, pe = sinusoidal_inputs((3, 2, 10), torch.float32)
+    x[1, 0, 3], pe[2, 0, 1] = torch.nan, torch.inf
+    out = add(x, pe)
+    assert out[1, 0, 3].isnan() and out[2, :, 1].isinf().all() and out.isfinite().sum() == 60 - 3

@@ -13,6 +13,7 @@ from llmkern.operator import call_key, define, dispatch, is_compiling, short_aut
 from llmkern.positional import reference
 from llmkern.positional.compiled import CPU_SINUSOIDAL_ADD, CPU_SINUSOIDAL_DROPOUT
 from llmkern.positional.cuda import CUDA_SINUSOIDAL_ADD, CUDA_SINUSOIDAL_DROPOUT
+from llmkern.positional.triton_launch import TRITON_SINUSOIDAL_ADD, TRITON_SINUSOIDAL_DROPOUT
 from llmkern.random import check_dropout, seed_tensor
 
 
@@ -90,7 +91,7 @@ _SINUSOIDAL_ADD = Operator(
     _check_sinusoidal_add,
     _sinusoidal_example,
     cpu=[CPU_SINUSOIDAL_ADD, reference_backend(_plain_add)],
-    cuda=[CUDA_SINUSOIDAL_ADD, reference_backend(_plain_add)],
+    cuda=[CUDA_SINUSOIDAL_ADD, TRITON_SINUSOIDAL_ADD, reference_backend(_plain_add)],
     other=[reference_backend(_plain_add)],
 )
 _SINUSOIDAL_DROPOUT = Operator(
@@ -98,7 +99,7 @@ _SINUSOIDAL_DROPOUT = Operator(
     _check_sinusoidal_dropout,
     _dropout_example,
     cpu=[CPU_SINUSOIDAL_DROPOUT, reference_backend(_plain_dropout)],
-    cuda=[CUDA_SINUSOIDAL_DROPOUT, reference_backend(_plain_dropout)],
+    cuda=[CUDA_SINUSOIDAL_DROPOUT, TRITON_SINUSOIDAL_DROPOUT, reference_backend(_plain_dropout)],
     other=[reference_backend(_plain_dropout)],
 )
 
