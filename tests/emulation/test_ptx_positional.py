@@ -41,12 +41,13 @@ def out_like(x: torch.Tensor, offset: int = 0) -> Buffer:
 
 
 def sinusoidal(
-    architecture: str, scale: float, dropout: float, seed: int, aligned: bool, schedule: str, blocks: int | None = None
-):
+    architecture: str, scale: float, dropout: float, seed: int, aligned: bool, schedule: str,
+    blocks: int | None = None, counts: list | None = None,
+):  # fmt: skip
     """A function of (x, pe) that runs the kernel's PTX; not aligned: the other kernel, on addresses that fit.
 
     blocks: fewer than there is work for, whose threads go on with more; then x is overwritten by the result, so that
-    whatever is done twice is seen.
+    whatever is done twice is seen. counts: takes what the launch moved.
     """
 
     def function(x, pe):
@@ -67,9 +68,12 @@ def sinusoidal(
         ptx = compilers.nvcc(SOURCE, architecture)
         name = find(ptx, f"sinusoidal_add_kernelI{MANGLED[x.dtype]}Lb{int(aligned)}E")
         report = run(
-            ptx, name, blocks or -(-items // THREADS), THREADS, [arguments, items], launch=launch, schedule=schedule
-        )
+            ptx, name, blocks or -(-items // THREADS), THREADS, [arguments, items], launch=launch, schedule=schedule,
+            counts=counts is not None,
+        )  # fmt: skip
         report.raise_if_faulty()
+        if counts is not None:
+            counts.append(report.counts)
         return tensor(out.data, x)
 
     return function
@@ -106,9 +110,9 @@ def test_sinusoidal_add_of_more_items_than_threads():
 
 def rotary(
     architecture: str, interleaved: bool, aligned: bool, inverse: bool, positions=None, heads: int = 1,
-    blocks: int | None = None,
+    blocks: int | None = None, counts: list | None = None,
 ):  # fmt: skip
-    """A function of (q, k, cos, sin); `heads`: that an item of the kernel's work takes; `blocks`: as above."""
+    """A function of (q, k, cos, sin); heads: that an item of the kernel's work takes; blocks, counts: as above."""
 
     def function(q, k, cos, sin):
         batch, q_heads, length, width = q.shape
@@ -137,7 +141,10 @@ def rotary(
         ptx = compilers.nvcc(SOURCE, architecture)
         name = find(ptx, f"rotary_kernelI{MANGLED[q.dtype]}fLb{int(interleaved)}ELb{int(aligned)}E")
         count = blocks or -(-batch * chunks * length * groups // THREADS)
-        run(ptx, name, count, THREADS, [packed, work], launch=launch).raise_if_faulty()
+        report = run(ptx, name, count, THREADS, [packed, work], launch=launch, counts=counts is not None)
+        report.raise_if_faulty()
+        if counts is not None:
+            counts.append(report.counts)
         return (tensor(out.data, q), tensor(k_out.data, k)) if kv_heads else (tensor(out.data, q),)
 
     return function
@@ -188,6 +195,25 @@ def test_rotary_positions(interleaved):
     verify(kernel, plain(interleaved, positions=positions), inputs, gradients=False).raise_if_failed()
     q = rotary("80", interleaved, True, False, torch.tensor([[0, 1, 11, -1, 2, 3]] * 2))(*inputs)[0]
     assert q[:, :, 2:4, :32].isnan().all() and not q[:, :, [0, 1, 4, 5]].isnan().any()
+
+
+@needs_nvcc
+@LAYOUTS
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_traffic(dtype, interleaved):
+    """Each byte is read and written once, 16 at a time; what the tables and encodings add, rows and heads share."""
+    counts: list = []
+    x, pe = sinusoidal_inputs((6, 4, 128), dtype)
+    sinusoidal("80", 2.0, 0.3, 5, True, "lockstep", counts=counts)(x, pe[:6])
+    q, k, cos, sin = rotary_inputs((2, 6, 2, 8, 128, 128), dtype)
+    rotary("80", interleaved, True, False, heads=4, counts=counts)(q, k, cos, sin)
+    moved = x.nbytes, q.nbytes + k.nbytes
+    shared = pe[:6].nbytes, cos[:8].nbytes + sin[:8].nbytes
+    for found, floor, tables in zip(counts, moved, shared, strict=True):
+        assert found.touched[0] * 32 == floor + tables and found.touched[1] * 32 == floor
+        assert all(".v4" in site.text for site in found.sites if site.space == "global")
+    halves = 2 if interleaved else 1  # pairs side by side: a thread's two accesses are halves of the same sectors
+    assert [c.sectors[1] * 32 for c in counts] == [moved[0], halves * moved[1]]
 
 
 @LAYOUTS
