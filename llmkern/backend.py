@@ -88,6 +88,11 @@ PREFERENCES: list[Preference] = [
         "sinusoidal_dropout", (8, 0), NEWEST, "any", _any_shape, "cuda",
         "as sinusoidal_add, whose gradient it is",
     ),
+    Preference(
+        "int8_linear", (8, 0), NEWEST, "any", _any_shape, "cuda",
+        "weights of few rows are read once, without filling up tiles of 16 rows, pairs read their inputs once, and the "
+        "machine code is in the library; rotation is in neither, groups with zero points in Triton alone",
+    ),
 ]  # fmt: skip
 
 

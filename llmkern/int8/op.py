@@ -13,6 +13,7 @@ from llmkern.int8 import reference
 from llmkern.int8.compiled import CPU_INT8_LINEAR
 from llmkern.int8.cuda import CUDA_INT8_LINEAR
 from llmkern.int8.scheme import PAIRS
+from llmkern.int8.triton_launch import TRITON_INT8_LINEAR
 from llmkern.operator import call_key, check_types, define, dispatch, is_compiling, needs_grad, short_autograd
 from llmkern.overlap import between, extent, within
 
@@ -151,7 +152,7 @@ _OPERATOR = Operator(
     _check,
     _example,
     cpu=[CPU_INT8_LINEAR, reference_backend(_plain)],
-    cuda=[CUDA_INT8_LINEAR, reference_backend(_plain)],
+    cuda=[CUDA_INT8_LINEAR, TRITON_INT8_LINEAR, reference_backend(_plain)],
     other=[reference_backend(_plain)],
 )
 _SHORT = _OPERATOR.short

@@ -1,4 +1,4 @@
-"""What kernels read in place of a weight, kept from call to call: the CPU's in its order, rows and sums for CUDA."""
+"""What kernels read in place of a weight, kept from call to call: the CPU's in its order, rows and sums for GPUs."""
 
 from __future__ import annotations
 
@@ -75,6 +75,16 @@ def _padded(weight: Tensor) -> Tensor:
 def sums_over_k(weight: Tensor, layout: _Layout) -> Tensor:
     """The sums of a weight's rows, (N,) int32, kept as a packed weight is."""
     return _found_or_made(weight, layout, ("cuda", "sums"), lambda: weight.detach().sum(1, dtype=torch.int32))
+
+
+def sums_of_groups(weight: Tensor, layout: _Layout, group: int) -> Tensor:
+    """The sums over groups of k, (N, ceil(K / group)) int32, kept as a packed weight is."""
+
+    def make() -> Tensor:
+        padded = torch.nn.functional.pad(weight.detach(), (0, -weight.size(1) % group))
+        return padded.view(weight.size(0), -1, group).sum(2, dtype=torch.int32)
+
+    return _found_or_made(weight, layout, ("cuda", "sums", group), make)
 
 
 def _found_or_made(tensor: Tensor, layout: _Layout, key: Hashable, make: Callable[[], Tensor]) -> Tensor:

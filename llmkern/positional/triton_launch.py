@@ -5,15 +5,14 @@ Triton is imported when a call comes, never with the package.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from llmkern import triton
 from llmkern.backend import Backend
 from llmkern.positional.compiled import rotary_output, side_by_side
 from llmkern.random import drop_below
@@ -28,32 +27,13 @@ WARPS = 4
 ADD_TILE = 2048
 
 
-@lru_cache(maxsize=1)
-def _missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: `pip install triton`"
-    return None
-
-
-def _unsupported(q: Tensor, *args: Any) -> str | None:
-    if q.device.type != "cuda":
-        return f"the tensors are on {q.device}, not on a GPU"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    return _missing()
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def constants(
     width: int, half: int, heads: int, interleaved: bool, inverse: bool, has_ids: bool, inplace: bool
 ) -> dict[str, Any]:
     """The compile-time arguments of rotary_kernel for a head of `width` elements, 2 * half of them rotated."""
     rest = width - 2 * half
-    half_block = max(_power_of_two(half), 1)
-    per_program = max(1, min(_power_of_two(heads), TILE // (2 * half_block)))
+    half_block = max(triton.power_of_two(half), 1)
+    per_program = max(1, min(triton.power_of_two(heads), TILE // (2 * half_block)))
     return {
         "HALF": half,
         "INTERLEAVED": interleaved,
@@ -62,7 +42,7 @@ def constants(
         "INPLACE": inplace,
         "HEADS": per_program,
         "HALF_BLOCK": half_block,
-        "REST_BLOCK": _power_of_two(rest) if rest else 0,
+        "REST_BLOCK": triton.power_of_two(rest) if rest else 0,
     }
 
 
@@ -110,12 +90,12 @@ def _rotary(*args: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return run
 
 
-TRITON_ROTARY = Backend("triton", _rotary, _unsupported)
+TRITON_ROTARY = Backend("triton", _rotary, triton.unsupported_call)
 
 
 def sinusoidal_constants(width: int, has_pe: bool, dropout: bool) -> dict[str, Any]:
     """The compile-time arguments of sinusoidal_add_kernel for rows of `width` elements."""
-    columns = min(max(_power_of_two(width), 16), 1024)
+    columns = min(max(triton.power_of_two(width), 16), 1024)
     return {"HAS_PE": has_pe, "DROPOUT": dropout, "ROWS": ADD_TILE // columns, "COLUMNS": columns}
 
 
@@ -155,8 +135,8 @@ def _sinusoidal_dropout(*args: Any) -> Callable[..., Tensor]:
     return lambda x, *rest: run(x, None, *rest)
 
 
-TRITON_SINUSOIDAL_ADD = Backend("triton", _sinusoidal_add, _unsupported)
-TRITON_SINUSOIDAL_DROPOUT = Backend("triton", _sinusoidal_dropout, _unsupported)
+TRITON_SINUSOIDAL_ADD = Backend("triton", _sinusoidal_add, triton.unsupported_call)
+TRITON_SINUSOIDAL_DROPOUT = Backend("triton", _sinusoidal_dropout, triton.unsupported_call)
 
 
 def compilations() -> Iterator[Compilation]:

@@ -1,0 +1,248 @@
+"""Triton kernels of int8_linear: rows to integers, and their products with the weight. Only this file of the family
+imports triton.
+
+The integers are those of llmkern.int8.reference, bit for bit: each float32 operation rounds as its does, divisions too.
+A row's integer is u = 256 * high + low with low 0..255; what is stored of low is low - 128, which has a sign as the
+weights have, so that one matrix instruction serves all GPUs. So the sum over k of (u - zero) w is
+256 sum(high w) + sum((low - 128) w) + (128 - zero) sum(w).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Elements of k that a flag is about: whether a row has high digits there.
+FLAGGED = tl.constexpr(128)
+SYMMETRIC = tl.constexpr(1)
+OUTLIERS = tl.constexpr(2)
+WIDE = tl.constexpr(3)
+GIVEN = tl.constexpr(4)
+
+
+@triton.jit
+def round_to_even(x):  # type: ignore[no-untyped-def]
+    """x to the nearest integer, for |x| < 2^22: the sum has no bits left behind the point."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def usable(scale):  # type: ignore[no-untyped-def]
+    """A scale below the smallest normal number has no inverse: 1 instead. Infinity: NaN."""
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+    return tl.where(scale > 3.4028234663852886e38, float("nan"), scale)
+
+
+@triton.jit
+def choose(least, most, mean, INPUTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scales and zero points of rows from their range, 0 within, and mean magnitude."""
+    magnitude = tl.maximum(-least, most)
+    if INPUTS == SYMMETRIC:
+        return usable(tl.div_rn(magnitude, 127.0)), tl.full(mean.shape, 128, tl.int32)
+    if INPUTS == WIDE:
+        return usable(tl.div_rn(magnitude, 32000.0)), tl.full(mean.shape, 128, tl.int32)
+    if INPUTS == OUTLIERS:
+        bound = 6.0 * mean
+        least, most = tl.maximum(least, -bound), tl.minimum(most, bound)
+    scale = tl.div_rn(most - least, 255.0)
+    if INPUTS == OUTLIERS:
+        scale = tl.maximum(scale, tl.div_rn(magnitude, 32000.0))
+    scale = usable(scale)
+    zero = round_to_even(-least * tl.div_rn(1.0, scale))
+    return scale, tl.where(zero == zero, tl.minimum(tl.maximum(zero, 0.0), 255.0), 0.0).to(tl.int32)
+
+
+@triton.jit
+def integers(x, scale, zero, TWO: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(R, N) int32 from x (R, N) and what belongs to its rows."""
+    scaled = x * tl.div_rn(1.0, scale)[:, None]
+    scaled = tl.where(scaled == scaled, tl.minimum(tl.maximum(scaled, -32000.0), 32000.0), 0.0)
+    u = round_to_even(scaled).to(tl.int32) + zero[:, None]
+    if not TWO:
+        u = tl.minimum(tl.maximum(u, 0), 255)
+    return u
+
+
+@triton.jit
+def quantize_kernel(  # type: ignore[no-untyped-def]
+    x, low, high, flags, scale, zero, given,
+    rows, depth, groups, x_s, digits_s, flags_s,
+    INPUTS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Digits, scales and zero points of x (rows, depth), contiguous along depth, ROWS rows a program.
+
+    low, high: int8, rows digits_s apart; high and flags (rows, ceil(depth / 128)) int8 for OUTLIERS and WIDE alone.
+    scale, zero: (rows, groups). given: scale and zero point for GIVEN. GROUP: 0 for whole rows; GROUP_BLOCK: the power
+    of two that is at least it. The mean magnitude is the sum that decides integers: 64 sums in the order of k, then by
+    halves, as the reference adds them. Source: see llmkern.int8.scheme.Int8Scheme.
+    """
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mine = m[:, None] < rows
+    row = x + (m * x_s)[:, None]
+    to = (m * digits_s)[:, None]
+    nothing = tl.zeros((ROWS,), tl.float32)
+    if GROUP > 0:
+        k = tl.arange(0, GROUP_BLOCK)[None, :]
+        for g in range(groups):
+            at = g * GROUP + k
+            there = mine & (k < GROUP) & (at < depth)
+            v = tl.load(row + at, mask=there, other=0.0).to(tl.float32)
+            s, z = choose(tl.minimum(tl.min(v, 1), 0.0), tl.maximum(tl.max(v, 1), 0.0), nothing, INPUTS)
+            s += tl.sum(v * 0.0, 1)
+            u = integers(v, s, z, False)
+            tl.store(low + to + at, (u - 128).to(tl.int8), mask=there)
+            tl.store(scale + m * groups + g, s, mask=m < rows)
+            tl.store(zero + m * groups + g, z, mask=m < rows)
+    else:
+        TWO: tl.constexpr = INPUTS >= OUTLIERS and INPUTS <= WIDE
+        lane = tl.arange(0, 64)[None, :]
+        sums = tl.zeros((ROWS, 64), tl.float32)
+        least, most, broken = sums, sums, sums
+        for first in range(0, depth, 64):
+            v = tl.load(row + first + lane, mask=mine & (first + lane < depth), other=0.0).to(tl.float32)
+            least, most = tl.minimum(least, v), tl.maximum(most, v)
+            broken += v * 0.0
+            sums += tl.abs(v)
+        mean = nothing
+        if INPUTS == OUTLIERS:
+            mean = tl.div_rn(by_halves(sums, ROWS), nothing + depth)
+        if INPUTS == GIVEN:
+            s, z = tl.load(given) + nothing, tl.load(given + 1) + nothing
+            z = tl.where(z == z, tl.minimum(tl.maximum(z, 0.0), 255.0), 0.0).to(tl.int32)
+            s = tl.where(tl.abs(s) > 3.4028234663852886e38, float("nan"), s)
+        else:
+            s, z = choose(tl.min(least, 1), tl.max(most, 1), mean, INPUTS)
+        s += tl.sum(broken, 1)
+        tl.store(scale + m, s, mask=m < rows)
+        tl.store(zero + m, z, mask=m < rows)
+        k = tl.arange(0, FLAGGED)[None, :]
+        for chunk in range(tl.cdiv(depth, FLAGGED)):
+            at = chunk * FLAGGED + k
+            there = mine & (at < depth)
+            v = tl.load(row + at, mask=there, other=0.0).to(tl.float32)
+            u = integers(v, s, z, TWO)
+            tl.store(low + to + at, ((u & 255) - 128).to(tl.int8), mask=there)
+            if TWO:
+                digit = tl.where(there, u >> 8, 0)
+                tl.store(high + to + at, digit.to(tl.int8), mask=there)
+                tl.store(flags + m * flags_s + chunk, tl.max(tl.abs(digit), 1).to(tl.int8), mask=m < rows)
+
+
+@triton.jit
+def by_halves(x, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sums of x (ROWS, 64) over its columns: the first half and the second, and so on."""
+    a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, 32)), (0, 2, 1)))
+    a, b = tl.split(tl.permute(tl.reshape(a + b, (ROWS, 2, 16)), (0, 2, 1)))
+    a, b = tl.split(tl.permute(tl.reshape(a + b, (ROWS, 2, 8)), (0, 2, 1)))
+    a, b = tl.split(tl.permute(tl.reshape(a + b, (ROWS, 2, 4)), (0, 2, 1)))
+    a, b = tl.split(tl.permute(tl.reshape(a + b, (ROWS, 2, 2)), (0, 2, 1)))
+    a, b = tl.split(tl.reshape(a + b, (ROWS, 2)))
+    return a + b
+
+
+@triton.jit
+def activate(y, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    if ACTIVATION == "relu":
+        return tl.where(y < 0.0, 0.0, y)
+    if ACTIVATION == "gelu" or ACTIVATION == "geglu":
+        return 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    if ACTIVATION == "gelu_tanh":
+        z = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+        e = tl.exp(-2.0 * tl.abs(z))  # tanh |z| = (1 - e) / (1 + e), which does not overflow
+        t = (1.0 - e) / (1.0 + e)
+        return 0.5 * y * (1.0 + tl.where(z < 0.0, -t, t))
+    if ACTIVATION == "silu" or ACTIVATION == "swiglu":
+        return y / (1.0 + tl.exp(-y))
+    return y
+
+
+@triton.jit
+def scaled_sums(  # type: ignore[no-untyped-def]
+    low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
+    m, n, rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
+    TWO: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, COLUMNS) float32: rows m of the digits times outputs n of the weight, scaled, plus bias."""
+    k = tl.arange(0, DEPTH)
+    from_row = (m.to(tl.int64) * digits_s)[:, None] + k[None, :]
+    from_weight = (n.to(tl.int64) * weight_s)[None, :] + k[:, None]
+    mine, there = (m < rows)[:, None], (n < outputs)[None, :]
+    if GROUP > 0:
+        y = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for g in range(groups):
+            part = tl.zeros((ROWS, COLUMNS), tl.int32)
+            for first in range(g * GROUP, g * GROUP + GROUP, DEPTH):
+                a = tl.load(low + first + from_row, mask=mine & (first + k < depth)[None, :], other=0)
+                b = tl.load(weight + first + from_weight, mask=there & (first + k < depth)[:, None], other=0)
+                part = tl.dot(a, b, part, out_dtype=tl.int32)
+            shift = 128 - tl.load(zero + m * groups + g, mask=m < rows, other=128)
+            total = tl.load(weight_sum + n * groups + g, mask=n < outputs, other=0)
+            s = tl.load(scale + m * groups + g, mask=m < rows, other=0.0)
+            w = tl.load(weight_scale + n * scale_n + g * scale_g, mask=n < outputs, other=0.0)
+            y += (part + shift[:, None] * total[None, :]).to(tl.float32) * (s[:, None] * w[None, :])
+    else:
+        sums = tl.zeros((ROWS, COLUMNS), tl.int32)
+        upper = tl.zeros((ROWS, COLUMNS), tl.int32)
+        for first in range(0, depth, DEPTH):
+            a = tl.load(low + first + from_row, mask=mine & (first + k < depth)[None, :], other=0)
+            b = tl.load(weight + first + from_weight, mask=there & (first + k < depth)[:, None], other=0)
+            sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+            if TWO:
+                any_high = tl.load(flags + m * flags_s + first // FLAGGED, mask=m < rows, other=0)
+                if tl.max(any_high.to(tl.int32), 0) > 0:
+                    c = tl.load(high + first + from_row, mask=mine & (first + k < depth)[None, :], other=0)
+                    upper = tl.dot(c, b, upper, out_dtype=tl.int32)
+        shift = 128 - tl.load(zero + m, mask=m < rows, other=128)
+        total = tl.load(weight_sum + n, mask=n < outputs, other=0)
+        y = (sums + shift[:, None] * total[None, :]).to(tl.float32)
+        if TWO:
+            y = 256.0 * upper.to(tl.float32) + y
+        s = tl.load(scale + m, mask=m < rows, other=0.0)
+        w = tl.load(weight_scale + n * scale_n, mask=n < outputs, other=0.0)
+        y = y * (s[:, None] * w[None, :])
+    if HAS_BIAS:
+        y += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def linear_kernel(  # type: ignore[no-untyped-def]
+    low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias, residual, out,
+    rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g, residual_s, out_s,
+    TWO: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, PAIRS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ABREAST: tl.constexpr,
+):  # fmt: skip
+    """activation(digits @ weight^T, scaled, + bias) + residual, a tile of ROWS x COLUMNS results a program.
+
+    What quantize_kernel has written; weight (outputs, depth) int8, contiguous along depth; weight_sum (outputs, groups)
+    int32; out and residual contiguous along outputs, of pairs half as many. ABREAST tiles of rows go before the next
+    tiles of columns, so that the weights that they share stay in the second-level cache. Is to be compiled without
+    fusing products and sums, which the reference rounds apart.
+    """
+    results = outputs // 2 if PAIRS else outputs
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(results, COLUMNS)
+    program = tl.program_id(0)
+    wide = ABREAST * across
+    top = program // wide * ABREAST
+    tall = tl.minimum(down - top, ABREAST)
+    m = (top + program % wide % tall) * ROWS + tl.arange(0, ROWS)
+    n = (program % wide // tall) * COLUMNS + tl.arange(0, COLUMNS)
+    y = scaled_sums(
+        low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
+        m, n, rows, results, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
+        TWO, GROUP, HAS_BIAS, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
+    y = activate(y, ACTIVATION)
+    if PAIRS:
+        y *= scaled_sums(
+            low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
+            m, n + results, rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
+            TWO, GROUP, HAS_BIAS, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+    there = (m < rows)[:, None] & (n < results)[None, :]
+    if HAS_RESIDUAL:
+        from_row = (m.to(tl.int64) * residual_s)[:, None] + n[None, :]
+        y += tl.load(residual + from_row, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + (m.to(tl.int64) * out_s)[:, None] + n[None, :], y.to(out.dtype.element_ty), mask=there)

@@ -1,0 +1,148 @@
+"""The Triton kernels of int8_linear as a backend: which calls they take, and how the arguments reach them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmkern import triton
+from llmkern.backend import Backend
+from llmkern.int8 import triton_configurations
+from llmkern.int8.compiled import MOST_DEPTH, on_copies, row_distance
+from llmkern.int8.packing import layout_of, sums_of_groups, sums_over_k
+from llmkern.int8.scheme import PAIRS
+
+if TYPE_CHECKING:
+    from llmkern.inspect.triton_source import Compilation
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+#: As triton_kernels.FLAGGED, and the ways to choose a scale.
+FLAGGED = 128
+KINDS = {"row": 0, "symmetric": 1, "outliers": 2, "16bit": 3, "static": 4}
+MODULE = "llmkern.int8.triton_kernels"
+#: Rows that a program quantises: together they have enough loads on their way.
+QUANTIZED_ROWS = 4
+
+
+def _refused(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+    input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
+) -> str | None:  # fmt: skip
+    """Why the kernels cannot serve a call on a machine that runs them."""
+    if x.dtype not in FLOATS:
+        return f"x is {x.dtype}, not float32, bfloat16 or float16"
+    if bias is not None and bias.dtype not in FLOATS:
+        return f"bias is {bias.dtype}, not float32, bfloat16 or float16"
+    if rotate > 1:
+        return f"rotate={rotate}: the Triton kernels have no Hadamard transform"
+    if weight.size(1) > MOST_DEPTH:
+        return f"K = {weight.size(1)} is above {MOST_DEPTH}, past which its int32 sums could overflow"
+    return None
+
+
+def _unsupported(x: Tensor, *args: Any) -> str | None:
+    return triton.unsupported(x) or _refused(x, *args)
+
+
+def plan(run: triton.Run, family: str, *args: Any) -> Callable[..., Tensor]:
+    """A launcher for calls with the metadata of `args` on an architecture, whose kernels `run` runs."""
+    x, weight, _, bias, residual, input_scale, inputs, group, _, activation, *rest = args
+    out = rest[0] if rest else None
+    distances = [None if t is None else row_distance(t) for t in (x, residual, out)]
+    vectors = (bias, input_scale)
+    if -1 in distances or not all(t is None or t.stride(0) == 1 or t.size(0) <= 1 for t in vectors):
+        return on_copies(lambda *args: plan(run, family, *args))
+    outputs, depth = weight.shape
+    results = outputs // 2 if activation in PAIRS else outputs
+    shape, rows, device, dtype = (*x.shape[:-1], results), math.prod(x.shape[:-1]), x.device, x.dtype
+    groups = math.ceil(depth / group) if group else 1
+    stride, words = -(-depth // 16) * 16, -(-depth // FLAGGED)
+    two = inputs in ("outliers", "16bit")
+    layout = layout_of(weight)
+    tile = triton_configurations.tile(family, rows, group, activation in PAIRS, two)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
+    programs = -(-rows // tile.rows) * -(-results // tile.columns)
+    constants = {
+        "TWO": two, "GROUP": group, "ACTIVATION": activation, "PAIRS": activation in PAIRS,
+        "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ROWS": tile.rows, "COLUMNS": tile.columns,
+        "DEPTH": math.gcd(group, FLAGGED) or FLAGGED, "ABREAST": 8,
+    }  # fmt: skip
+
+    def launch(
+        x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+        input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if out is None:
+            out = torch.empty(shape, dtype=dtype, device=device)
+        if not (rows and results):
+            return out
+        along = weight if weight.stride(1) == 1 or depth <= 1 else weight.contiguous()
+        low = torch.empty(rows, stride, dtype=torch.int8, device=device)
+        high = torch.empty_like(low) if two else low
+        flags = torch.empty(rows, words, dtype=torch.int8, device=device) if two else low
+        scale = torch.empty(rows, groups, dtype=torch.float32, device=device)
+        zero = torch.empty(rows, groups, dtype=torch.int32, device=device)
+        sums = sums_of_groups(weight, layout, group) if group else sums_over_k(weight, layout)
+        run(triton.Launch(
+            MODULE, "quantize_kernel", (-(-rows // QUANTIZED_ROWS),),
+            (x, low, high, flags, scale, zero, scale if input_scale is None else input_scale,
+             rows, depth, groups, distances[0], stride, words),
+            {"INPUTS": KINDS[inputs], "GROUP": group, "GROUP_BLOCK": triton.power_of_two(group),
+             "ROWS": QUANTIZED_ROWS},
+            {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False},
+            ("low", "scale", "zero", *(("high", "flags") if two else ())),
+        ))  # fmt: skip
+        scale_strides = (*weight_scale.stride(), 0)[:2]
+        run(triton.Launch(
+            MODULE, "linear_kernel", (programs,),
+            (low, high, flags, scale, zero, along, weight_scale, sums, scale if bias is None else bias,
+             out if residual is None else residual, out, rows, outputs, depth, groups, stride, words, along.stride(0),
+             *scale_strides, distances[1] or 0, results if distances[2] is None else distances[2]),
+            constants, options, ("out",),
+        ))  # fmt: skip
+        return out
+
+    return launch
+
+
+def _plan(x: Tensor, *args: Any) -> Callable[..., Tensor]:
+    return plan(triton.run, triton.family(x.device), x, *args)
+
+
+#: int8_linear(x, weight, weight_scale, bias, residual, input_scale, inputs, group, rotate, activation[, out]) -> y
+TRITON_INT8_LINEAR = Backend("triton", _plan, _unsupported)
+
+
+def compilations() -> Iterator[Compilation]:
+    """What `python -m llmkern inspect` compiles, with K = N = 4096 in bfloat16: each line of the table of tiles, and
+    quantisation."""
+    from llmkern.inspect.limits import TARGETS
+    from llmkern.inspect.triton_source import Compilation
+
+    for rows, inputs, group, activation in (
+        (8, "outliers", 0, "none"), (512, "row", 0, "none"), (512, "outliers", 0, "none"),
+        (512, "outliers", 0, "swiglu"), (512, "row", 128, "none"), (512, "row", 128, "swiglu"),
+    ):  # fmt: skip
+        x, weight = (torch.empty(n, 4096, device="meta", dtype=torch.bfloat16) for n in (rows, 4096))
+        scale = torch.empty(4096, 32, device="meta") if group else torch.empty(4096, device="meta")
+        arguments = (x, weight.to(torch.int8), scale, x[:, 0], None, None, inputs, group, 1, activation)
+        by_tile: dict[triton_configurations.Tile, list[str]] = {}
+        for target in TARGETS:
+            tile = triton_configurations.tile(target, rows, group, activation in PAIRS, inputs == "outliers")
+            by_tile.setdefault(tile, []).append(target)
+        config = f"{inputs}, {group or 'no groups'}, {activation}, M={rows}"
+        for targets in by_tile.values():
+            launches: list[triton.Launch] = []
+            plan(launches.append, targets[0], *arguments)(*arguments)
+            quantize, product = launches
+            quantized_elsewhere = rows != 512 or activation != "none"
+            for launch in (product,) if quantized_elsewhere or targets[0] != TARGETS[0] else (quantize, product):
+                types, divisible = triton.signature(launch)
+                yield Compilation(
+                    triton.function(launch), config, types, launch.constants, divisible, launch.options,
+                    () if launch is quantize else targets,
+                )  # fmt: skip

@@ -1,0 +1,74 @@
+"""The PTX that Triton makes of the int8 kernels, against the reference, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmkern import backend
+from llmkern.int8 import op, reference
+from llmkern.verify import verify
+from tests.emulation.triton_on_ptx import Emulated
+from tests.int8.cases import QUANTIZATIONS, inputs, positional, quantized, with_outliers
+from tests.int8.on_triton import serve
+
+pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
+SCHEMES = {name: kw for name, kw in QUANTIZATIONS.items() if "rotate" not in kw}
+#: (M, K, N): few rows, and tiles of 64 and of 128 rows, with tails everywhere.
+SHAPES = [(3, 131, 37), (20, 160, 70), (70, 96, 130)]
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    backend.forget_plans()
+
+
+def of_scheme(shape, dtype, kw):
+    x, _, _, bias = inputs(shape, dtype)
+    return with_outliers(x), *quantized(torch.randn(shape[2], shape[1]), **kw), bias
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_schemes(scheme, capability, monkeypatch):
+    serve(monkeypatch, Emulated(capability, ("lockstep", "reverse")[capability == 90]))
+    at = list(SCHEMES).index(scheme)
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[at % 3]
+    for shape in SHAPES if scheme in ("outliers", "groups of 96") else SHAPES[at % 3 : at % 3 + 1]:
+        x, weight, scale, bias = of_scheme(shape, dtype, SCHEMES[scheme])
+        got = op.int8_linear(x, weight, scale, bias, **SCHEMES[scheme])
+        want = reference.int8_linear(x, weight, scale, bias, *positional(**SCHEMES[scheme]))
+        assert torch.equal(got, want), shape
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"])
+def test_functions(activation, monkeypatch):
+    serve(monkeypatch, Emulated(80))
+    x, weight, scale, bias = of_scheme((5, 70, 48), torch.bfloat16, {})
+    residual = torch.randn(5, 24 if activation in ("swiglu", "geglu") else 48).bfloat16()
+
+    def function(x, bias, residual):
+        return op.int8_linear(x, weight, scale, bias, residual=residual, activation=activation)
+
+    def plain(x, bias, residual):
+        return reference.int8_linear(x, weight, scale, bias, residual, None, "outliers", 0, 1, activation)
+
+    verify(function, plain, (x, bias, residual), gradients=False).raise_if_failed()
+
+
+@pytest.mark.parametrize(("capability", "product"), [(80, "mma.m16n8k32."), (90, "wgmma")])
+def test_counts(capability, product, monkeypatch):
+    """Products of 8-bit matrix instructions; those of high digits only where a row of the tile has one."""
+    emulated = Emulated(capability, counts=True)
+    serve(monkeypatch, emulated)
+    x, weight, scale, bias = inputs((64, 512, 64), torch.bfloat16)
+    x = x.clamp(-2, 2)
+    issued = []
+    for outlier in (False, True):
+        x[5, 200] = 300.0 if outlier else 0.0
+        op.int8_linear(x, weight, scale, bias)
+        matrix = emulated.reports["linear_kernel"].counts.matrix
+        assert matrix and all(product in kind and "s32.s8.s8" in kind for kind in matrix), matrix
+        issued.append(sum(matrix.values()))
+    assert issued[1] == issued[0] * 5 // 4  # one of four parts of 128 along k

@@ -1,0 +1,60 @@
+"""The Triton kernels of this family: run by the interpreter, and why they cannot serve a call."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from llmkern import backend
+from llmkern.int8 import op, reference, triton_launch
+from llmkern.verify import verify
+from tests.emulation.triton_interpreter import run_tests
+from tests.int8.cases import QUANTIZATIONS, inputs, positional, quantized, with_outliers
+
+pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
+
+
+def test_in_the_interpreter():
+    report = run_tests("tests/int8/interpreted_triton.py")
+    assert re.search(r"\d{2,} passed", report.strip().splitlines()[-1]), report
+
+
+def arguments(dtype=torch.float32, bias=None, rotate=1):
+    x, weight, scale, _ = inputs((3, 64, 5), dtype)
+    return x, weight, scale, bias, None, None, "row", 0, rotate, "none"
+
+
+def test_what_it_cannot_serve(monkeypatch):
+    assert triton_launch.TRITON_INT8_LINEAR.unsupported(*arguments()) == "the tensors are on cpu, not on a GPU"
+    monkeypatch.setattr("llmkern.triton.unsupported", lambda x: None)
+    refused = triton_launch.TRITON_INT8_LINEAR.unsupported
+    assert refused(*arguments()) is None
+    assert "no Hadamard transform" in refused(*arguments(rotate=4))
+    assert "x is torch.float64" in refused(torch.ones(3, 64).double(), *arguments()[1:])
+    assert "bias is torch.float64" in refused(*arguments(bias=torch.zeros(5).double()))
+    deep = torch.empty(1, 2**17, device="meta"), torch.empty(1, 2**17, dtype=torch.int8, device="meta")
+    assert "int32 sums could overflow" in refused(*deep, *arguments()[2:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_the_gpu(dtype):
+    for name, kw in QUANTIZATIONS.items():
+        if "rotate" in kw:
+            continue
+        options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in kw.items()}
+        for shape in ((1, 4096, 100), (9, 300, 70), (130, 1000, 400)):
+            x, _, _, bias = (t.cuda() for t in inputs(shape, dtype))
+            weight, scale = (t.cuda() for t in quantized(torch.randn(shape[2], shape[1]), **kw))
+
+            def function(x, bias, weight=weight, scale=scale, options=options):
+                with backend.use("triton"):
+                    return op.int8_linear(x, weight, scale, bias, **options)
+
+            def plain(x, bias, weight=weight, scale=scale, options=options):
+                return reference.int8_linear(x, weight, scale, bias, *positional(**options))
+
+            report = verify(function, plain, (with_outliers(x), bias), gradients=False)
+            assert report, (name, shape, str(report))
