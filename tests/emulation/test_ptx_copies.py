@@ -116,6 +116,17 @@ def test_faults_of_a_pipeline_are_found():
     assert "mbarrier" in without("[%full], 32;", "[%full], 0;")
 
 
+def test_a_wait_that_is_not_repeated_is_found():
+    """The time limit of try_wait may be over before the phase is: whoever does not look at the result goes on."""
+
+    def found(change, schedule):
+        return kinds(pipeline(change, schedule)[1])
+
+    assert found(lambda s: s.replace("@!%done bra wait1;", ""), "random")
+    assert found(lambda s: s.replace("@!%done bra wait2;", ""), "random")
+    assert found(lambda s: s, "random") == set()
+
+
 def test_waits_by_state_and_copies_that_arrive():
     """cp.async.mbarrier.arrive.noinc: the phase ends when the copies have landed, and the waiting threads know it."""
     x, out = np.arange(32, dtype=np.uint32), empty(32, np.uint32)

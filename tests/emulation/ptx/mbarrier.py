@@ -192,7 +192,10 @@ def _invalidate(form: Form, space: str) -> Run:
 
 
 def _wait(form: Form, kind: str, space: str) -> Run:
-    """{try,test}_wait{.parity} p, [barrier], parity or state: whether that phase is complete. try_wait waits for it."""
+    """{try,test}_wait{.parity} p, [barrier], parity or state: whether that phase is complete.
+
+    try_wait waits for it up to a time limit of the system, after which it returns false.
+    """
     parity = form.flag("parity")
     put, address = form.write(form.operands[0], "pred"), form.address(form.operands[1])
     phase = form.read(form.operands[2], "u32" if parity else "b64")
@@ -205,21 +208,33 @@ def _wait(form: Form, kind: str, space: str) -> Run:
         wanted = full(phase(unit), unit.count)[lanes].astype(np.int64)
         now = m.phase[blocks, slots]
         done = (now & 1) != (wanted & 1) if parity else now != wanted
+        late = _out_of_time(unit)
+        if late is not None:  # a look in time would have found those complete of which the thread has not heard
+            news = (m.told[blocks, slots] > unit.machine.clocks.known[unit.rows[lanes]]).any(1)
+            done &= ~(late[lanes] & news)
         complete = np.zeros(unit.count, bool)
         complete[lanes[done]] = True
         clocks = unit.machine.clocks
         rows = unit.rows[lanes[done]]
         fenced = None if m.told_fenced is None else m.told_fenced[blocks[done], slots[done]]
         clocks.learn(rows, m.told[blocks[done], slots[done]], fenced)
-        if kind == "test_wait" or complete[active].all():
+        goes_on = complete if late is None else complete | late
+        if kind == "test_wait" or goes_on[active].all():
             put(unit, complete, mask)
             return None
-        put(unit, complete, active & complete)
-        unit.add_group(form.index + 1, active & complete)
-        unit.machine.blocked.append((unit, form.index, active & ~complete))
+        put(unit, complete, active & goes_on)
+        unit.add_group(form.index + 1, active & goes_on)
+        unit.machine.blocked.append((unit, form.index, active & ~goes_on))
         return "wait"
 
     return run
+
+
+def _out_of_time(unit: Any) -> np.ndarray | None:
+    """Under the schedule "random", the threads of warps whose time limit is over before they see the phase complete."""
+    if unit.machine.schedule != "random":
+        return None
+    return np.repeat(unit.machine.random.random(unit.count // 32) < 0.5, 32)
 
 
 @instruction("mapa")
