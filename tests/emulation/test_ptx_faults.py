@@ -96,6 +96,62 @@ def test_a_write_after_a_read_is_a_race(schedule):
     assert found("bar.sync 0;") == set() and found("") == {"race"}
 
 
+@ALL
+def test_a_write_is_compared_with_every_reader(schedule):
+    """Other warps' reads count also where the last to read were the writer's own warp, and lanes beside a lane."""
+
+    def found(after, threads=64):
+        body = f"""
+        mov.u32 %v, 5; setp.eq.u32 %p, %t, 40; @%p st.shared.b32 [%at], %v; bar.sync 0; ld.shared.b32 %w, [%at];
+        {after} ret;
+        """
+        return kinds(execute(SHARED + body, [], threads, schedule=schedule))
+
+    assert found("bar.sync 0; @%p st.shared.b32 [%at], %t;") == set()
+    assert found("bar.warp.sync -1; @%p st.shared.b32 [%at], %t;") == {"race"}
+    assert found("bar.warp.sync -1; @%p st.shared.b32 [%at], %t;", 256) == {"race"}
+
+
+@ALL
+def test_one_lane_does_not_speak_for_its_warp(schedule):
+    """Lane 0 says by an mbarrier that the warp has read, without the warp having met before."""
+
+    def found(meet):
+        body = f"""
+        .shared .align 8 .b8 b[8]; .reg .b32 %bar; .reg .pred %done, %first; mov.u32 %bar, b; mov.u32 %v, 5;
+        setp.eq.u32 %first, %t, 0; @%first mbarrier.init.shared.b64 [%bar], 1; @%first st.shared.b32 [%at], %v;
+        bar.sync 0; setp.ge.u32 %p, %t, 32; @%p bra write; ld.shared.b32 %w, [%at]; {meet}
+        @%first mbarrier.arrive.shared.b64 _, [%bar]; ret;
+        write: setp.ne.u32 %p, %t, 32; @%p ret;
+        wait: mbarrier.try_wait.parity.shared.b64 %done, [%bar], 0; @!%done bra wait; st.shared.b32 [%at], %t; ret;
+        """
+        return kinds(execute(SHARED + body, [], 64, schedule=schedule))
+
+    assert found("bar.warp.sync -1;") == set()
+    assert found("") == {"race"}
+
+
+@ALL
+def test_a_later_read_does_not_hide_an_earlier_one(schedule):
+    """Lane 1 reads, lane 0 arrives and reads later: only its read is ordered before the write."""
+
+    def found(meet):
+        body = f"""
+        .shared .align 8 .b8 b[16]; .reg .b32 %bar; .reg .pred %done, %first; mov.u32 %bar, b; mov.u32 %v, 5;
+        setp.eq.u32 %first, %t, 0; @%first mbarrier.init.shared.b64 [%bar], 1;
+        @%first mbarrier.init.shared.b64 [%bar+8], 1; @%first st.shared.b32 [%at], %v;
+        bar.sync 0; setp.ge.u32 %p, %t, 32; @%p bra write; ld.shared.b32 %w, [%at]; {meet}
+        @%first mbarrier.arrive.shared.b64 _, [%bar+8]; @%first ld.shared.b32 %w, [%at];
+        @%first mbarrier.arrive.shared.b64 _, [%bar]; ret;
+        write: setp.ne.u32 %p, %t, 32; @%p ret;
+        wait: mbarrier.try_wait.parity.shared.b64 %done, [%bar], 0; @!%done bra wait; st.shared.b32 [%at], %t; ret;
+        """
+        return kinds(execute(SHARED + body, [], 64, schedule=schedule))
+
+    assert found("bar.warp.sync -1;") == set()
+    assert found("") == {"race"}
+
+
 def test_races_between_blocks():
     def found(body, blocks=4):
         cell = np.zeros(4, np.uint32)

@@ -20,6 +20,11 @@ from tests.emulation.ptx.parse import Instruction
 SITE_BITS, CLOCK_SHIFT, ACTOR_SHIFT, BLOCK_SHIFT = 16, 17, 34, 47
 STRONG = np.int64(1 << SITE_BITS)
 CLOCK_MASK, ACTOR_MASK = (1 << (ACTOR_SHIFT - CLOCK_SHIFT)) - 1, (1 << (BLOCK_SHIFT - ACTOR_SHIFT)) - 1
+BELOW_ACTOR = (1 << ACTOR_SHIFT) - 1
+LANE_BITS = 31 << ACTOR_SHIFT
+#: What epochs of lanes of a warp at one clock have in common.
+SAME_WARP = np.int64(~(LANE_BITS | (1 << SITE_BITS) - 1))
+LANES = np.arange(32)
 #: Actors beside the threads of a block: how many there are for n threads, and what a thread calls to wait for them.
 ACTORS = {
     "cp.async": (lambda n: n, "cp.async.wait_group (or wait_all) of the thread that copied"),
@@ -70,7 +75,8 @@ class Clocks:
     def __init__(self, machine: Any, kinds: set[str], proxies: bool) -> None:
         n = machine.threads
         self.first: dict[str, int] = {}
-        columns = n
+        self.warps = (n + 31) // 32
+        columns = self.first_actor = 32 * self.warps  # the last warp's missing lanes have columns too
         for kind in ACTORS:
             if kind in kinds:
                 self.first[kind] = columns
@@ -80,6 +86,10 @@ class Clocks:
         self.known = np.zeros((rows, columns), np.int32)
         self.thread = np.tile(np.arange(n), machine.block_count)
         self.known[np.arange(rows), self.thread] = 1
+        self.known[:, n : self.first_actor] = np.iinfo(np.int32).max  # of them, everything is known
+        self.warp = np.repeat(np.arange(machine.block_count), n) * self.warps + self.thread // 32
+        self.bit = np.uint32(1) << (self.thread % 32).astype(np.uint32)
+        self.groups = ACTORS["wgmma"][0](n) if "wgmma" in kinds else 0
         #: What of the generic proxy's writes is visible to the asynchronous one.
         self.fenced = np.zeros_like(self.known) if proxies else None
         self.block = np.repeat(machine.blocks, n)
@@ -89,10 +99,45 @@ class Clocks:
         self.foreign: dict[tuple[int, int], np.ndarray] = {}
 
     def advance(self, rows: np.ndarray) -> None:
-        """The threads' next accesses are later than what anybody has heard of them so far."""
+        """The next accesses of these threads, and of their warps, are later than what anybody has heard of them.
+
+        A warp's clocks are always the same, so that accesses of its lanes can be kept together.
+        """
+        warps = np.zeros(self.warp[-1] + 1, bool)
+        warps[self.warp[rows]] = True
+        rows = np.nonzero(warps[self.warp])[0]
         own = self.known[rows, self.thread[rows]] + 1
         self.known[rows, self.thread[rows]] = own
         self.stamp[rows] = self.base[rows] + (own.astype(np.int64) << CLOCK_SHIFT)
+
+    def column(self, rows: np.ndarray, actor: int) -> Any:
+        """Where a Shadow keeps reads of these threads, or of an actor that one of them set going; None: nowhere."""
+        if actor < self.first_actor:
+            return self.thread[rows] // 32
+        if self.groups and 0 <= actor - self.first["wgmma"] < self.groups:
+            return self.warps + actor - self.first["wgmma"]
+        return None
+
+    def known_of_warps(self, rows: np.ndarray) -> np.ndarray:
+        """(n, columns of a Shadow): the clock up to which each thread knows of all lanes of each warp."""
+        same = rows.strides == (0,)
+        known = self.known[rows[:1] if same else rows]
+        by_warp = known[:, : self.first_actor].reshape(len(known), self.warps, 32).min(2)
+        if self.groups:
+            first = self.first["wgmma"]
+            by_warp = np.concatenate([by_warp, known[:, first : first + self.groups]], 1)
+        return by_warp
+
+    def unknown_lanes(self, epochs: np.ndarray, lanes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Of reads by lanes of a warp at these epochs, the lanes whose reads the threads in `rows` do not know of."""
+        actor = epochs >> ACTOR_SHIFT & ACTOR_MASK
+        thread = actor < self.first_actor
+        each = np.where(
+            thread[:, None], (epochs & ~np.int64(LANE_BITS))[:, None] | LANES << ACTOR_SHIFT, epochs[:, None]
+        )
+        bits = (lanes[:, None] >> LANES.astype(np.uint32) & 1).astype(bool)
+        unknown = bits & self.unordered(np.where(bits, each, 0).T, rows).T
+        return (unknown * (np.int64(1) << LANES)).sum(1).astype(np.uint32)
 
     def meet(self, rows: np.ndarray) -> None:
         """rows (groups, members): the members of each group learn all that one of them knows (a barrier)."""
@@ -140,20 +185,54 @@ class Clocks:
 
 
 class Shadow:
-    """The last write and two last reads of each `granule` bytes of a memory, as epochs."""
+    """The last write of each `granule` bytes of a memory, and the reads since then that a write must come after.
 
-    def __init__(self, size: int, granule: int) -> None:
+    Reads by threads are kept by warp (`columns` of a block; behind the warps, the warpgroups whose wgmma reads): the
+    epoch of the last one, and the lanes that read then; reads of other lanes from before, that these do not know of,
+    are put aside. A memory that several blocks share has the warps of the block that read last. `read` and `other_read`
+    are two reads by what has no column: copies, and threads of other blocks.
+    """
+
+    def __init__(self, size: int, granule: int, columns: int) -> None:
         self.granule = granule
         self.shift = granule.bit_length() - 1
-        n = size // granule + 2
-        self.write = np.zeros(n, np.int64)
-        self.read = np.zeros(n, np.int64)
-        self.other_read = np.zeros(n, np.int64)
+        self.cells = size // granule + 2
+        self.write = np.zeros(self.cells, np.int64)
+        self.read = np.zeros(self.cells, np.int64)
+        self.other_read = np.zeros(self.cells, np.int64)
+        self.by_warp = np.zeros((columns, self.cells), np.int64)
+        self.lanes = np.zeros((columns, self.cells), np.uint32)
+        self.aside: dict[int, set[int]] = {}  #: cell -> epochs of threads
 
-    def clear(self, begin: int, end: int) -> None:
-        """Forgets what happened to bytes [begin, end)."""
-        for epochs in (self.write, self.read, self.other_read):
-            epochs[begin >> self.shift : end + self.granule - 1 >> self.shift] = 0
+    def keep(self, cells: np.ndarray, epochs: np.ndarray) -> None:
+        """Reads by what has no column."""
+        before = self.read[cells]
+        if before.any():
+            others = (before ^ epochs) >> ACTOR_SHIFT != 0
+            self.other_read[cells] = np.where(others & (before != 0), before, self.other_read[cells])
+        self.read[cells] = epochs
+        lost = self.read[cells] != epochs
+        if lost.any():
+            self.other_read[cells[lost]] = epochs[lost]
+
+    def put_aside(self, cells: np.ndarray, epochs: np.ndarray, lanes: np.ndarray) -> None:
+        """Reads at epochs of a warp by some of its lanes."""
+        for cell, epoch, some in zip(cells.tolist(), epochs.tolist(), lanes.tolist(), strict=True):
+            kept = self.aside.setdefault(cell, set())
+            for lane in range(32):
+                if some >> lane & 1:
+                    own = epoch & ~LANE_BITS | lane << ACTOR_SHIFT
+                    old = {e for e in kept if (e ^ own) & ~BELOW_ACTOR == 0 and e & int(STRONG) == own & int(STRONG)}
+                    kept -= old
+                    kept.add(own)
+
+    def forget_reads(self, cells: np.ndarray) -> None:
+        self.read[cells] = 0
+        self.other_read[cells] = 0
+        self.by_warp[:, cells] = 0
+        if self.aside:
+            for cell in set(self.aside) & set(cells.reshape(-1).tolist()):
+                del self.aside[cell]
 
 
 class Access:
@@ -168,18 +247,62 @@ class Access:
 
     def reads(self, rows: np.ndarray, stamp: np.ndarray, strong: bool = False, proxy: bool = False) -> None:
         shadow, cells = self.shadow, self.cells
+        clocks: Clocks = self.machine.clocks
         last = shadow.write[cells]
         if last.any():
             self._judge(last, rows, strong, "written", proxy)
-        mine = np.broadcast_to(stamp + (self.site + 1) + (STRONG if strong else 0), cells.shape)
-        before = shadow.read[cells]
-        if before.any():
-            others = (before ^ mine) >> ACTOR_SHIFT != 0
-            shadow.other_read[cells] = np.where(others & (before != 0), before, shadow.other_read[cells])
-        shadow.read[cells] = mine
-        lost = shadow.read[cells] != mine
-        if lost.any():
-            shadow.other_read[cells[lost]] = mine[lost]
+        mine = stamp + (self.site + 1) + (STRONG if strong else 0)
+        column = clocks.column(rows, int(stamp[0] >> ACTOR_SHIFT & ACTOR_MASK))
+        if column is None:
+            shadow.keep(cells, np.broadcast_to(mine, cells.shape))
+        else:
+            self._keep_by_warp(rows, mine, column, clocks.bit[rows])
+
+    def _keep_by_warp(self, rows: np.ndarray, mine: np.ndarray, column: Any, bits: np.ndarray) -> None:
+        shadow = self.shadow
+        at = self.cells + column * shadow.cells
+        shape = at.shape
+        epochs, lanes = shadow.by_warp.reshape(-1), shadow.lanes.reshape(-1)
+        before = epochs[at]
+        new = (before ^ mine) & SAME_WARP != 0
+        old: Any = None
+        if new.any():
+            at_new = at[new]
+            found = before[new] != 0
+            if found.any():
+                old = (at_new[found], before[new][found], lanes[at_new[found]])
+                old_rows = np.broadcast_to(rows, shape)[new][found]
+                old_mine = np.broadcast_to(mine, shape)[new][found]
+            lanes[at_new] = 0
+            epochs[at] = mine
+            won = (epochs[at] ^ mine) & SAME_WARP == 0
+            if not won.all():  # read by several blocks at once
+                shadow.keep(self.cells[~won], np.broadcast_to(mine, shape)[~won])
+                np.bitwise_or.at(lanes, at[won], np.broadcast_to(bits, shape)[won])
+            else:
+                np.bitwise_or.at(lanes, at, np.broadcast_to(bits, shape))
+        else:
+            np.bitwise_or.at(lanes, at, np.broadcast_to(bits, shape))
+        if old is not None:
+            self._keep_older(*old, old_rows, old_mine)
+
+    def _keep_older(
+        self, at: np.ndarray, before: np.ndarray, lanes: np.ndarray, rows: np.ndarray, mine: np.ndarray
+    ) -> None:
+        """What of the reads that new ones of the same column took the place of must be kept."""
+        shadow = self.shadow
+        clocks: Clocks = self.machine.clocks
+        cells = at % shadow.cells
+        foreign = (before ^ mine) >> BLOCK_SHIFT != 0
+        if foreign.any():
+            shadow.keep(cells[foreign], before[foreign])
+        weaker = (before & STRONG == 0) & (mine & STRONG != 0)
+        left = np.where(weaker, lanes, lanes & ~shadow.lanes.reshape(-1)[at])
+        open_ = ~foreign & (left != 0) & (before >> ACTOR_SHIFT & ACTOR_MASK < clocks.first_actor)
+        if open_.any():
+            left = clocks.unknown_lanes(before[open_], left[open_], rows[open_])
+            some = left != 0
+            shadow.put_aside(cells[open_][some], before[open_][some], left[some])
 
     def writes(
         self, rows: np.ndarray, stamp: np.ndarray, strong: bool = False, proxy: bool = False, harmless: Any = None
@@ -189,9 +312,56 @@ class Access:
             last = epochs[cells]
             if last.any():
                 self._judge(last if harmless is None else np.where(harmless, 0, last), rows, strong, what, proxy)
+        self._judge_warps(rows, strong, proxy, harmless)
+        if shadow.aside:
+            self._judge_aside(rows, strong, proxy, harmless)
         shadow.write[cells] = stamp + (self.site + 1) + (STRONG if strong else 0)
-        shadow.read[cells] = 0
-        shadow.other_read[cells] = 0
+        if harmless is None or not harmless.any():
+            shadow.forget_reads(cells)
+        elif not harmless.all():
+            shadow.forget_reads(cells[..., ~harmless])
+
+    def _judge_warps(self, rows: np.ndarray, strong: bool, proxy: bool, harmless: Any) -> None:
+        clocks: Clocks = self.machine.clocks
+        last = self.shadow.by_warp[:, self.cells]
+        if not last.any():
+            return
+        clock = last >> CLOCK_SHIFT & CLOCK_MASK
+        known = clocks.known_of_warps(rows).T
+        if last.ndim == 3:
+            known = known[:, None]
+        bad = (last != 0) & (clock > known)
+        if self.space.name == "global":
+            bad |= (last != 0) & ((last >> BLOCK_SHIFT) - 1 != clocks.block[rows])
+        if strong:
+            bad &= last & STRONG == 0
+        if harmless is not None:
+            bad &= ~harmless
+        if not bad.any():
+            return
+        where = np.nonzero(bad)
+        epochs, row = last[bad], np.broadcast_to(rows, bad.shape[1:])[where[1:]]
+        cells = self.cells[where[1:]]
+        lanes = clocks.unknown_lanes(epochs, self.shadow.lanes[where[0], cells], row)
+        some = lanes != 0
+        if some.any():
+            lane = np.log2(lanes[some] & -lanes[some].astype(np.int64)).astype(np.int64)
+            threads = epochs[some] >> ACTOR_SHIFT & ACTOR_MASK < clocks.first_actor
+            named = np.where(threads, epochs[some] & ~LANE_BITS | lane << ACTOR_SHIFT, epochs[some])
+            self._report(np.ones(len(named), bool), named, row[some], "read", cells=cells[some])
+
+    def _judge_aside(self, rows: np.ndarray, strong: bool, proxy: bool, harmless: Any) -> None:
+        wide = np.broadcast_to(rows, self.cells.shape).reshape(-1)
+        skip = None if harmless is None else np.broadcast_to(harmless, self.cells.shape).reshape(-1)
+        for i, cell in enumerate(self.cells.reshape(-1).tolist()):
+            if cell in self.shadow.aside and not (skip is not None and skip[i]):
+                last = np.array(sorted(self.shadow.aside[cell]), np.int64)
+                row = np.full(len(last), wide[i])
+                bad = self.machine.clocks.unordered(last, row)
+                if strong:
+                    bad &= last & STRONG == 0
+                if bad.any():
+                    self._report(bad, last, row, "read", cells=np.full(len(last), cell))
 
     def _judge(self, last: np.ndarray, rows: np.ndarray, strong: bool, what: str, proxy: bool) -> None:
         clocks: Clocks = self.machine.clocks
@@ -206,13 +376,15 @@ class Access:
             if unseen.any():
                 self._report(unseen, last, rows, what, fence=True)
 
-    def _report(self, bad: np.ndarray, last: np.ndarray, rows: np.ndarray, what: str, fence: bool = False) -> None:
+    def _report(
+        self, bad: np.ndarray, last: np.ndarray, rows: np.ndarray, what: str, fence: bool = False, cells: Any = None
+    ) -> None:
         at = tuple(i[0] for i in np.nonzero(bad))
         epoch, row = int(last[at]), int(rows[at[-1]])
         clocks: Clocks = self.machine.clocks
         who, wait = clocks.name(epoch, self.machine.threads)
         other = self.machine.code.instructions[(epoch & (int(STRONG) - 1)) - 1]
-        address = self.space.describe(int(self.cells[at]) << self.shadow.shift)
+        address = self.space.describe(int((self.cells if cells is None else cells)[at]) << self.shadow.shift)
         what += f" by {who} at {other.where()} ({other.text})"
         if fence:
             kind, message = "missing fence", f"{address} was {what} without fence.proxy.async behind it"

@@ -30,7 +30,6 @@ class Machine:
         self.dynamic_shared = dynamic_shared
         self.parameters = np.frombuffer(parameters.ljust((len(parameters) + 15) // 16 * 16, b"\0"), np.uint8)
         self.address_of = messages.address_of
-        self._spaces(memory)
         kinds = {kind for kind in ("cp.async", "wgmma") if code.uses(kind)}
         if code.uses("cp.async.bulk"):
             kinds |= {"bulk", "mbarrier"}
@@ -38,6 +37,7 @@ class Machine:
             kinds |= {"mbarrier", "bulk"}
         proxies = code.uses("wgmma") or code.uses("cp.async.bulk") or code.uses("cp.reduce")
         self.clocks = Clocks(self, kinds, proxies)
+        self._spaces(memory)
         self.alive = np.full(self.block_count, self.threads)
         self.barriers = Barriers(self)
         #: Threads that wait for a phase of an mbarrier: (unit, instruction, mask).
@@ -67,7 +67,8 @@ class Machine:
             self.address_of[v.name] = begin
         self.shared_size = begin + self.dynamic_shared if self.dynamic_shared else offset
         self.shared_stride = (self.shared_size + 1023) // 1024 * 1024 + 1024
-        shared = Space("shared", self.shared_stride * self.block_count, code.granules["shared"])
+        readers = self.clocks.warps + self.clocks.groups
+        shared = Space("shared", self.shared_stride * self.block_count, code.granules["shared"], readers)
         shared.state.reshape(-1)[: self.shared_stride * self.block_count].reshape(self.block_count, -1)[
             :, : self.shared_size
         ] = EXISTS
@@ -93,7 +94,7 @@ class Machine:
         parameters.data[: len(self.parameters)] = self.parameters
         parameters.state[: len(self.parameters)] = EXISTS | WRITTEN
         if memory.shadow is None or len(memory.shadow.write) <= len(memory.data) // code.granules["global"]:
-            memory.shadow = Shadow(len(memory.data), code.granules["global"])
+            memory.shadow = Shadow(len(memory.data), code.granules["global"], readers)
         self.spaces: dict[str, Space] = {
             "global": memory, "shared": shared, "local": locals_, "const": constants, "param": parameters,
         }  # fmt: skip

@@ -24,12 +24,12 @@ WINDOWS = {"global": 0, "shared": 1 << 44, "local": 2 << 44, "const": 3 << 44, "
 
 
 class Space:
-    def __init__(self, name: str, size: int, granule: int = 0) -> None:
-        """granule: bytes of a cell of the shadow, 0 for a space that threads do not share."""
+    def __init__(self, name: str, size: int, granule: int = 0, readers: int = 0) -> None:
+        """granule: bytes of a cell of the shadow, 0 for a space that threads do not share; readers: its columns."""
         self.name = name
         self.data = np.full((size + 127) // 128 * 128 + 128, POISON, np.uint8)
         self.state = np.zeros_like(self.data)
-        self.shadow = Shadow(len(self.data), granule) if granule else None
+        self.shadow = Shadow(len(self.data), granule, readers) if granule else None
 
     def describe(self, index: int) -> str:
         return f"{self.name} address {index}"

@@ -290,9 +290,11 @@ class _Copy:
 
     def _order(self, space: Any, index: np.ndarray, size: int, reads: bool) -> None:
         machine = self.unit.machine
-        access = Access(machine, space, self.form.ins, self.form.index, index, size)
-        rows = np.broadcast_to(self.row, index.shape)
-        stamp = np.broadcast_to(self.stamp, index.shape)
+        granule = space.shadow.granule
+        cells = np.unique(index // granule) * granule if size < granule else index  # elements share them
+        access = Access(machine, space, self.form.ins, self.form.index, cells, max(size, granule))
+        rows = np.broadcast_to(self.row, cells.shape)
+        stamp = np.broadcast_to(self.stamp, cells.shape)
         (access.reads if reads else access.writes)(rows, stamp, proxy=True)
         if machine.counts is not None and space.name == "global":
             machine.counts.requests(self.form.index, "global", not reads, np.zeros(len(index), np.int64), index, size)

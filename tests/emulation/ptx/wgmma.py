@@ -89,8 +89,9 @@ class Operand:
     def _order(self, unit: Any, lane: int, index: np.ndarray, by_warp: bool) -> None:
         clocks = unit.machine.clocks
         for warp in range(4):
-            mine = index[16 * warp : 16 * warp + 16] if by_warp else index
-            chunks = np.unique(mine >> 4) << 4
+            if by_warp or warp == 0:
+                mine = index[16 * warp : 16 * warp + 16] if by_warp else index
+                chunks = np.unique(mine >> 4) << 4
             row = unit.rows[lane + 32 * warp : lane + 32 * warp + 1]
             which, group = unit.thread[lane : lane + 1] // GROUP, unit.group["wgmma"][lane : lane + 1]
             access = Access(unit.machine, unit.machine.spaces["shared"], self.form.ins, self.form.index, chunks, 16)
