@@ -247,6 +247,8 @@ class Access:
 
     def reads(self, rows: np.ndarray, stamp: np.ndarray, strong: bool = False, proxy: bool = False) -> None:
         shadow, cells = self.shadow, self.cells
+        if not len(rows):
+            return
         clocks: Clocks = self.machine.clocks
         last = shadow.write[cells]
         if last.any():
