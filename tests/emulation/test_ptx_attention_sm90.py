@@ -193,6 +193,9 @@ ONE_KERNEL = (
 )
 #: What is taken out or changed -> what must be found.
 FAULTS = {
+    "the fence of the barriers": ("barrier_init_fence();", "", "missing fence"),
+    "registers that nobody gives": ("registers_give<kProducerRegisters>();", "", "deadlock"),
+    "more registers than there are": ("registers_take<kConsumerRegisters>();", "registers_take<256>();", "deadlock"),
     "the turn": ("if (which == 1 && block.tiles > 1) pass_turn();", "", "deadlock"),
     "the bytes of a tile": ("kTileBytes = kKeys * kWidth * 2", "kTileBytes = kKeys * kWidth * 2 + 16", "deadlock"),
     "the wait for queries": ("barrier_wait(tiles.query_full, 0);", "", "missing wait"),

@@ -152,7 +152,7 @@ def test_waits_by_state_and_copies_that_arrive():
 LOAD = """
 .shared .align 1024 .b8 s[8192]; .shared .align 8 .b8 b[8]; .reg .b32 %t, %at, %bar, %v, %k; .reg .b64 %out, %q, %m;
 .reg .pred %p, %done; mov.u32 %t, %tid.x; mov.u32 %at, s; mov.u32 %bar, b; ld.param.u64 %out, [out];
-setp.ne.u32 %p, %t, 0; @%p bra go; mbarrier.init.shared::cta.b64 [%bar], 1; mov.b64 %m, map;
+setp.ne.u32 %p, %t, 0; @%p bra go; mbarrier.init.shared::cta.b64 [%bar], 1; {fence} mov.b64 %m, map;
 cvta.param.u64 %m, %m; mbarrier.arrive.expect_tx.shared::cta.b64 _, [%bar], {bytes};
 cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%at], [%m, {{{x}, {y}}}], [%bar];
 go: bar.sync 0;
@@ -161,6 +161,7 @@ mov.u32 %k, %t;
 more: mad.lo.u32 %v, %k, 4, %at; ld.shared.b32 %v, [%v]; mad.wide.u32 %q, %k, 4, %out; st.global.b32 [%q], %v;
 add.u32 %k, %k, 32; setp.lt.u32 %p, %k, {words}; @%p bra more; ret;
 """
+FENCE = "fence.mbarrier_init.release.cluster;"
 WAIT = "wait: mbarrier.try_wait.parity.shared::cta.b64 %done, [%bar], 0; @!%done bra wait;"
 
 
@@ -172,7 +173,7 @@ def test_tensor_loads(swizzle, x, y):
     inner = {0: 16, 32: 16, 64: 32, 128: 64}[swizzle]
     rows, size = 16, inner * 2
     out = empty((rows, inner), np.uint16)
-    body = LOAD.format(bytes=rows * size, x=x, y=y, wait=WAIT, words=rows * size // 4)
+    body = LOAD.format(bytes=rows * size, x=x, y=y, wait=WAIT, fence=FENCE, words=rows * size // 4)
     ptx = kernel(body, [".u64 out", ".align 64 .b8 map[128]"])
     run(ptx, "k", 1, 32, [out, TensorMap(tensor, (rows, inner), swizzle)]).raise_if_faulty()
     expected = np.zeros((rows, inner), np.uint16)
@@ -187,13 +188,18 @@ def test_tensor_loads(swizzle, x, y):
 def test_faults_of_tensor_loads_are_found():
     tensor = np.ones((16, 16), np.uint16)
 
-    def found(bytes=512, wait=WAIT, at="[%at]"):
-        body = LOAD.format(bytes=bytes, x=0, y=0, wait=wait, words=128).replace("bytes [%at]", f"bytes {at}")
+    def found(bytes=512, wait=WAIT, at="[%at]", fence=FENCE):
+        body = LOAD.format(bytes=bytes, x=0, y=0, wait=wait, fence=fence, words=128).replace(
+            "bytes [%at]", f"bytes {at}"
+        )
         ptx = kernel(body, [".u64 out", ".align 64 .b8 map[128]"])
         return kinds(run(ptx, "k", 1, 32, [empty((16, 16), np.uint16), TensorMap(tensor, (16, 16))]))
 
     assert found() == set()
     assert found(wait="") == {"missing wait"}
+    for fence in ("fence.proxy.async.shared::cta;", "fence.proxy.async;", "fence.acq_rel.cluster;", "membar.gl;"):
+        assert found(fence=fence) == set()
+    assert found(fence="") == {"missing fence"} == found(fence="fence.acq_rel.cta;")
     assert found(bytes=528) == {"deadlock"}
     assert "misaligned" in found(at="[%at+16]")
     assert "out of bounds" in found(at="[%at+7808]")
@@ -237,7 +243,7 @@ def test_linear_bulk_copies():
     x, out = np.arange(64, dtype=np.uint32), empty(64, np.uint32)
     body = f"""
     .shared .align 16 .b8 s[256]; .shared .align 8 .b8 b[8]; .reg .b32 %at, %bar; .reg .pred %done; mov.u32 %at, s;
-    mov.u32 %bar, b; mbarrier.init.shared.b64 [%bar], 1; mbarrier.arrive.expect_tx.shared.b64 _, [%bar], 256;
+    mov.u32 %bar, b; mbarrier.init.shared.b64 [%bar], 1; {FENCE} mbarrier.arrive.expect_tx.shared.b64 _, [%bar], 256;
     cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%at], [%a1], 256, [%bar];
     {WAIT.replace("::cta", "")}
     cp.async.bulk.global.shared::cta.bulk_group [%a0], [%at], 256; cp.async.bulk.commit_group;

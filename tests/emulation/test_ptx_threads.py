@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.emulation.ptx.launch import empty
+from tests.emulation.ptx.launch import empty, run
 from tests.emulation.ptx.machine import SCHEDULES
 from tests.emulation.ptx.parse import PtxError
-from tests.emulation.snippets import evaluate, execute, interesting
+from tests.emulation.snippets import evaluate, execute, interesting, kernel
 
 N = 128
 ALL = pytest.mark.parametrize("schedule", SCHEDULES)
@@ -239,12 +239,35 @@ def test_a_barrier_whose_number_is_in_a_register(schedule):
 
 
 def test_registers_are_given_in_eights():
-    """What setmaxnreg does is not modelled; numbers that the assembler refuses are. PTX ISA 9.7.19.5."""
+    """Numbers that the assembler refuses are found; without a number at the launch, nothing happens. 9.7.19.5."""
     text = "setmaxnreg.dec.sync.aligned.u32 24; setmaxnreg.inc.sync.aligned.u32 240; mov.u32 %r, %t;"
     assert (per_thread(text) == np.arange(N)).all()
     for wrong in ("16", "244", "264"):
         with pytest.raises(PtxError, match="multiple of 8 from 24 to 256"):
             per_thread(text.replace("240", wrong))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("directive", [".maxnreg 168", ".maxntid 384, 1, 1\n.minnctapersm 1", ".reqntid 384"])
+def test_a_block_shares_its_registers(directive, schedule):
+    """Three warpgroups have 168 registers a thread at first: one gives some up, and the others wait for them."""
+
+    def found(give, take):
+        body = f"""
+        .reg .b32 %t; .reg .pred %p; mov.u32 %t, %tid.x; setp.lt.u32 %p, %t, 128; @%p bra producer; {take} bra.uni end;
+        producer: {give} end: ret;
+        """
+        ptx = kernel(body).replace("entry k()", f"entry k()\n{directive}\n")
+        return {f.kind for f in run(ptx, "k", 2, 384, [], schedule=schedule).faults}
+
+    give, take = "setmaxnreg.dec.sync.aligned.u32 24;", "setmaxnreg.inc.sync.aligned.u32 240;"
+    assert found(give, take) == set()
+    assert found(give, take.replace("240", "248")) == {"deadlock"} == found("", take)
+    assert (
+        found(give, take.replace("240", "160"))
+        == {"registers"}
+        == found(give.replace("24;", "176;"), take) - {"deadlock"}
+    )
 
 
 def test_barriers_that_reduce():

@@ -98,16 +98,54 @@ def trap(form: Form) -> Run:
     return run
 
 
-@instruction("nanosleep", "setmaxnreg", "griddepcontrol", "pmevent")
+@instruction("nanosleep", "griddepcontrol", "pmevent")
 def nothing_to_do(form: Form) -> Run:
-    """Time, the number of registers and the order of launches are not modelled."""
-    if form.ins.opcode == "setmaxnreg":
-        count = int(form.operands[0], 0)
-        form.one_of("inc", "dec")
-        if count % 8 or not 24 <= count <= 256:
-            raise form.error("expected a multiple of 8 from 24 to 256")
+    """Time and the order of launches are not modelled."""
     form.left.clear()
     return lambda unit, mask: None
+
+
+@instruction("setmaxnreg")
+def share_registers(form: Form) -> Run:
+    """setmaxnreg.{inc,dec}.sync.aligned.u32 count: a block's warps give up registers, or wait for them. 9.7.19.5.
+
+    Without a number of registers at the launch it does nothing. How many the code needs is not looked at.
+    """
+    count = int(form.operands[0], 0)
+    takes = form.one_of("inc", "dec") == "inc"
+    form.one_of("sync")
+    form.one_of("aligned")
+    form.type()
+    if count % 8 or not 24 <= count <= 256:
+        raise form.error("expected a multiple of 8 from 24 to 256")
+
+    def run(unit: Any, mask: Mask) -> str | None:
+        machine = unit.machine
+        active = unit.exists if mask is None else mask
+        if not machine.code.kernel.registers_of_thread:
+            return None
+        left = np.zeros(unit.count, bool)
+        for w in np.nonzero(active.reshape(-1, 32).any(1))[0]:
+            lane = 32 * int(w)
+            block, warp = int(unit.block[lane]), int(unit.thread[lane]) // 32
+            more = count - int(machine.registers[block, warp])
+            if (more < 0) if takes else (more > 0):
+                message = f"the warp has {count - more} registers a thread, and asks for {count}"
+                unit.fault("registers", message, form.ins, lane)
+            elif more > machine.spare_registers[block]:
+                left[lane : lane + 32] = active[lane : lane + 32]
+            else:
+                machine.spare_registers[block] -= more
+                machine.registers[block, warp] = count
+        if not takes:
+            machine.registers_were_given()
+        if not left.any():
+            return None
+        unit.add_group(form.index + 1, active & ~left)
+        machine.short.append((unit, form.index, left))
+        return "wait"
+
+    return run
 
 
 @instruction("bar", "barrier")

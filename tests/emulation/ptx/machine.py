@@ -43,6 +43,11 @@ class Machine:
         #: Threads that wait for a phase of an mbarrier: (unit, instruction, mask).
         self.blocked: list[tuple[Unit, int, np.ndarray]] = []
         self.mbarriers = Mbarriers(self) if "mbarrier" in kinds else None
+        #: Registers of each warp's threads, and what a block's warps have given up: what setmaxnreg moves.
+        self.registers = np.full((self.block_count, self.clocks.warps), code.kernel.registers_of_thread or 0)
+        self.spare_registers = np.zeros(self.block_count, np.int64)
+        #: Warps that wait for registers: (unit, instruction, mask).
+        self.short: list[tuple[Unit, int, np.ndarray]] = []
         #: Looks at threads that end: asynchronous copies that nobody waits for.
         self.at_end = tensor_copy.check_end if "bulk" in kinds else None
         self.steps = 0
@@ -123,6 +128,12 @@ class Machine:
             unit.add_group(at, mask)
         return bool(blocked)
 
+    def registers_were_given(self) -> None:
+        """Lets warps that wait for registers look again."""
+        short, self.short = self.short, []
+        for unit, at, mask in short:
+            unit.add_group(at, mask)
+
     def heard(self, unit: Any, address: np.ndarray, mask: Any, acquires: bool) -> None:
         self.messages.heard(self, unit, address, mask, acquires)
 
@@ -167,11 +178,13 @@ class Machine:
                 (u, self.code.instructions[at], m, "loop") for at, m in u.groups if at < len(self.code.handlers)
             ]
         waiting += [(u, self.code.instructions[at], m, "mbarrier") for u, at, m in self.blocked]
+        waiting += [(u, self.code.instructions[at], m, "registers") for u, at, m in self.short]
         for unit, ins, mask, what in waiting:
             names = {
                 "barrier": "threads wait at a barrier that others never reach",
                 "collective": "threads wait for others of their warp that never come",
                 "mbarrier": "threads wait for a phase of an mbarrier that is never completed",
+                "registers": "warps wait for registers that the block has not",
                 "loop": "threads go round",
             }
             unit.fault("deadlock", f"{why}: {names[what]}", ins, int(mask.argmax()), int(mask.sum()))

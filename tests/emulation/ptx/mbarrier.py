@@ -23,6 +23,8 @@ class Mbarriers:
         shape = (machine.block_count, SLOTS)
         self.slots: dict[int, int] = {}  #: shared address -> slot
         self.valid = np.zeros(shape, bool)
+        #: The row of the thread whose init no fence has followed yet, -1 for none, and its clock then.
+        self.unfenced, self.init_clock = np.full(shape, -1), np.zeros(shape, np.int64)
         self.count, self.pending, self.bytes, self.phase = (np.zeros(shape, np.int64) for _ in range(4))
         columns = machine.clocks.columns
         #: What those know who have arrived in this phase, and in the complete ones.
@@ -60,6 +62,24 @@ class Mbarriers:
                 unit.fault("mbarrier", f"there is no mbarrier at shared address {where}", place.ins, lane)
                 lanes, blocks, slots = lanes[~bad], blocks[~bad], slots[~bad]
         return lanes, blocks, slots
+
+    def fence_init(self, rows: np.ndarray, proxy: bool) -> None:
+        """Threads fence their inits; or, by a fence between the proxies, all those that they know of."""
+        clocks = self.machine.clocks
+        for block, slot in zip(*np.nonzero(self.unfenced >= 0), strict=True):
+            row = int(self.unfenced[block, slot])
+            mine = rows[rows // self.machine.threads == block]
+            known = clocks.known[mine, clocks.thread[row]] >= self.init_clock[block, slot]
+            if (known if proxy else mine == row).any():
+                self.unfenced[block, slot] = -1
+
+    def check_init_fence(self, unit: Any, ins: Any, lane: int, slot: int) -> None:
+        """The asynchronous proxy must have been told of an mbarrier before it uses it."""
+        block = int(unit.block[lane])
+        if self.unfenced[block, slot] >= 0:
+            message = "the mbarrier was initialised without fence.mbarrier_init or fence.proxy.async behind it"
+            unit.fault("missing fence", message, ins, lane)
+            self.unfenced[block, slot] = -1
 
     def arrive(
         self, unit: Any, active: np.ndarray, place: Place, address: np.ndarray, arrivals: Any, expected: Any,
@@ -165,11 +185,14 @@ def _init(form: Form, space: str) -> Run:
 
     def run(unit: Any, mask: Mask) -> None:
         m: Mbarriers = unit.machine.mbarriers
+        clocks = unit.machine.clocks
         lanes, blocks, slots = m.find(unit, unit.exists if mask is None else mask, place, address(unit), needs=False)
         numbers = full(count(unit), unit.count)[lanes].astype(np.int64)
         if ((numbers < 1) | (numbers > LARGEST_COUNT)).any():
             unit.fault("mbarrier", f"a count of {numbers.min()} is not from 1 to {LARGEST_COUNT}", place.ins, 0)
         m.valid[blocks, slots] = True
+        m.unfenced[blocks, slots] = unit.rows[lanes]
+        m.init_clock[blocks, slots] = clocks.known[unit.rows[lanes], unit.thread[lanes]]
         m.count[blocks, slots] = m.pending[blocks, slots] = numbers
         m.bytes[blocks, slots] = 0
         m.phase[blocks, slots] = 0

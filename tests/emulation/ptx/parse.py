@@ -7,7 +7,10 @@ directive that is not known is an error.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+
+REGISTERS = 65536  #: of a multiprocessor
 
 
 class PtxError(Exception):
@@ -57,6 +60,8 @@ class Kernel:
     local: list[Variable]
     constant: list[Variable]
     module: list[Variable]  #: .global variables of the module
+    target: str = ""
+    registers_of_thread: int | None = None  #: at the launch, where directives say so: what setmaxnreg shares out
 
 
 BITS = re.compile(r"\d+")
@@ -253,6 +258,19 @@ def _closing(text: str, opening: int) -> int:
     raise PtxError("a function's body is not closed")
 
 
+def _registers(directives: str) -> int | None:
+    """Registers of a thread by .maxnreg, or as many as the threads of .maxntid or .reqntid leave each other."""
+    said = re.search(r"\.maxnreg\s+(\d+)", directives)
+    if said:
+        return int(said[1])
+    threads = re.search(r"\.(?:maxntid|reqntid)\s+([\d\s,]+)", directives)
+    if threads is None:
+        return None
+    blocks = re.search(r"\.minnctapersm\s+(\d+)", directives)
+    total = math.prod(int(x) for x in threads[1].split(",") if x.strip()) * (int(blocks[1]) if blocks else 1)
+    return min(REGISTERS // total // 8 * 8, 255)
+
+
 def parse(text: str) -> dict[str, Kernel]:
     """The kernels of a module by name. Functions other than kernels are not read: a call of one is an error."""
     text = _without_comments(text)
@@ -270,6 +288,7 @@ def parse(text: str) -> dict[str, Kernel]:
         r"^[ \t]*(?:\.(?:extern|visible|weak|common)\s+)*\.(shared|const|global)\b([^;]*);", outside, re.M
     ):
         variables[m[1]].append(_variable(m[2]))
+    target = re.search(r"^\s*\.target\s+(\w+)", text, re.M)
     kernels = {}
     for m, (begin, end) in zip(entries, bodies, strict=True):
         parameters = [_variable(re.sub(r"\.param\b", "", p, count=1)) for p in split_operands(m[3] or "")]
@@ -279,7 +298,7 @@ def parse(text: str) -> dict[str, Kernel]:
         kernels[m[1]] = Kernel(
             m[1], parameters, body.instructions, body.labels, body.targets, body.registers,
             variables["shared"] + v["shared"], v["local"], variables["const"] + v["const"],
-            variables["global"] + v["global"],
+            variables["global"] + v["global"], target[1] if target else "", _registers(m[4]),
         )  # fmt: skip
     if not kernels:
         raise PtxError("there is no .entry in this PTX")

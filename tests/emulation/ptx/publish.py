@@ -87,10 +87,22 @@ def fence(form: Form) -> Run:
     if form.flag("mbarrier_init"):
         form.one_of("release")
         form.one_of("cluster")
-        return lambda unit, mask: None
+        return fence_init
     form.flag("sc", "acq_rel", "acquire", "release")
-    form.one_of("cta", "gl", "gpu", "sys", "cluster")
-    return lambda unit, mask: unit.machine.messages.fence(unit.machine, unit, mask)
+    scope = form.one_of("cta", "gl", "gpu", "sys", "cluster")
+
+    def run(unit: Any, mask: Mask) -> None:
+        if scope != "cta":  # not weaker than fence.mbarrier_init.release.cluster
+            fence_init(unit, mask)
+        unit.machine.messages.fence(unit.machine, unit, mask)
+
+    return run
+
+
+def fence_init(unit: Any, mask: Mask, proxy: bool = False) -> None:
+    """mbarriers that threads have initialised become visible to the cluster and to copies (PTX ISA 9.7.13.4)."""
+    if unit.machine.mbarriers is not None:
+        unit.machine.mbarriers.fence_init(unit.rows[unit.exists if mask is None else mask], proxy)
 
 
 def proxy_fence(form: Form) -> Run:
@@ -104,6 +116,7 @@ def proxy_fence(form: Form) -> Run:
 
     def run(unit: Any, mask: Mask) -> None:
         clocks = unit.machine.clocks
+        fence_init(unit, mask, proxy=True)
         if clocks.fenced is not None:
             rows = unit.rows[unit.exists if mask is None else mask]
             clocks.fenced[rows] = np.maximum(clocks.fenced[rows], clocks.known[rows])

@@ -199,6 +199,8 @@ def _copy(form: Form) -> Run:
         for lane in np.nonzero(active)[0]:
             if loads and lane not in slots:
                 continue
+            if loads:
+                machine.mbarriers.check_init_fence(unit, form.ins, int(lane), slots[int(lane)])
             copy = _Copy(form, unit, int(lane), int(shared[lane]), slots.get(int(lane)))
             if tensor:
                 raw = b"".join(_map_bytes(map_place, unit, int(lane), int(other[lane])))
