@@ -268,6 +268,27 @@ def test_read_only_loads_of_what_is_written():
     assert kinds(execute(body, [np.zeros(1, np.uint32)], 1)) == {"race"}
 
 
+def test_a_block_has_no_more_shared_memory_than_its_target():
+    """Static and dynamic together; without the runtime's attribute 48 KB, and of static memory never more."""
+
+    def launch(target, static, dynamic, **options):
+        body = f".shared .align 4 .b8 s[{static}]; .reg .b32 %v; mov.u32 %v, s; ret;"
+        ptx = kernel(body, outside=".extern .shared .align 16 .b8 more[];").replace("sm_90a", target)
+        run(ptx, "k", 1, 32, [], shared_bytes=dynamic, **options)
+
+    for target, most in (("sm_80", 163), ("sm_86", 99), ("sm_89", 99), ("sm_90a", 227), ("sm_100a", 227)):
+        launch(target, 1024, 1024 * (most - 1))
+        with pytest.raises(PtxError, match="bytes of shared memory; a block"):
+            launch(target, 1024, 1024 * (most - 1) + 16)
+    launch("sm_80", 1024, 47 * 1024, most_dynamic=0)
+    launch("sm_80", 1024, 60000, most_dynamic=60000)
+    for most in (0, 59984):
+        with pytest.raises(PtxError, match="are allowed"):
+            launch("sm_80", 1024, 60000, most_dynamic=most)
+    with pytest.raises(PtxError, match="static shared memory"):
+        launch("sm_80", 49168, 0)
+
+
 def test_a_launch_of_several_kernels_keeps_its_buffers():
     launch, x = Launch(), np.arange(4, dtype=np.uint32)
     address = launch.address(x, "x")

@@ -37,7 +37,7 @@ ACTORS = {
 @dataclasses.dataclass
 class Fault:
     """kind: "out of bounds", "misaligned", "uninitialised", "read-only", "race", "missing wait", "missing fence",
-    "barrier divergence", "deadlock", "mbarrier", "collective", "registers", "trap". count: how often it was seen there."""
+    "barrier divergence", "deadlock", "mbarrier", "collective", "registers", "trap". count: how often it was seen."""
 
     kind: str
     message: str

@@ -6,28 +6,45 @@ from typing import Any
 
 import numpy as np
 
+from llmkern.inspect.limits import KIB, LIMITS
 from tests.emulation.ptx import tensor_copy
 from tests.emulation.ptx.barriers import Barriers
 from tests.emulation.ptx.check import Clocks, Faults, Shadow
 from tests.emulation.ptx.control import LONG_TURN, Code, Unit
 from tests.emulation.ptx.mbarrier import Mbarriers
 from tests.emulation.ptx.memory import EXISTS, WINDOWS, WRITTEN, GlobalMemory, Space
+from tests.emulation.ptx.parse import Kernel, PtxError
 from tests.emulation.ptx.publish import Messages
 
+#: What a block may have without asking the runtime for more (CUDA C++ Programming Guide, "Shared Memory").
+SMALL_SHARED = 48 * KIB
 SCHEDULES = ("lockstep", "forward", "reverse", "random")
+
+
+def check_shared_size(kernel: Kernel, static: int, dynamic: int, most_dynamic: int | None) -> None:
+    """Refuses what the assembler or the launch would. most_dynamic: as of `run`."""
+    size = static + dynamic
+    if static > SMALL_SHARED:
+        raise PtxError(f"{kernel.name} has {static} bytes of static shared memory; at most {SMALL_SHARED} are possible")
+    if most_dynamic is not None and dynamic > max(most_dynamic, SMALL_SHARED - static):
+        raise PtxError(f"{kernel.name} has {static} bytes of static shared memory; {SMALL_SHARED} are the most")
+    target = kernel.target.rstrip("af")
+    most = LIMITS[target].shared_block if target in LIMITS else None
+    if most is not None and size > most:
+        raise PtxError(f"{kernel.name} needs {size} bytes of shared memory; a block of {target} has at most {most}")
 
 
 class Machine:
     def __init__(
         self, code: Code, memory: GlobalMemory, blocks: np.ndarray, grid: tuple[int, ...], block: tuple[int, ...],
         parameters: bytes, dynamic_shared: int, schedule: str, faults: Faults, counts: Any, issued: np.ndarray,
-        messages: Messages, seed: int, limit: int,
+        messages: Messages, seed: int, limit: int, most_dynamic: int | None = None,
     ) -> None:  # fmt: skip
         self.code, self.blocks, self.grid, self.block_shape = code, blocks, grid, block
         self.block_count, self.threads = len(blocks), block[0] * block[1] * block[2]
         self.faults, self.counts, self.issued, self.messages = faults, counts, issued, messages
         self.schedule, self.random, self.limit = schedule, np.random.default_rng(seed), limit
-        self.dynamic_shared = dynamic_shared
+        self.dynamic_shared, self.most_dynamic = dynamic_shared, most_dynamic
         self.parameters = np.frombuffer(parameters.ljust((len(parameters) + 15) // 16 * 16, b"\0"), np.uint8)
         self.address_of = messages.address_of
         kinds = {kind for kind in ("cp.async", "wgmma") if code.uses(kind)}
@@ -71,6 +88,7 @@ class Machine:
         for v in unsized:
             self.address_of[v.name] = begin
         self.shared_size = begin + self.dynamic_shared if self.dynamic_shared else offset
+        check_shared_size(kernel, offset, self.shared_size - offset, self.most_dynamic)
         self.shared_stride = (self.shared_size + 1023) // 1024 * 1024 + 1024
         readers = self.clocks.warps + self.clocks.groups
         shared = Space("shared", self.shared_stride * self.block_count, code.granules["shared"], readers)
