@@ -27,7 +27,7 @@ def check_shared_size(kernel: Kernel, static: int, dynamic: int, most_dynamic: i
     if static > SMALL_SHARED:
         raise PtxError(f"{kernel.name} has {static} bytes of static shared memory; at most {SMALL_SHARED} are possible")
     if most_dynamic is not None and dynamic > max(most_dynamic, SMALL_SHARED - static):
-        raise PtxError(f"{kernel.name} has {static} bytes of static shared memory; {SMALL_SHARED} are the most")
+        raise PtxError(f"{kernel.name} is launched with {dynamic} bytes of shared memory; {most_dynamic} are allowed")
     target = kernel.target.rstrip("af")
     most = LIMITS[target].shared_block if target in LIMITS else None
     if most is not None and size > most:
