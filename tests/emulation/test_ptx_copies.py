@@ -127,6 +127,19 @@ def test_a_wait_that_is_not_repeated_is_found():
     assert found(lambda s: s, "random") == set()
 
 
+def test_relaxed_arrivals_and_waits_order_nothing():
+    arrive = "mbarrier.arrive.shared::cta.b64 _, [%full];"
+    wait = "mbarrier.try_wait.parity.shared::cta.b64 %done, [%full], %odd;"
+
+    def found(old, new):
+        return kinds(pipeline(lambda s: s.replace(old, new))[1])
+
+    assert found(arrive, "mbarrier.arrive.release.cta.shared::cta.b64 _, [%full];") == set()
+    assert found(wait, "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 %done, [%full], %odd;") == set()
+    assert "race" in found(arrive, "mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%full];")
+    assert "race" in found(wait, "mbarrier.try_wait.parity.relaxed.cta.shared::cta.b64 %done, [%full], %odd;")
+
+
 def test_waits_by_state_and_copies_that_arrive():
     """cp.async.mbarrier.arrive.noinc: the phase ends when the copies have landed, and the waiting threads know it."""
     x, out = np.arange(32, dtype=np.uint32), empty(32, np.uint32)
@@ -234,9 +247,27 @@ def test_tensor_stores():
         return kinds(store(lambda s: s.replace(old, ""))[1])
 
     assert found("fence.proxy.async.shared::cta;") == {"missing fence"}
+    fence = "fence.proxy.async.shared::cta;"
+    for other, faults in ((".global", {"missing fence"}), ("", set()), (".shared::cluster", set())):
+        assert kinds(store(lambda s, o=other: s.replace(fence, f"fence.proxy.async{o};"))[1]) == faults, other
     assert "race" in found("bar.sync 0;")
     assert found("cp.async.bulk.wait_group.read 0;") == {"missing wait"}
     assert found("cp.async.bulk.commit_group;") == {"missing wait"}
+
+
+@pytest.mark.parametrize(("fence", "faults"), [
+    ("fence.proxy.async;", set()), ("fence.proxy.async.global;", set()), ("", {"missing fence"}),
+    ("fence.proxy.async.shared::cta;", {"missing fence"}),
+])  # fmt: skip
+def test_copies_of_what_the_kernel_wrote_to_global_memory(fence, faults):
+    body = f"""
+    .shared .align 16 .b8 s[16]; .shared .align 8 .b8 b[8]; .reg .b32 %at, %bar; .reg .pred %done; mov.u32 %at, s;
+    mov.u32 %bar, b; mbarrier.init.shared.b64 [%bar], 1; {FENCE} mbarrier.arrive.expect_tx.shared.b64 _, [%bar], 16;
+    st.global.v4.b32 [%a0], {{%at, %at, %at, %bar}}; {fence}
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%at], [%a0], 16, [%bar];
+    {WAIT.replace("::cta", "")} ret;
+    """
+    assert kinds(execute(body, [empty(4, np.uint32)], 1)) == faults
 
 
 def test_linear_bulk_copies():

@@ -195,6 +195,9 @@ def test_barrier_divergence_and_deadlock(schedule):
     assert found("setp.lt.u32 %p, %t, 32; @%p bra a; bar.sync 1; ret; a: bar.sync 0; ret;") == {"deadlock"}
     assert found("bar.sync 0, 96; ret;") == {"deadlock"}
     assert "barrier divergence" in found("bar.sync 0, 50; ret;")
+    assert found("bar.sync 15; ret;") == set() and "barrier divergence" in found("bar.sync 16; ret;")
+    assert found("bar.sync 1, 64; ret;") == set()
+    assert found("bar.sync 1, 64; ret;", 96) & {"barrier divergence", "deadlock"}
     assert found("again: bra again;") == {"deadlock"}
     assert found("setp.lt.u32 %p, %t, 3; @%p bra a; ret; a: shfl.sync.bfly.b32 %v, %t, 1, 31, -1; ret;") == {
         "collective"

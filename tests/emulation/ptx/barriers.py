@@ -30,6 +30,10 @@ class Barriers:
         """Threads come to a barrier; "wait" where they have to stay (they go on when it is complete)."""
         active = unit.exists if mask is None else mask
         numbers = np.where(active, full(number, unit.count).astype(np.int64), 0)  # others' registers hold anything
+        if not form.of_cluster and (numbers > 15).any():
+            lane = int((numbers > 15).argmax())
+            unit.fault("barrier divergence", f"there is no barrier {numbers[lane]}, only 0 to 15", form.ins, lane)
+            numbers = np.minimum(numbers, 15)
         place = unit.block * COUNT + numbers
         counts = np.bincount(place[active], minlength=self.arrived.size).reshape(self.arrived.shape)
         self.arrived += counts
@@ -48,8 +52,19 @@ class Barriers:
             self.parked.append((unit, form, active.copy(), numbers, reduction))
         else:
             self._remember(unit, active, numbers)
+        self._too_many(unit, active, numbers, form)
         self.release()
         return "wait" if waits else None
+
+    def _too_many(self, unit: Any, active: np.ndarray, numbers: np.ndarray, form: Form) -> None:
+        bad = active & ((self.arrived > self.expected) & (self.expected > 0))[unit.block, numbers]
+        if bad.any():
+            lane = int(bad.argmax())
+            place = unit.block[lane], numbers[lane]
+            message = (
+                f"{self.arrived[place]} threads come to barrier {numbers[lane]}, which expects {self.expected[place]}"
+            )
+            unit.fault("barrier divergence", message, form.ins, lane)
 
     def _remember(self, unit: Any, active: np.ndarray, numbers: np.ndarray) -> None:
         """Threads that only arrive leave what they know at the barrier."""

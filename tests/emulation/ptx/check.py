@@ -90,8 +90,8 @@ class Clocks:
         self.warp = np.repeat(np.arange(machine.block_count), n) * self.warps + self.thread // 32
         self.bit = np.uint32(1) << (self.thread % 32).astype(np.uint32)
         self.groups = ACTORS["wgmma"][0](n) if "wgmma" in kinds else 0
-        #: What of the generic proxy's writes is visible to the asynchronous one.
-        self.fenced = np.zeros_like(self.known) if proxies else None
+        #: What of the generic proxy's writes is visible to the asynchronous one: in shared and in global memory.
+        self.fenced = np.zeros((rows, 2, columns), np.int32) if proxies else None
         self.block = np.repeat(machine.blocks, n)
         self.base = (self.block + 1 << BLOCK_SHIFT) + (self.thread << ACTOR_SHIFT)
         self.stamp = self.base + (1 << CLOCK_SHIFT)  #: epoch of each thread now, without a site
@@ -156,11 +156,15 @@ class Clocks:
         actor = (self.first[kind] + which).astype(np.int64)
         return (self.block[rows] + 1 << BLOCK_SHIFT) + (actor << ACTOR_SHIFT) + (clock.astype(np.int64) << CLOCK_SHIFT)
 
-    def unordered(self, epochs: np.ndarray, rows: np.ndarray, table: np.ndarray | None = None) -> np.ndarray:
-        """Which epochs the threads do not know of. epochs (..., n), rows (n,)."""
+    def unordered(self, epochs: np.ndarray, rows: np.ndarray, fenced: int | None = None) -> np.ndarray:
+        """Which epochs the threads do not know of. epochs (..., n), rows (n,). fenced: 0 or 1, by that part of it."""
         actor = epochs >> ACTOR_SHIFT & ACTOR_MASK
         clock = epochs >> CLOCK_SHIFT & CLOCK_MASK
-        known = (self.known if table is None else table).reshape(-1)[rows * self.columns + actor]
+        if fenced is None:
+            known = self.known.reshape(-1)[rows * self.columns + actor]
+        else:
+            assert self.fenced is not None
+            known = self.fenced.reshape(-1)[(2 * rows + fenced) * self.columns + actor]
         other = (epochs >> BLOCK_SHIFT) - 1 != self.block[rows]
         bad = (epochs != 0) & ((known < clock) | other)
         if other.any():
@@ -374,7 +378,7 @@ class Access:
             self._report(bad, last, rows, what)
         elif proxy and what == "written":
             threads = last >> ACTOR_SHIFT & ACTOR_MASK
-            unseen = clocks.unordered(last, rows, clocks.fenced) & (threads < self.machine.threads)
+            unseen = clocks.unordered(last, rows, int(self.space.name == "global")) & (threads < self.machine.threads)
             if unseen.any():
                 self._report(unseen, last, rows, what, fence=True)
 

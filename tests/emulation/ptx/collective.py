@@ -165,7 +165,8 @@ def barrier(form: Form) -> Run:
                 unit.machine.clocks.meet(rows[w][active[w]][None])
 
         return gathered(form, meet, members)
-    if form.flag("cluster"):
+    form.of_cluster = form.flag("cluster")
+    if form.of_cluster:
         kind = form.one_of("arrive", "wait")
         form.flag("release", "acquire", "relaxed")
         form.flag("aligned")

@@ -31,8 +31,8 @@ class Mbarriers:
         self.heard = np.zeros((*shape, columns), np.int32)
         self.told = np.zeros((*shape, columns), np.int32)
         fenced = machine.clocks.fenced is not None
-        self.heard_fenced = np.zeros_like(self.heard) if fenced else None
-        self.told_fenced = np.zeros_like(self.told) if fenced else None
+        self.heard_fenced = np.zeros((*shape, 2, columns), np.int32) if fenced else None
+        self.told_fenced = np.zeros((*shape, 2, columns), np.int32) if fenced else None
 
     def slot(self, address: int) -> int:
         if address not in self.slots:
@@ -83,9 +83,12 @@ class Mbarriers:
 
     def arrive(
         self, unit: Any, active: np.ndarray, place: Place, address: np.ndarray, arrivals: Any, expected: Any,
-        extra_pending: bool = False, drop: bool = False,
+        extra_pending: bool = False, drop: bool = False, tells: bool = True,
     ) -> np.ndarray:  # fmt: skip
-        """Threads arrive `arrivals` times, and expect as many more bytes. Returns each thread's phase before."""
+        """Threads arrive `arrivals` times, and expect as many more bytes. Returns each thread's phase before.
+
+        tells: whether those who wait know then what these threads know; .relaxed orders nothing.
+        """
         lanes, blocks, slots = self.find(unit, active, place, address)
         phase = np.zeros(unit.count, np.int64)
         phase[lanes] = self.phase[blocks, slots]
@@ -93,18 +96,21 @@ class Mbarriers:
         expected = full(np.atleast_1d(expected), unit.count)[lanes]
         np.add.at(self.bytes, (blocks, slots), expected)
         if arrivals.any():
-            clocks = self.machine.clocks
-            rows = unit.rows[lanes]
-            np.maximum.at(self.heard, (blocks, slots), clocks.known[rows])
-            if self.heard_fenced is not None:
-                np.maximum.at(self.heard_fenced, (blocks, slots), clocks.fenced[rows])
-            clocks.advance(np.unique(rows))
+            if tells:
+                self._hear(unit.rows[lanes], blocks, slots)
             if not extra_pending:  # without .noinc the arrival had been added to the expected ones just before
                 np.subtract.at(self.pending, (blocks, slots), arrivals)
             if drop:
                 np.subtract.at(self.count, (blocks, slots), arrivals)
         self.complete(unit, place.ins, np.unique(blocks * SLOTS + slots))
         return phase
+
+    def _hear(self, rows: np.ndarray, blocks: np.ndarray, slots: np.ndarray) -> None:
+        clocks = self.machine.clocks
+        np.maximum.at(self.heard, (blocks, slots), clocks.known[rows])
+        if self.heard_fenced is not None:
+            np.maximum.at(self.heard_fenced, (blocks, slots), clocks.fenced[rows])
+        clocks.advance(np.unique(rows))
 
     def transferred(self, unit: Any, ins: Any, block: int, slot: int, count: int) -> None:
         """`count` bytes of copies to this mbarrier are there."""
@@ -142,14 +148,15 @@ def mbarrier(form: Form) -> Run:
     if space not in ("shared", "generic"):
         raise form.error("expected .shared")
     kind = form.one_of("init", "inval", "arrive", "arrive_drop", "expect_tx", "complete_tx", "test_wait", "try_wait")
-    form.flag("release", "acquire", "relaxed")
+    relaxed = form.flag("relaxed")
+    form.flag("release", "acquire")
     form.flag("cta", "cluster")
     if kind == "init":
         return _init(form, space)
     if kind == "inval":
         return _invalidate(form, space)
     if kind in ("test_wait", "try_wait"):
-        return _wait(form, kind, space)
+        return _wait(form, kind, space, relaxed)
     place = Place(form, space, 8, strong=True)
     if kind in ("expect_tx", "complete_tx"):
         address, count = form.address(form.operands[0]), form.read(form.operands[1], "u32")
@@ -172,7 +179,7 @@ def mbarrier(form: Form) -> Run:
         amount = number(unit).astype(np.int64) if number is not None else 1
         arrivals, expected = (1, amount) if with_bytes else (amount, 0)
         phase = unit.machine.mbarriers.arrive(
-            unit, active, place, address(unit), arrivals, expected, drop=kind == "arrive_drop"
+            unit, active, place, address(unit), arrivals, expected, drop=kind == "arrive_drop", tells=not relaxed
         )
         put(unit, phase.astype(np.uint64), mask)
 
@@ -214,7 +221,7 @@ def _invalidate(form: Form, space: str) -> Run:
     return run
 
 
-def _wait(form: Form, kind: str, space: str) -> Run:
+def _wait(form: Form, kind: str, space: str, relaxed: bool) -> Run:
     """{try,test}_wait{.parity} p, [barrier], parity or state: whether that phase is complete.
 
     try_wait waits for it up to a time limit of the system, after which it returns false.
@@ -240,7 +247,8 @@ def _wait(form: Form, kind: str, space: str) -> Run:
         clocks = unit.machine.clocks
         rows = unit.rows[lanes[done]]
         fenced = None if m.told_fenced is None else m.told_fenced[blocks[done], slots[done]]
-        clocks.learn(rows, m.told[blocks[done], slots[done]], fenced)
+        if not relaxed:
+            clocks.learn(rows, m.told[blocks[done], slots[done]], fenced)
         goes_on = complete if late is None else complete | late
         if kind == "test_wait" or goes_on[active].all():
             put(unit, complete, mask)

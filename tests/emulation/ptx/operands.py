@@ -49,6 +49,8 @@ class Form:
         self.operands = ins.operands
         self.written: list[str] = []  #: names of the registers that it writes, and reads
         self.used: list[str] = []
+        self.order = ""  #: of memory, where an instruction names it
+        self.of_cluster = False
 
     def error(self, what: str) -> PtxError:
         return PtxError(f"{self.ins.where()}: {what}: {self.ins.text}")

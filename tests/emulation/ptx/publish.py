@@ -106,19 +106,20 @@ def fence_init(unit: Any, mask: Mask, proxy: bool = False) -> None:
 
 
 def proxy_fence(form: Form) -> Run:
-    """fence.proxy.async{.space}: all that a thread knows of becomes visible to copies and wgmma (PTX ISA 9.7.13.4)."""
+    """fence.proxy.async{.space}: what a thread knows of becomes visible to copies and wgmma (PTX ISA 9.7.13.4)."""
     if form.flag("tensormap::generic"):
         form.one_of("acquire", "release")
         form.one_of("cta", "cluster", "gpu", "sys")
         return lambda unit, mask: None
     form.one_of("async")
-    form.flag("global", "shared::cta", "shared::cluster")
+    spaces = {"global": slice(1, 2), "shared": slice(0, 1), "generic": slice(0, 2)}[form.space()]
 
     def run(unit: Any, mask: Mask) -> None:
         clocks = unit.machine.clocks
-        fence_init(unit, mask, proxy=True)
+        if spaces.start == 0:
+            fence_init(unit, mask, proxy=True)
         if clocks.fenced is not None:
             rows = unit.rows[unit.exists if mask is None else mask]
-            clocks.fenced[rows] = np.maximum(clocks.fenced[rows], clocks.known[rows])
+            clocks.fenced[rows, spaces] = np.maximum(clocks.fenced[rows, spaces], clocks.known[rows][:, None])
 
     return run
