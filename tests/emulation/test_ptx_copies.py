@@ -127,6 +127,15 @@ def test_a_wait_that_is_not_repeated_is_found():
     assert found(lambda s: s, "random") == set()
 
 
+def test_an_mbarrier_that_is_given_up_is_none():
+    head = ".shared .align 8 .b8 b[8]; .reg .b32 %bar; .reg .b64 %state; mov.u32 %bar, b;"
+    use = "mbarrier.arrive.shared.b64 %state, [%bar];"
+    init = "mbarrier.init.shared.b64 [%bar], 1;"
+    for body, faults in ((use, set()), (f"mbarrier.inval.shared.b64 [%bar]; {use}", {"mbarrier"}),
+                         (f"mbarrier.inval.shared.b64 [%bar]; {init} {use}", set())):  # fmt: skip
+        assert kinds(execute(f"{head} {init} {body} ret;", [], 1)) == faults
+
+
 def test_relaxed_arrivals_and_waits_order_nothing():
     arrive = "mbarrier.arrive.shared::cta.b64 _, [%full];"
     wait = "mbarrier.try_wait.parity.shared::cta.b64 %done, [%full], %odd;"
@@ -220,6 +229,34 @@ def test_faults_of_tensor_loads_are_found():
         TensorMap(np.ones((4, 20), np.uint16), (4, 8)).encode(None)
     with pytest.raises(ValueError, match="the swizzle's span"):
         TensorMap(np.ones((4, 64), np.uint16), (4, 32), 32).encode(None)
+
+
+def test_tensor_maps_made_by_the_kernel():
+    """A map is written field by field in shared memory, goes to global memory, and a copy uses it there."""
+    tensor, out, made = (
+        np.arange(20 * 48, dtype=np.uint16).reshape(20, 48),
+        empty((16, 16), np.uint16),
+        empty(256, "u1"),
+    )
+    replace = "tensormap.replace.tile.{}.shared::cta.b1024.{} [%raw], {};"
+    fields = [("global_address", "b64", "%data"), ("rank", "b32", "1"), ("elemtype", "b32", "1")]
+    fields += [(f, "b32", "0") for f in ("swizzle_mode", "interleave_layout", "fill_mode")]
+    numbers = {"box_dim": (16, 16), "global_dim": (48, 20), "element_stride": (1, 1)}
+    fields += [(f, "b32", f"{i}, %n{n}") for f, pair in numbers.items() for i, n in enumerate(pair)]
+    fields += [("global_stride", "b64", "0, %stride")]
+    make = " ".join(replace.format(*field) for field in fields)
+    values = " ".join(f".reg .b32 %n{n}; mov.u32 %n{n}, {n};" for n in (1, 16, 20, 48))
+    build = f"""
+    .shared .align 128 .b8 r[128]; .reg .b32 %raw, %w; .reg .b64 %data, %stride; mov.u32 %raw, r; {values}
+    mad.lo.u32 %w, %t, 4, %raw; mov.u32 %v, 0; st.shared.b32 [%w], %v; bar.warp.sync -1; mov.b64 %stride, 96;
+    ld.param.u64 %data, [data]; ld.param.u64 %m, [map]; @%p bra made; {make} made: bar.warp.sync -1;
+    tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%m], [%raw], 128;
+    fence.proxy.tensormap::generic.acquire.gpu [%m], 128; prefetch.tensormap [%m]; bar.warp.sync -1; @%p bra go;
+    """
+    body = LOAD.format(bytes=512, x=8, y=3, wait=WAIT, fence=FENCE, words=128)
+    body = body.replace("@%p bra go;", build).replace("mov.b64 %m, map;", "").replace("cvta.param.u64 %m, %m;", "")
+    run(kernel(body, [".u64 out", ".u64 data", ".u64 map"]), "k", 1, 32, [out, tensor, made]).raise_if_faulty()
+    assert (out.data == tensor[3:19, 8:24]).all()
 
 
 def store(change=lambda s: s):

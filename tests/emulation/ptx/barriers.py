@@ -8,8 +8,7 @@ import numpy as np
 
 from tests.emulation.ptx.operands import Form, Mask, full
 
-#: 16 barriers of a block, and one for a cluster of one block.
-COUNT = 17
+COUNT = 16  #: barriers of a block
 
 
 class Barriers:
@@ -30,10 +29,10 @@ class Barriers:
         """Threads come to a barrier; "wait" where they have to stay (they go on when it is complete)."""
         active = unit.exists if mask is None else mask
         numbers = np.where(active, full(number, unit.count).astype(np.int64), 0)  # others' registers hold anything
-        if not form.of_cluster and (numbers > 15).any():
-            lane = int((numbers > 15).argmax())
+        if (numbers >= COUNT).any():
+            lane = int((numbers >= COUNT).argmax())
             unit.fault("barrier divergence", f"there is no barrier {numbers[lane]}, only 0 to 15", form.ins, lane)
-            numbers = np.minimum(numbers, 15)
+            numbers = np.minimum(numbers, COUNT - 1)
         place = unit.block * COUNT + numbers
         counts = np.bincount(place[active], minlength=self.arrived.size).reshape(self.arrived.shape)
         self.arrived += counts

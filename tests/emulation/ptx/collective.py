@@ -88,7 +88,7 @@ def end(form: Form) -> Run:
     return run
 
 
-@instruction("trap", "brkpt")
+@instruction("trap")
 def trap(form: Form) -> Run:
     def run(unit: Any, mask: Mask) -> str:
         unit.fault("trap", "a thread has stopped the kernel", form.ins, 0 if mask is None else int(mask.argmax()))
@@ -96,13 +96,6 @@ def trap(form: Form) -> Run:
         return "gone"
 
     return run
-
-
-@instruction("nanosleep", "griddepcontrol", "pmevent")
-def nothing_to_do(form: Form) -> Run:
-    """Time and the order of launches are not modelled."""
-    form.left.clear()
-    return lambda unit, mask: None
 
 
 @instruction("setmaxnreg")
@@ -150,7 +143,7 @@ def share_registers(form: Form) -> Run:
 
 @instruction("bar", "barrier")
 def barrier(form: Form) -> Run:
-    """bar{.cta}.sync/.arrive/.red, barrier the same; bar.warp.sync; barrier.cluster of a cluster of one block."""
+    """bar{.cta}.sync/.arrive/.red, barrier the same; bar.warp.sync."""
     if form.flag("warp"):
         form.one_of("sync")
         members = form.read(form.operands[0], "b32")
@@ -165,15 +158,6 @@ def barrier(form: Form) -> Run:
                 unit.machine.clocks.meet(rows[w][active[w]][None])
 
         return gathered(form, meet, members)
-    form.of_cluster = form.flag("cluster")
-    if form.of_cluster:
-        kind = form.one_of("arrive", "wait")
-        form.flag("release", "acquire", "relaxed")
-        form.flag("aligned")
-        # A cluster of one block: arriving does nothing, waiting is the block's barrier, kept apart from the 16 others.
-        if kind == "arrive":
-            return lambda unit, mask: None
-        return lambda unit, mask: unit.machine.barriers.arrive(unit, mask, form, np.full(1, 16), None, True)
     form.flag("cta")
     form.flag("aligned")
     kind = form.one_of("sync", "arrive", "red")

@@ -21,9 +21,9 @@ PIPES = {
     "matrix": ("mma", "wgmma"),
     "special": ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh"),
     "memory": (
-        "ld", "st", "ldmatrix", "stmatrix", "atom", "red", "cp", "prefetch", "shfl", "mbarrier", "tensormap", "ldu",
+        "ld", "st", "ldmatrix", "stmatrix", "atom", "red", "cp", "prefetch", "shfl", "mbarrier", "tensormap",
     ),
-    "control": ("bra", "brx", "ret", "exit", "bar", "barrier", "membar", "fence", "trap", "nanosleep", "setmaxnreg"),
+    "control": ("bra", "brx", "ret", "exit", "bar", "barrier", "membar", "fence", "trap", "setmaxnreg"),
     "warp": ("vote", "match", "redux", "elect", "activemask"),
 }  # fmt: skip
 OF_OPCODE = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes}

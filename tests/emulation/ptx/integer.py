@@ -75,21 +75,16 @@ def product_high(t: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def multiply(form: Form, t: str) -> Run:
-    """mul, mad with .lo, .hi or .wide; mul24.lo, mad24.lo."""
+    """mul, mad with .lo, .hi or .wide."""
     adds = form.ins.opcode.startswith("mad")
-    low24 = form.ins.opcode.endswith("24")
     part = form.one_of("lo", "hi", "wide")
-    if form.flag("sat", "cc") or (low24 and part != "lo"):
+    if form.flag("sat", "cc"):
         raise form.error("not known")
     width = width_of(t)
     result = t[0] + str(2 * width) if part == "wide" else t
     wide = SIGNED[64 if part != "wide" else 2 * width] if t[0] == "s" else UNSIGNED[64 if part != "wide" else 2 * width]
 
     def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        if low24:
-            shift = 8
-            a, b = (((v << np.uint32(shift)).view(SIGNED[32] if t[0] == "s" else np.uint32) >> shift) for v in (a, b))
-            return (a.astype(np.int64) * b.astype(np.int64)).astype(np.uint32)
         if part == "lo":
             return a * b
         if part == "hi":
@@ -166,7 +161,7 @@ def convert(form: Form) -> Run:
     return conversion.make(form)
 
 
-@instruction("neg", "abs", "min", "max", "add", "sub", "mul", "mad", "mul24", "mad24", "sad")
+@instruction("neg", "abs", "min", "max", "add", "sub", "mul", "mad", "sad")
 def arithmetic(form: Form) -> Run:
     from tests.emulation.ptx import floating
 
@@ -176,7 +171,7 @@ def arithmetic(form: Form) -> Run:
         return floating.arithmetic(form, t)
     if op in ("add", "sub"):
         return add_or_subtract(form, t)
-    if op in ("mul", "mad", "mul24", "mad24"):
+    if op in ("mul", "mad"):
         return multiply(form, t)
     if op == "sad":
         return elementwise(form, t, lambda a, b, c: c + _distance(t, a, b), 3)

@@ -83,7 +83,7 @@ class Mbarriers:
 
     def arrive(
         self, unit: Any, active: np.ndarray, place: Place, address: np.ndarray, arrivals: Any, expected: Any,
-        extra_pending: bool = False, drop: bool = False, tells: bool = True,
+        extra_pending: bool = False, tells: bool = True,
     ) -> np.ndarray:  # fmt: skip
         """Threads arrive `arrivals` times, and expect as many more bytes. Returns each thread's phase before.
 
@@ -100,8 +100,6 @@ class Mbarriers:
                 self._hear(unit.rows[lanes], blocks, slots)
             if not extra_pending:  # without .noinc the arrival had been added to the expected ones just before
                 np.subtract.at(self.pending, (blocks, slots), arrivals)
-            if drop:
-                np.subtract.at(self.count, (blocks, slots), arrivals)
         self.complete(unit, place.ins, np.unique(blocks * SLOTS + slots))
         return phase
 
@@ -147,7 +145,7 @@ def mbarrier(form: Form) -> Run:
     space = form.space()
     if space not in ("shared", "generic"):
         raise form.error("expected .shared")
-    kind = form.one_of("init", "inval", "arrive", "arrive_drop", "expect_tx", "complete_tx", "test_wait", "try_wait")
+    kind = form.one_of("init", "inval", "arrive", "expect_tx", "complete_tx", "test_wait", "try_wait")
     relaxed = form.flag("relaxed")
     form.flag("release", "acquire")
     form.flag("cta", "cluster")
@@ -178,9 +176,7 @@ def mbarrier(form: Form) -> Run:
         active = unit.exists if mask is None else mask
         amount = number(unit).astype(np.int64) if number is not None else 1
         arrivals, expected = (1, amount) if with_bytes else (amount, 0)
-        phase = unit.machine.mbarriers.arrive(
-            unit, active, place, address(unit), arrivals, expected, drop=kind == "arrive_drop", tells=not relaxed
-        )
+        phase = unit.machine.mbarriers.arrive(unit, active, place, address(unit), arrivals, expected, tells=not relaxed)
         put(unit, phase.astype(np.uint64), mask)
 
     return arrive
@@ -266,12 +262,3 @@ def _out_of_time(unit: Any) -> np.ndarray | None:
     if unit.machine.schedule != "random":
         return None
     return np.repeat(unit.machine.random.random(unit.count // 32) < 0.5, 32)
-
-
-@instruction("mapa")
-def map_address(form: Form) -> Run:
-    """mapa.shared::cluster: the address in another block of the cluster, which is this one."""
-    t = form.type()
-    form.space()
-    put, a = form.write(form.operands[0], t), form.read(form.operands[1], t)
-    return lambda unit, mask: put(unit, a(unit), mask)

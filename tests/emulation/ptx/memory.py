@@ -14,7 +14,7 @@ import numpy as np
 from tests.emulation.ptx.check import Access, Shadow
 from tests.emulation.ptx.operands import Form, Mask, Run, full, instruction
 from tests.emulation.ptx.parse import PtxError, width_of
-from tests.emulation.ptx.values import UNSIGNED, extend
+from tests.emulation.ptx.values import UNSIGNED
 
 EXISTS, WRITTEN, READ_ONLY = 1, 2, 4
 POISON = 0xFF
@@ -230,7 +230,7 @@ def _ordering(form: Form) -> bool:
     return strong
 
 
-@instruction("ld", "ldu")
+@instruction("ld")
 def load(form: Form) -> Run:
     """ld{.space}{.v2,.v4}.type d, [a]."""
     t = form.type()
@@ -297,16 +297,9 @@ def store(form: Form) -> Run:
     return run
 
 
-@instruction("prefetch", "prefetchu", "discard", "applypriority", "createpolicy", "isspacep")
-def hint(form: Form) -> Run:
-    """Cache hints do nothing here; createpolicy's result is an opaque number; isspacep asks for the window."""
-    op = form.ins.opcode
-    if op == "isspacep":
-        base = WINDOWS[form.space()]
-        put, a = form.write(form.operands[0], "pred"), form.read(form.operands[1], "u64")
-        return lambda unit, mask: put(unit, a(unit) >> np.uint64(44) == np.uint64(base >> 44), mask)
-    form.left.clear()
-    if op == "createpolicy":
-        put = form.write(form.operands[0], "b64")
-        return lambda unit, mask: put(unit, extend("b64", np.zeros(1, np.uint64), 64), mask)
+@instruction("prefetch")
+def prefetch(form: Form) -> Run:
+    """prefetch{.space}.{L1,L2}, prefetch.tensormap: does nothing here."""
+    form.one_of("L1", "L2", "tensormap")
+    form.space()
     return lambda unit, mask: None

@@ -50,7 +50,6 @@ class Form:
         self.written: list[str] = []  #: names of the registers that it writes, and reads
         self.used: list[str] = []
         self.order = ""  #: of memory, where an instruction names it
-        self.of_cluster = False
 
     def error(self, what: str) -> PtxError:
         return PtxError(f"{self.ins.where()}: {what}: {self.ins.text}")

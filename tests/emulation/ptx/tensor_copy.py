@@ -107,7 +107,7 @@ class Map:
 
 
 def make(form: Form) -> Run:
-    """cp.async.bulk...: groups, prefetches and copies."""
+    """cp.async.bulk...: groups and copies."""
     if form.flag("commit_group"):
 
         def commit(unit: Any, mask: Mask) -> None:
@@ -117,9 +117,6 @@ def make(form: Form) -> Run:
     if form.flag("wait_group"):
         form.flag("read")
         return _wait(int(form.operands[0], 0))
-    if form.flag("prefetch"):
-        form.left.clear()
-        return lambda unit, mask: None
     return _copy(form)
 
 
