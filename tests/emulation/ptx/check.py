@@ -348,7 +348,12 @@ class Access:
         where = np.nonzero(bad)
         epochs, row = last[bad], np.broadcast_to(rows, bad.shape[1:])[where[1:]]
         cells = self.cells[where[1:]]
-        lanes = clocks.unknown_lanes(epochs, self.shadow.lanes[where[0], cells], row)
+        lanes = self.shadow.lanes[where[0], cells]
+        own = (lanes == clocks.bit[row]) & (epochs >> ACTOR_SHIFT == clocks.stamp[row] >> ACTOR_SHIFT)
+        lanes[own] = 0  # what the thread has read itself
+        if not lanes.any():
+            return
+        lanes = clocks.unknown_lanes(epochs, lanes, row)
         some = lanes != 0
         if some.any():
             lane = np.log2(lanes[some] & -lanes[some].astype(np.int64)).astype(np.int64)

@@ -41,8 +41,8 @@ class Messages:
             for (block, other), heard in list(clocks.foreign.items()):
                 if block == who[0]:
                     letter[other] = np.maximum(letter.get(other, 0), heard)
-            if releases:
-                clocks.advance(np.array([row]))
+        if releases:
+            clocks.advance(unit.rows[unit.exists if mask is None else mask])
 
     def heard(self, machine: Any, unit: Any, address: np.ndarray, mask: Mask, acquires: bool) -> None:
         if not self.active:
@@ -76,7 +76,7 @@ class Messages:
             if who in self.pending:
                 self._open(machine, row, self.pending.pop(who))
             self.at_fence[who] = clocks.known[row].copy()
-            clocks.advance(np.array([row]))
+        clocks.advance(unit.rows[unit.exists if mask is None else mask])
 
 
 @instruction("membar", "fence")
