@@ -205,7 +205,7 @@ def test_another_device_is_an_error(emulator):
         quantization=extension._C.Quantization(0, False, 0, 1), activation=0, dtype=0, bias_dtype=0,
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="int8_quantize: the launch on CUDA device 3 failed: invalid device"):
-        emulator.module.int8_linear_cuda(plan, *[0] * 12, 3, 0)
+        emulator.module.int8_linear_cuda(plan, *[0] * 12, 3, 0, False)
 
 
 def refused(depth=8, dtype=torch.float32, bias_dtype=torch.float32, rotate=1, group=0):
