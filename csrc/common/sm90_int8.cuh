@@ -7,6 +7,11 @@
 
 namespace llmkern::device {
 
+#define LLMKERN_REGISTERS_96                                                                                        \
+  LLMKERN_REGISTERS_64                                                                                              \
+      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
+      "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define LLMKERN_OPERANDS_96(c, d) LLMKERN_OPERANDS_64(c, d), LLMKERN_OPERANDS_32(c, (d + 64))
 #define LLMKERN_REGISTERS_128                                                                    \
   LLMKERN_REGISTERS_64                                                                           \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "           \
@@ -15,7 +20,7 @@ namespace llmkern::device {
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define LLMKERN_OPERANDS_128(c, d) LLMKERN_OPERANDS_64(c, d), LLMKERN_OPERANDS_64(c, (d + 64))
 
-#define LLMKERN_WGMMA(n, type, registers, a, b, add, operands)                                                      \
+#define LLMKERN_WGMMA(n, type, registers, a, b, add, operands)                                                     \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k32.s32." type ".s8 {" registers "}, " a ", " b ", " add ";" \
                : operands                                                                                          \
                : "l"(a_descriptor), "l"(b_descriptor))
@@ -29,6 +34,17 @@ LLMKERN_DEVICE void wgmma_bytes(int32_t (&d)[64], uint64_t a_descriptor, uint64_
     LLMKERN_WGMMA("128", "u8", LLMKERN_REGISTERS_64, "%64", "%65", "1", LLMKERN_OPERANDS_64("+r", d));
   else
     LLMKERN_WGMMA("128", "u8", LLMKERN_REGISTERS_64, "%64", "%65", "0", LLMKERN_OPERANDS_64("=r", d));
+}
+template <bool kSigned, bool kAdd>
+LLMKERN_DEVICE void wgmma_bytes(int32_t (&d)[96], uint64_t a_descriptor, uint64_t b_descriptor) {
+  if constexpr (kSigned && kAdd)
+    LLMKERN_WGMMA("192", "s8", LLMKERN_REGISTERS_96, "%96", "%97", "1", LLMKERN_OPERANDS_96("+r", d));
+  else if constexpr (kSigned)
+    LLMKERN_WGMMA("192", "s8", LLMKERN_REGISTERS_96, "%96", "%97", "0", LLMKERN_OPERANDS_96("=r", d));
+  else if constexpr (kAdd)
+    LLMKERN_WGMMA("192", "u8", LLMKERN_REGISTERS_96, "%96", "%97", "1", LLMKERN_OPERANDS_96("+r", d));
+  else
+    LLMKERN_WGMMA("192", "u8", LLMKERN_REGISTERS_96, "%96", "%97", "0", LLMKERN_OPERANDS_96("=r", d));
 }
 template <bool kSigned, bool kAdd>
 LLMKERN_DEVICE void wgmma_bytes(int32_t (&d)[128], uint64_t a_descriptor, uint64_t b_descriptor) {

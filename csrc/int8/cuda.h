@@ -49,7 +49,7 @@ struct Int8CudaParams {
   bool pairs;        // takes_pairs(linear.activation)
   bool sm90;         // by int8_tiles_sm90, where there are tiles
   int tile_rows;     // of int8_tiles_cuda: 64, 128 (not with groups), or 0 for a choice
-  int tile_columns;  // of int8_tiles_sm90 with one digit: 128, 256, or 0 for a choice
+  int tile_columns;  // of int8_tiles_sm90: 128, 192 (two digits), 256 (one), or 0 for a choice
 };
 
 // Places the digits of a call in `workspace`, which is aligned to 16 bytes; returns how much of it they take.

@@ -55,16 +55,16 @@ LLMKERN_DEVICE float activate(Activation activation, float x) {
   }
 }
 
-// A result from its linear part, of a pair from `second` too, and from its residual where there are residuals.
-LLMKERN_DEVICE float finish(const Int8LinearParams& l, bool pairs, float y, float second, float residual) {
+// A result before its residual, from its linear part, and of a pair from `second` too.
+LLMKERN_DEVICE float activate_pair(const Int8LinearParams& l, bool pairs, float y, float second) {
   y = activate(l.activation, y);
-  if (pairs) y = __fmul_rn(y, second);
-  return l.residual ? __fadd_rn(y, residual) : y;
+  return pairs ? __fmul_rn(y, second) : y;
 }
 // Result n of row m.
 LLMKERN_DEVICE float finish(const Int8LinearParams& l, bool pairs, int64_t m, int64_t n, float y, float second) {
-  const float residual = l.residual ? load_as_float(l.residual, l.dtype, m * l.residual_stride + n) : 0.0f;
-  return finish(l, pairs, y, second, residual);
+  y = activate_pair(l, pairs, y, second);
+  if (l.residual) y = __fadd_rn(y, load_as_float(l.residual, l.dtype, m * l.residual_stride + n));
+  return y;
 }
 
 LLMKERN_DEVICE void put(const Int8LinearParams& l, int64_t m, int64_t n, float y) {

@@ -11,130 +11,9 @@
 #include "../common/launch.cuh"
 #include "../common/tensor_map.h"
 #include "sm90_finish.cuh"
+#include "sm90_produce.cuh"
 
-namespace llmkern::int8 {
-namespace {
-
-template <class T>
-struct Shared {
-  char* memory;
-  LLMKERN_DEVICE char* stage(int i) const { return memory + i * T::kStageBytes; }
-  LLMKERN_DEVICE typename T::Control& control() const {
-    return *reinterpret_cast<typename T::Control*>(memory + T::kControl);
-  }
-  // Scales of the group that ends with a unit of a stage.
-  LLMKERN_DEVICE float* scales(int i, int unit) const {
-    return reinterpret_cast<float*>(stage(i) + T::kScales) + unit * T::kScaleCount;
-  }
-};
-
-LLMKERN_DEVICE int tiles_of(const Int8CudaParams& p) {
-  return (static_cast<int>(p.linear.depth) + kDepth - 1) / kDepth;
-}
-
-// The digits and the weight, by one thread.
-template <class T>
-LLMKERN_DEVICE void produce(Shared<T> shared, const CUtensorMap& low, const CUtensorMap& weight, const Block& block,
-                            int tiles) {
-  auto& control = shared.control();
-  Ring<T::kStages> ring;
-  for (int t = 0; t < tiles; t++, ring.next()) {
-    const uint64_t& full = control.full[ring.stage];
-    char* stage = shared.stage(ring.stage);
-    barrier_wait(control.empty[ring.stage], ring.parity ^ 1);
-    barrier_expect(full, T::kHigh);
-    tensor_load(stage + T::kLow, low, full, t * kDepth, block.row, 0, 0);
-    tensor_load(stage + T::kWeight, weight, full, t * kDepth, block.first, 0, 0);
-    tensor_load(stage + T::kWeight + T::kHalf * kSpan, weight, full, t * kDepth, block.second, 0, 0);
-  }
-}
-
-LLMKERN_DEVICE void arrive_with_warp(const uint64_t& barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-}
-
-// For each of the 8 pieces of tile t whether a row of the block has high digits; the same for all threads.
-template <class T>
-LLMKERN_DEVICE uint32_t any_high(Shared<T> shared, int t) {
-  return __shfl_sync(0xffffffffu, shared.control().any_bits[t / 4] >> (t % 4 * 8) & 0xff, 0);
-}
-
-// The high digits of tiles that have any, by the helpers' thread `helper`; of pieces without a bit, zeros.
-template <class T>
-LLMKERN_DEVICE void copy_high_digits(const Int8CudaParams& p, char* to, int row, int t, int helper) {
-  constexpr int kPieces = kSpan / 16;
-  const uint32_t high = shared_address(to);
-  const int piece = helper % kPieces, rows = static_cast<int>(p.linear.rows);
-#pragma unroll 2
-  for (int r = helper / kPieces; r < kBlockRows; r += kHelpers / kPieces) {
-    const int64_t m = row + r;
-    const bool there = m < rows && p.digits.bits[m * p.digits.words + t / 4] >> (t % 4 * 8 + piece) & 1;
-    const int64_t from = there ? m * p.digits.stride + t * kDepth + piece * 16 : 0;
-    copy16_async(high + swizzled(r, piece), p.digits.high + from, there ? 16 : 0);
-  }
-}
-template <class T>
-LLMKERN_DEVICE void bring_high_digits(Shared<T> shared, const Int8CudaParams& p, int row, int tiles, int helper) {
-  auto& control = shared.control();
-  Ring<T::kStages> ring;
-  int behind = -1;  // the stage whose copies still run
-  for (int t = 0; t < tiles; t++, ring.next()) {
-    const bool any = any_high(shared, t) != 0;
-    barrier_wait(control.empty[ring.stage], ring.parity ^ 1);
-    if (any) {
-      copy_high_digits<T>(p, shared.stage(ring.stage) + T::kHigh, row, t, helper);
-      commit_copies();
-    }
-    if (behind >= 0) {
-      if (any)
-        wait_for_copies<1>();
-      else
-        wait_for_copies<0>();
-      async_fence();
-      arrive_with_warp(control.full[behind]);
-    }
-    behind = any ? ring.stage : -1;
-    if (!any) arrive_with_warp(control.full[ring.stage]);
-  }
-  if (behind < 0) return;
-  wait_for_copies<0>();
-  async_fence();
-  arrive_with_warp(control.full[behind]);
-}
-
-template <class T>
-LLMKERN_DEVICE void bring_scales(Shared<T> shared, const Int8CudaParams& p, const Block& block, int tiles, int helper) {
-  constexpr int kEach = T::kScaleCount / kHelpers;
-  auto& control = shared.control();
-  const float* from[kEach];  // the scale of the next group; null: none
-#pragma unroll
-  for (int i = 0; i < kEach; i++) {
-    const int at = helper + i * kHelpers, c = at - kBlockRows;  // c < 0: of a row
-    const int first = c < 0 ? block.row + at : c < T::kHalf ? block.first + c : block.second + c - T::kHalf;
-    const int64_t most = c < 0 ? p.linear.rows : c < T::kHalf ? block.most : p.linear.outputs;
-    from[i] =
-        c < 0 ? p.digits.scale + first * p.digits.groups : p.linear.weight_scale + first * p.weight_scale_stride[0];
-    if (first >= most) from[i] = nullptr;
-  }
-  Ring<T::kStages> ring;
-  for (int t = 0; t < tiles; t++, ring.next()) {
-    barrier_wait(control.empty[ring.stage], ring.parity ^ 1);
-#pragma unroll 1
-    for (int unit = 0; unit < T::kUnits; unit++) {
-      if (!ends_group(p, t * kDepth + (unit + 1) * T::kUnit, T::kUnit)) continue;
-      float scale[kEach];
-#pragma unroll
-      for (int i = 0; i < kEach; i++) {
-        scale[i] = from[i] ? *from[i] : 0.0f;
-        if (from[i]) from[i] += i * kHelpers < kBlockRows ? 1 : p.weight_scale_stride[1];
-      }
-#pragma unroll
-      for (int i = 0; i < kEach; i++) shared.scales(ring.stage, unit)[helper + i * kHelpers] = scale[i];
-    }
-    arrive_with_warp(control.full[ring.stage]);
-  }
-}
+namespace llmkern::int8::sm90 {
 
 // A warpgroup's 64 rows.
 template <class T>
@@ -247,7 +126,7 @@ struct Consumer {
     wgmma_sums(high);
   }
 
-  LLMKERN_DEVICE void finish(const Block& block) {
+  LLMKERN_DEVICE void finish(const Block& block, const RowScale& scale) {
     const int warp = thread / 32, lane = thread % 32;
     int32_t* cells = reinterpret_cast<int32_t*>(shared.memory) + (which * 4 + warp) * T::kCells;
     named_sync(kBoth, kConsumers * kWarpgroup);  // no stage is read any more
@@ -255,23 +134,18 @@ struct Consumer {
       store_cells<T>(totals, reinterpret_cast<float*>(cells), lane);
     else
       store_cells<T>(low, cells, lane);
-    if constexpr (T::kTwo) store_cells<T>(high, cells + T::kCells / 2, lane);
+    if constexpr (T::kTwo) store_cells<T>(high, cells + T::kHighCells, lane);
+    if (lane < kWarpRows) {
+      cells[T::kRowScales + lane] = __float_as_int(scale.scale);
+      cells[T::kRowScales + kWarpRows + lane] = scale.zero;
+    }
     __syncwarp();
-    finish_rows<T>(p, block, cells, block.row + which * kRows + warp * kWarpRows, lane);
+    finish_rows<T>(p, block, cells, first_row(block), lane);
+  }
+  LLMKERN_DEVICE int first_row(const Block& block) const {  // of this warp
+    return block.row + which * kRows + thread / 32 * kWarpRows;
   }
 };
-
-// Which pieces of k have high digits in a row of the block; by all warps but the first.
-template <class T>
-LLMKERN_DEVICE void gather_bits(Shared<T> shared, const Int8CudaParams& p, int row) {
-  constexpr int kFirst = 32;
-  auto& any_bits = shared.control().any_bits;
-  const int words = static_cast<int>(p.digits.words), rows = min(kBlockRows, static_cast<int>(p.linear.rows) - row);
-  const uint32_t* bits = p.digits.bits + static_cast<int64_t>(row) * words;
-  for (int i = threadIdx.x - kFirst; i < rows * words; i += kBlockThreads - kFirst)
-    if (bits[i]) atomicOr(&any_bits[i % words], bits[i]);
-  named_sync(kBits, kBlockThreads - kFirst);
-}
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 1)
@@ -308,11 +182,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     registers_take<kConsumerRegisters>();
     if constexpr (T::kTwo) gather_bits(shared, p, block.row);
     Consumer<T> consumer(shared, p, warp / 4 - 1, threadIdx.x % kWarpgroup);
+    const RowScale scale(p, consumer.first_row(block), threadIdx.x % 32);
     if constexpr (T::kGroups)
       consumer.multiply_groups(tiles);
     else
       consumer.multiply(tiles);
-    consumer.finish(block);
+    consumer.finish(block, scale);
   }
 }
 
@@ -340,24 +215,32 @@ void launch(const Int8CudaParams& p, int device, void* stream) {
                         T::kShared, tiles_sm90_kernel<T>, low, weight, p, raster);
 }
 
-// Whether tiles of 256 columns take no longer than those of half the width, by how often all processors work on them.
-bool wide_pays(const Int8CudaParams& p) {
-  if (p.tile_columns) return p.tile_columns == 256;
+// Wide tiles bring fewer bytes to shared memory for a product, narrow ones may share out the work more evenly: whether
+// those of `wide` columns take no longer than those of 128, by how often all processors work on one.
+bool wide_pays(const Int8CudaParams& p, int wide) {
+  if (p.tile_columns) return p.tile_columns != 128;
   constexpr int64_t kProcessors = 132;  // of an H100 or H200 with NVLink
-  auto rounds = [&](int columns) {
-    return (row_tiles(p.linear) * column_tiles(p, columns) + kProcessors - 1) / kProcessors;
+  auto time = [&](int columns) {
+    return (row_tiles(p.linear) * column_tiles(p, columns) + kProcessors - 1) / kProcessors * columns;
   };
-  return 2 * rounds(256) <= rounds(128);
+  return time(wide) <= time(128);
 }
 
-}  // namespace
-}  // namespace llmkern::int8
+template <Digits kDigits, int kWide>
+void launch_wide(const Int8CudaParams& p, int device, void* stream) {
+  if (wide_pays(p, kWide))
+    launch<Tile<kDigits, kWide>>(p, device, stream);
+  else
+    launch<Tile<kDigits, 128>>(p, device, stream);
+}
+
+}  // namespace llmkern::int8::sm90
 
 namespace llmkern {
 
 const char* int8_tiles_sm90_unsupported(const Int8LinearParams& p) {
   constexpr int64_t kMost = int64_t{1} << 30;
-  if (p.rows <= int8::kRows) return "its tiles for Hopper have 128 rows, of which up to 64 would leave half idle";
+  if (p.rows <= int8::sm90::kRows) return "its tiles for Hopper have 128 rows, of which up to 64 would leave half idle";
   if (p.depth == 0) return "its tiles for Hopper copy at least one value of k";
   if (p.quantize.group % 64 != 0) return "its tiles for Hopper take groups of multiples of 64 values of k";
   if (p.rows > kMost || p.outputs > kMost) return "its tiles for Hopper take at most 2**30 rows and outputs";
@@ -365,15 +248,19 @@ const char* int8_tiles_sm90_unsupported(const Int8LinearParams& p) {
 }
 
 void int8_tiles_sm90(const Int8CudaParams& p, int device, void* stream) {
-  using namespace int8;
+  using namespace int8::sm90;
   if (const char* reason = int8_tiles_sm90_unsupported(p.linear))
     throw std::runtime_error(std::string(kName) + ": " + reason);
-  if (p.digits.kind == Digits::two) return launch<Tile<Digits::two, 128>>(p, device, stream);
-  if (p.digits.kind == Digits::groups && p.linear.quantize.group % kDepth == 0)
-    return launch<Tile<Digits::groups, 128>>(p, device, stream);
-  if (p.digits.kind == Digits::groups) return launch<Tile<Digits::groups, 128, 64>>(p, device, stream);
-  if (wide_pays(p)) return launch<Tile<Digits::one, 256>>(p, device, stream);
-  launch<Tile<Digits::one, 128>>(p, device, stream);
+  const int64_t group = p.linear.quantize.group;
+  switch (p.digits.kind) {
+    case Digits::one:
+      return launch_wide<Digits::one, 256>(p, device, stream);
+    case Digits::two:  // twice the sums: wider tiles would take more registers than there are
+      return launch_wide<Digits::two, 192>(p, device, stream);
+    default:
+      return group % kDepth == 0 ? launch<Tile<Digits::groups, 128>>(p, device, stream)
+                                 : launch<Tile<Digits::groups, 128, 64>>(p, device, stream);
+  }
 }
 
 }  // namespace llmkern

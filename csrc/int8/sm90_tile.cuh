@@ -3,8 +3,7 @@
 #include "../common/sm90_int8.cuh"
 #include "cuda_finish.cuh"
 
-namespace llmkern::int8 {
-namespace {
+namespace llmkern::int8::sm90 {
 
 using namespace device;
 
@@ -33,7 +32,7 @@ struct Tile {
   static constexpr int kLow = 0, kWeight = kBlockRows * kSpan, kHigh = kWeight + kColumns * kSpan;
   static constexpr int kScales = kHigh + (kTwo ? kBlockRows * kSpan : 0), kScaleCount = kBlockRows + kColumns;
   static constexpr int kStageBytes = kScales + (kGroups ? kUnits * kScaleCount * 4 : 0);
-  static constexpr int kStages = 192 * 1024 / kStageBytes;
+  static constexpr int kStages = 226 * 1024 / kStageBytes;
 
   struct Control {
     uint64_t full[kStages], empty[kStages];
@@ -42,8 +41,9 @@ struct Tile {
   static constexpr int kControl = kStages * kStageBytes, kShared = kControl + static_cast<int>(sizeof(Control));
 
   // The sums on their way from wgmma's layout to rows, in place of the stages: a warp's rows, each kPitch words, which
-  // puts four rows and their pairs of sums into different banks.
-  static constexpr int kPitch = kColumns + 8, kCells = kWarpRows * kPitch * (kTwo ? 2 : 1);
+  // puts four rows and their pairs of sums into different banks; high sums behind low ones; scales and zero points.
+  static constexpr int kPitch = kColumns + 8, kHighCells = kWarpRows * kPitch;
+  static constexpr int kRowScales = kHighCells * (kTwo ? 2 : 1), kCells = kRowScales + 2 * kWarpRows;
 
   static_assert(kStageBytes % kAtom == 0 && kPitch % 32 == 8 && kShared <= kMostSharedBytes);
   static_assert(kConsumerWarps * kCells * 4 <= kControl);
@@ -90,5 +90,4 @@ LLMKERN_DEVICE bool ends_group(const Int8CudaParams& p, int end, int unit) {
   return end - unit < depth && (end >= depth || end % static_cast<int>(p.linear.quantize.group) == 0);
 }
 
-}  // namespace
-}  // namespace llmkern::int8
+}  // namespace llmkern::int8::sm90
