@@ -1,4 +1,4 @@
-"""The int8 tiles for Hopper: calls of int8_linear, launched by their launcher and executed, and what ptxas makes of them.
+"""The int8 tiles for Hopper: calls of int8_linear, executed as their launcher says; and what ptxas makes of them.
 
 Before the function, results are those of the plain reference bit for bit; behind it, those of the tiles by mma.sync.
 """
@@ -239,10 +239,10 @@ FAULTS = {
     "the zeros of the bits": ("two", "control.any_bits[i] = 0;", "(void)i;", "uninitialised"),
     "the end of the last group": ("groups", "(end >= depth || end % ", "(end % ", ""),
     "the fresh sums of a group": ("groups", "low[i] = 0;", "(void)low[i];", ""),
-    "scales by a warp alone": ("groups", "barrier_init(control.full[i], 1 + (T::kTwo || T::kGroups ? kHelperWarps : 0))",
-                               "barrier_init(control.full[i], 1 + (T::kTwo || T::kGroups ? 1 : 0))", "mbarrier|race"),
+    "a helper's arrival": ("groups", "1 + (T::kTwo || T::kGroups ? kHelperWarps : 0)",
+                           "1 + (T::kTwo || T::kGroups ? 1 : 0)", "mbarrier|race"),
 }  # fmt: skip
-CALLS = {"one": ("row", 1160), "two": ("outliers", 1100), "groups": ("groups of 64", 330)}
+CALLS = {"one": ("row", 1160), "two": ("outliers", 1100), "groups": ("groups of 192", 300)}
 
 
 @functools.lru_cache
