@@ -7,10 +7,10 @@
 
 namespace llmkern::device {
 
-#define LLMKERN_REGISTERS_96                                                                                        \
-  LLMKERN_REGISTERS_64                                                                                              \
-      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
-      "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define LLMKERN_REGISTERS_96                                                                                    \
+  LLMKERN_REGISTERS_64                                                                                          \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
+  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define LLMKERN_OPERANDS_96(c, d) LLMKERN_OPERANDS_64(c, d), LLMKERN_OPERANDS_32(c, (d + 64))
 #define LLMKERN_REGISTERS_128                                                                    \
   LLMKERN_REGISTERS_64                                                                           \
@@ -55,6 +55,15 @@ LLMKERN_DEVICE void wgmma_bytes(int32_t (&d)[128], uint64_t a_descriptor, uint64
     LLMKERN_WGMMA("256", "u8", LLMKERN_REGISTERS_128, "%128", "%129", "0", LLMKERN_OPERANDS_128("=r", d));
 }
 #undef LLMKERN_WGMMA
+// The same where `adds` is known as the kernel runs, the same for all threads; where it is false, d need not be written
+// before.
+LLMKERN_DEVICE void wgmma_bytes_signed(int32_t (&d)[64], uint64_t a_descriptor, uint64_t b_descriptor, bool adds) {
+  asm volatile(
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+      "{" LLMKERN_REGISTERS_64 "}, %64, %65, adds;\n}"
+      : LLMKERN_OPERANDS_64("+r", d)
+      : "l"(a_descriptor), "l"(b_descriptor), "r"(static_cast<int>(adds)));
+}
 
 // Waits until at most kPending committed groups run. Sums are used behind wgmma_sums only.
 template <int kPending>

@@ -52,17 +52,14 @@ struct Consumer {
     }
   }
 
-  template <bool kSigned, bool kAdd>
-  LLMKERN_DEVICE void issue(int begin, int end) {
+  template <bool kAdd>
+  LLMKERN_DEVICE void issue() {
     const uint64_t a = rows_at(T::kLow), b = weight();
     wgmma_fence();
+    wgmma_bytes<false, kAdd>(low, a, b);
 #pragma unroll
-    for (int k = begin; k < end; k += kStep) {
-      if (k == begin)
-        wgmma_bytes<kSigned, kAdd>(low, advance(a, k), advance(b, k));
-      else
-        wgmma_bytes<kSigned, true>(low, advance(a, k), advance(b, k));
-    }
+    for (int k = kStep; k < kDepth; k += kStep) wgmma_bytes<false, true>(low, advance(a, k), advance(b, k));
+    wgmma_commit();
   }
   // Waits for its products, and those before: ptxas keeps none running over the end of a branch that has its own.
   LLMKERN_DEVICE void multiply_high(int begin, int end) {
@@ -84,22 +81,23 @@ struct Consumer {
   }
 
   LLMKERN_DEVICE void multiply_groups(int tiles) {
-    bool begins = true;
+#pragma unroll
+    for (int i = 0; i < T::kSums; i++) low[i] = 0;
+    bool adds = false;
     for (int t = 0; t < tiles; t++, ring.next()) {
       await_tile();
 #pragma unroll
       for (int unit = 0; unit < T::kUnits; unit++) {
-        const int k = unit * T::kUnit;
-        if (begins) {
+        const uint64_t a = rows_at(T::kLow), b = weight();
+        wgmma_fence();
 #pragma unroll
-          for (int i = 0; i < T::kSums; i++) low[i] = 0;
-        }
-        issue<true, true>(k, k + T::kUnit);
+        for (int k = unit * T::kUnit; k < (unit + 1) * T::kUnit; k += kStep)
+          wgmma_bytes_signed(low, advance(a, k), advance(b, k), adds || k > unit * T::kUnit);
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_sums(low);
-        begins = ends_group(p, t * kDepth + k + T::kUnit, T::kUnit);
-        if (begins) add_group(unit);
+        adds = !ends_group(p, t * kDepth + (unit + 1) * T::kUnit, T::kUnit);
+        if (!adds) add_group(unit);
       }
       release(ring.stage);
     }
@@ -109,14 +107,12 @@ struct Consumer {
   LLMKERN_DEVICE void multiply(int tiles) {
     await_tile();
     if constexpr (T::kTwo) multiply_high(0);
-    issue<false, false>(0, kDepth);
-    wgmma_commit();
+    issue<false>();
     for (int t = 1; t < tiles; t++) {
       const int before = ring.stage;
       ring.next();
       await_tile();
-      issue<false, true>(0, kDepth);
-      wgmma_commit();
+      issue<true>();
       if constexpr (T::kTwo) multiply_high(t);
       wgmma_wait<1>();
       release(before);
