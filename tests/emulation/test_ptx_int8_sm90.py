@@ -84,10 +84,12 @@ def test_contract(shape, scheme, emulator):
 @pytest.mark.parametrize(("scheme", "columns"), [("row", 128), ("row", 256), ("outliers", 128), ("outliers", 192)])
 @pytest.mark.parametrize("pairs", [False, True])
 def test_widths_of_tiles(scheme, columns, pairs, emulator):
-    """A tile and a part of one, of rows and of columns."""
+    """A tile of columns and a part of one, of more rows than a tile has where the tile is narrow."""
     kw = {**SCHEMES[scheme], "activation": "swiglu" if pairs else "none"}
     emulator.tile_columns = columns
-    x, weight, scale, bias = tensors((134, 150, columns + 36 if not pairs else columns + 14), torch.bfloat16)
+    x, weight, scale, bias = tensors(
+        (134 if columns == 128 else 66, 150, columns + (14 if pairs else 36)), torch.bfloat16
+    )
     out = op.int8_linear(x, weight, scale, bias, **kw)
     assert f"ELi{columns}ELi" in made_by(emulator)
     assert torch.equal(out, on_mma_sync(emulator, x, weight, scale, bias, **kw))
@@ -238,7 +240,7 @@ FAULTS = {
     "the bits of other pieces": ("two", "(any | any >> 1) & 0x55", "any & 0x55", ""),
     "the zeros of the bits": ("two", "control.any_bits[i] = 0;", "(void)i;", "uninitialised"),
     "the end of the last group": ("groups", "(end >= depth || end % ", "(end % ", ""),
-    "the fresh sums of a group": ("groups", "low[i] = 0;", "(void)low[i];", ""),
+    "the fresh sums of a group": ("groups", "adds || k > unit * T::kUnit", "true", ""),
     "a helper's arrival": ("groups", "1 + (T::kTwo || T::kGroups ? kHelperWarps : 0)",
                            "1 + (T::kTwo || T::kGroups ? 1 : 0)", "mbarrier|race"),
 }  # fmt: skip
