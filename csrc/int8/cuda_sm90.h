@@ -1,5 +1,7 @@
 // Tiles of int8_linear for Hopper (compute capability 9.0), by wgmma and TMA. docs/int8_sm90.md tells how they work.
 #pragma once
+#include <stdexcept>
+
 #include "params.h"
 
 namespace llmkern {
@@ -21,7 +23,9 @@ inline const char* int8_tiles_sm90_unsupported(const Int8LinearParams&) {
 #ifdef LLMKERN_SM90
 void int8_tiles_sm90(const Int8CudaParams& p, int device, void* stream);
 #else
-inline void int8_tiles_sm90(const Int8CudaParams&, int, void*) {}
+inline void int8_tiles_sm90(const Int8CudaParams&, int, void*) {
+  throw std::runtime_error("int8_tiles_sm90: the library was built without the kernels for Hopper");
+}
 #endif
 
 }  // namespace llmkern

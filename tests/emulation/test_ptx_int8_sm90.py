@@ -34,7 +34,7 @@ SCHEMES: dict[str, dict] = {
 #: (M, K, N): tails in every dimension, one, primes, what fits exactly, more tiles of k than stages.
 SHAPES = {
     "one of k and of outputs": (65, 1, 1), "primes": (67, 131, 13), "whole tiles": (128, 256, 128),
-    "around the tiles": (129, 257, 129), "many tiles of k": (66, 1160, 20),
+    "around the tiles": (129, 257, 129), "many tiles of k": (66, 1000, 20),
 }  # fmt: skip
 
 
@@ -72,11 +72,17 @@ def on_mma_sync(emulator: Int8OnEmulator, *args: Tensor, **kw: object) -> Tensor
     return out
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+#: Every scheme with primes and with many tiles of k, half of them with each of the others.
+CASES = [
+    (shape, scheme) for i, shape in enumerate(SHAPES) for j, scheme in enumerate(SCHEMES)
+    if (i + j) % 2 or shape in ("primes", "many tiles of k")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "scheme"), CASES)
 def test_contract(shape, scheme, emulator):
     kw = SCHEMES[scheme]
-    x, weight, scale, bias = tensors(shape, **kw)
+    x, weight, scale, bias = tensors(SHAPES[shape], **kw)
     assert torch.equal(op.int8_linear(x, weight, scale, bias, **kw), plain(x, weight, scale, bias, **kw))
     assert "tiles_sm90_kernel" in made_by(emulator)
 
@@ -154,7 +160,7 @@ def test_every_kind_of_row(inputs, emulator):
 def test_schedules_and_bits(scheme, emulator):
     """No race, wait or fence is missing under any order of the warps, and the bits are always the same."""
     kw = SCHEMES[scheme]
-    x, weight, scale, bias = tensors((66, 1200 if scheme == "outliers" else 400, 20), **kw)
+    x, weight, scale, bias = tensors((66, 700 if scheme == "outliers" else 300, 20), **kw)
     expected = plain(x, weight, scale, bias, **kw)
     for schedule in SCHEDULES:
         emulator.options = {"schedule": schedule, "seed": 3}
@@ -206,14 +212,15 @@ class Wrong(AssertionError):
 
 
 def only(kind: str) -> tuple[tuple[str, str], ...]:
-    """Changes that leave out the kernels for other kinds of digits, so that the rest compiles in less time."""
+    """Changes that leave one kernel of this kind of digits alone, so that it compiles in a fraction of the time."""
     calls = {
-        "one": "      return launch_wide<Digits::one, 256>(p, device, stream);",
-        "two": "      return launch_wide<Digits::two, 192>(p, device, stream);",
-        "groups": "      return group % kDepth == 0 ? launch<Tile<Digits::groups, 128>>(p, device, stream)\n"
-        "                                 : launch<Tile<Digits::groups, 128, 64>>(p, device, stream);",
+        "one": ("return launch_wide<Digits::one, 256>(p, device, stream);", "return;"),
+        "two": ("return launch_wide<Digits::two, 192>(p, device, stream);", "return;"),
+        "groups": ("launch<Tile<Digits::groups, 128, 64>>(p, device, stream)", "void(0)"),
     }
-    return tuple((call, "      return;") for name, call in calls.items() if name != kind)
+    changes = [change for name, change in calls.items() if name != kind]
+    changes.append(("launch<Tile<Digits::groups, 128>>(p, device, stream)", "void(0)"))
+    return (*changes, ("    launch<Tile<kDigits, kWide>>(p, device, stream);", "    return;"))
 
 
 #: What is taken out or changed -> (kind of digits, old, new, what is found; "": a wrong result).
@@ -244,7 +251,7 @@ FAULTS = {
     "a helper's arrival": ("groups", "1 + (T::kTwo || T::kGroups ? kHelperWarps : 0)",
                            "1 + (T::kTwo || T::kGroups ? 1 : 0)", "mbarrier|race"),
 }  # fmt: skip
-CALLS = {"one": ("row", 1160), "two": ("outliers", 1100), "groups": ("groups of 192", 300)}
+CALLS = {"one": ("row", 1000), "two": ("outliers", 710), "groups": ("groups of 192", 300)}
 
 
 @functools.lru_cache
