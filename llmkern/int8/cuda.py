@@ -56,6 +56,7 @@ def _plan(
     plan, shape = kernel_plan(x, weight, bias, distances, inputs, group, rotate, activation, out)
     bytes_of: Callable[..., Any] = cuda.kernel("int8_workspace_cuda")
     workspace = bytes_of(plan)
+    sm90 = _on_hopper(device) and cuda.kernel("int8_sm90_unsupported")(plan) is None
     layout, scale_strides = layout_of(weight), (*weight_scale.stride(), 0)[:2]
 
     def launch(
@@ -70,11 +71,15 @@ def _plan(
         kernel(
             plan, x.data_ptr(), aligned.data_ptr(), aligned.stride(0), _address(sums), weight_scale.data_ptr(),
             *scale_strides, _address(bias), _address(residual), _address(input_scale), out.data_ptr(),
-            digits.data_ptr(), *cuda.stream(device),
+            digits.data_ptr(), *cuda.stream(device), sm90,
         )  # fmt: skip
         return out
 
     return launch
+
+
+def _on_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _address(t: Tensor | None) -> int:

@@ -17,7 +17,7 @@ import pybind11
 from tests.emulation import compilers
 from tests.emulation.ptx.launch import Buffer, Launch, Report, kernels_of, run
 
-ARCHITECTURE = "80"
+ARCHITECTURE = "80"  #: but for files named cuda_sm90*.cu
 HERE = compilers.ROOT / "tests/emulation/cuda"
 
 
@@ -26,13 +26,15 @@ def build(folder: Path, family: str) -> tuple[ModuleType, list[str]]:
     name = f"{family}_launches"
     path = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_path("include"))]
-    flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{ARCHITECTURE},code=compute_{ARCHITECTURE}", "-lineinfo"]
+    flags = ["-std=c++17", "-O3", "-lineinfo", "-DLLMKERN_SM90"]
     host = ["-Xcompiler=-O1,-fPIC,-fvisibility=hidden"]
     kernels, objects, running = sorted(compilers.ROOT.glob(f"csrc/{family}/cuda*.cu")), [], []
     for source in [*kernels, HERE / f"{name}.cpp"]:
         objects.append(str(folder / f"{source.stem}.o"))
         keep = ["-keep", f"-keep-dir={folder}"] if source in kernels else []
-        command = [compilers.NVCC, *flags, *host, *includes, *keep, "-c", str(source), "-o", objects[-1]]
+        architecture = "90a" if source.stem.startswith("cuda_sm90") else ARCHITECTURE
+        code = f"-gencode=arch=compute_{architecture},code=compute_{architecture}"
+        command = [compilers.NVCC, *flags, code, *host, *includes, *keep, "-c", str(source), "-o", objects[-1]]
         running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     for process in running:
         told = process.communicate()[0]

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "../launches/tensor_map.h"
+
 namespace launches {
 
 struct Noted {
@@ -25,7 +27,7 @@ inline std::map<const void*, std::string>& names() {
 inline std::map<const void*, size_t> allowed;  // dynamic shared memory that was asked for
 inline std::map<std::string, std::vector<size_t>> sizes;
 inline std::vector<Noted> noted;
-constexpr size_t kAlwaysAllowed = 48 * 1024, kMost = 99 * 1024;  // kMost: of sm_86, 89 and 120
+constexpr size_t kAlwaysAllowed = 48 * 1024, kMost = 99 * 1024, kMostHopper = 227 * 1024;  // kMost: of sm_86, 89, 120
 
 inline cudaError_t note(const cudaLaunchConfig_t& c, const void* function, void** arguments) {
   auto known = names().find(function);
@@ -92,10 +94,16 @@ cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSu
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 9, cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute what, int value) {
-  if (what != cudaFuncAttributeMaxDynamicSharedMemorySize || value > static_cast<int>(launches::kMost))
+  const bool hopper = launches::names()[function].find("sm90") != std::string::npos;
+  if (what != cudaFuncAttributeMaxDynamicSharedMemorySize ||
+      value > static_cast<int>(hopper ? launches::kMostHopper : launches::kMost))
     return cudaErrorInvalidValue;
   launches::allowed[function] = static_cast<size_t>(value);
   return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  return driver_entry_point(name, true, found, result);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   return launches::note(*config, function, arguments);
