@@ -60,7 +60,7 @@ def _judge(job: tuple[int, Mutant, list[Target]]) -> tuple[int, Verdict]:
 
 
 def _baseline(target: Target) -> tuple[str, process.Outcome]:
-    return target.source, _tree.passes(target, {})
+    return target.source, _tree.baseline(target)
 
 
 def run(

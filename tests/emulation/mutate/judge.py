@@ -12,6 +12,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+from tests.emulation import cuda_launches
 from tests.emulation.mutate import process
 from tests.emulation.mutate.mutant import Mutant
 from tests.emulation.mutate.targets import ROOT, Target, headers
@@ -42,22 +43,41 @@ class Tree:
         shutil.copy(ROOT / "pyproject.toml", folder)
 
     @cache  # noqa: B019
-    def original(self, source: str, architecture: str) -> str:
-        return self.ptx(source, architecture)
+    def original(self, target: Target) -> dict[tuple[str, str], str]:
+        return self.ptx(target)
 
-    def ptx(self, source: str, architecture: str) -> str:
-        """The PTX with line information, as the tests compile it. Raises CalledProcessError."""
-        out = self.folder / "out.ptx"
-        command = ["nvcc", f"-arch=sm_{architecture}", "-std=c++17", "-O3", "-lineinfo", "-ptx"]
-        command += [f"-I{(self.folder / source).parent}", str(self.folder / source), "-o", str(out)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=WALL_S)
-        return out.read_text()
+    def ptx(self, target: Target) -> dict[tuple[str, str], str]:
+        """By source and architecture, with line information, as the tests compile it. Raises CalledProcessError."""
+        source, out, found = self.folder / target.source, self.folder / "out.ptx", {}
+        quoted = f"-iquote,{source.parent}"  # for quoted includes alone: a family's cuda.h is not the toolkit's
+        for architecture in target.architectures:
+            command = ["nvcc", f"-arch=sm_{architecture}", "-std=c++17", "-O3", "-lineinfo", "-ptx"]
+            command += ["-Xcompiler", quoted, str(source), "-o", str(out)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=WALL_S)
+            found[target.source, architecture] = out.read_text()
+        return found
 
-    def passes(self, target: Target, ptx: dict[tuple[str, str], str], ptx_changed: bool = True) -> process.Outcome:
-        """All tests of the target, up to the first that fails. ptx: by source and architecture, compiled before."""
-        seconds = 0.0
+    @cache  # noqa: B019
+    def launchers(self, family: str) -> Path:
+        """Where a family's launchers lie, compiled without a fault."""
+        folder = self.folder / "launchers" / family
+        folder.mkdir(parents=True)
+        cuda_launches.compile_in(folder, family)
+        return folder
+
+    def baseline(self, target: Target) -> process.Outcome:
+        """All tests of the target without a fault."""
+        return self.passes(target, self.original(target) if _cuda(target) else {})
+
+    def passes(
+        self, target: Target, ptx: dict[tuple[str, str], str], ptx_changed: bool = True, host_changed: bool = False
+    ) -> process.Outcome:
+        """All tests of the target, up to the first that fails."""
+        seconds, launchers = 0.0, {}
+        if target.launchers and not host_changed:
+            launchers[target.launchers] = self.launchers(target.launchers)
         for arguments, interpreted in target.steps(ptx_changed):
-            outcome = process.pytest_in(self.folder, arguments, interpreted, ptx, PROCESSOR_S, WALL_S)
+            outcome = process.pytest_in(self.folder, arguments, interpreted, ptx, launchers, PROCESSOR_S, WALL_S)
             seconds += outcome.seconds
             if not outcome.passed:
                 return dataclasses.replace(outcome, seconds=seconds)
@@ -68,8 +88,7 @@ class Tree:
         text = path.read_text()
         for target in targets:
             if _cuda(target):
-                for architecture in target.architectures:
-                    self.original(target.source, architecture)
+                self.original(target)
         path.write_text(mutant.apply(text))
         try:
             kind, how = self._judge(mutant, targets)
@@ -83,10 +102,10 @@ class Tree:
             ptx, differs = {}, True
             if _cuda(target):
                 try:
-                    ptx = {(target.source, a): self.ptx(target.source, a) for a in target.architectures}
+                    ptx = self.ptx(target)
                 except subprocess.CalledProcessError as error:
                     return "invalid", next((x for x in error.stderr.splitlines() if "error" in x), "nvcc failed")[-200:]
-                differs = any(normal(x) != normal(self.original(*which)) for which, x in ptx.items())
+                differs = any(normal(x) != normal(self.original(target)[which]) for which, x in ptx.items())
             else:
                 try:
                     ast.parse((self.folder / mutant.file).read_text())
@@ -95,7 +114,7 @@ class Tree:
             if not (differs or mutant.host):
                 continue
             ran += [arguments for arguments, _ in target.steps(differs)]
-            outcome = self.passes(target, ptx, differs)
+            outcome = self.passes(target, ptx, differs, mutant.host)
             if not outcome.passed:
                 return ("error" if outcome.how.startswith("pytest ended") else "caught"), outcome.how
         return ("survived", "all pass: " + "; ".join(ran)) if ran else ("equivalent", "the PTX is the same")
@@ -131,6 +150,6 @@ def _tests(target: Target) -> set[Path]:
     """The test files that are named, and all that is no test in the folders of tests: cases, emulators, fixtures."""
     family = Path(target.source).parent.name
     found = {ROOT / word for arguments, _ in target.steps(True) for word in arguments.split() if word.endswith(".py")}
-    for folder in ("tests", f"tests/{family}", "tests/emulation", "tests/emulation/ptx", "tests/emulation/cuda"):
-        found |= {p for p in (ROOT / folder).glob("*") if p.is_file() and not p.name.startswith("test_")}
+    for folder in ("", family, "emulation", "emulation/ptx", "emulation/cuda", "emulation/launches"):
+        found |= {p for p in (ROOT / "tests" / folder).glob("*") if p.is_file() and not p.name.startswith("test_")}
     return found

@@ -18,7 +18,8 @@ class Target:
 
     ptx: tests that execute or read the PTX, which cannot tell a change of the launchers. host: those that run what the
     host's compiler makes of the source. interpreted: those for Triton's interpreter. What fails soonest stands first.
-    architectures: for which the PTX is compared, those whose code the tests run.
+    architectures: for which the PTX is compared, those whose code the tests run. launchers: a family whose launchers
+    the tests run (tests/emulation/cuda_launches.py); they are compiled once, but for faults of theirs.
     """
 
     source: str
@@ -26,12 +27,18 @@ class Target:
     host: tuple[str, ...] = ()
     interpreted: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ("80",)
+    launchers: str = ""
 
     def steps(self, ptx_changed: bool) -> list[tuple[str, bool]]:
         """Arguments of pytest, and whether Triton's interpreter is to run."""
         compiled = (*(self.ptx if ptx_changed else ()), *self.host)
         return [(s, False) for s in compiled] + [(s, True) for s in self.interpreted]
 
+
+INT8, INT8_PTX = "tests/int8/test_cuda.py", "tests/emulation/test_ptx_int8.py"
+FORWARD, CACHE, DECODE, SM90 = (
+    f"tests/emulation/test_ptx_{name}.py" for name in ("attention", "cache", "decode", "attention_sm90")
+)
 
 TARGETS = (
     Target(
@@ -45,12 +52,62 @@ TARGETS = (
         host=("tests/positional/test_cuda.py -k 'not nvcc and not (sinusoidal and many)'",),
     ),
     Target(
+        "csrc/int8/cuda_quantize.cu",
+        ptx=(
+            f"{INT8} -k 'integers and 77 and dtype1 or schemes and primes'",
+            f"{INT8} -k 'integers or strides or scales_of or half or schemes and not two'",
+            f"{INT8_PTX} -k 'schedules or reads_a_row or high_digits'",
+        ),
+        host=(f"{INT8} -k 'schemes and not no'",),
+        launchers="int8",
+    ),
+    Target(
+        "csrc/int8/cuda_few_rows.cu",
+        ptx=(
+            f"{INT8} -k 'schemes and primes or half and dtype0'",
+            f"{INT8} -k 'schemes and not two or half or follows or strides or scales_of'",
+            f"{INT8_PTX} -k 'schedules or few_rows'",
+        ),
+        host=(f"{INT8} -k 'schemes and not two'",),
+        launchers="int8",
+    ),
+    Target(
+        "csrc/int8/cuda_tiles.cu",
+        ptx=(
+            f"{INT8} -k 'schemes and just or both and 64'",
+            f"{INT8} -k 'schemes and two or both or half or follows or strides or scales_of'",
+            f"{INT8_PTX} -k 'schedules or tiles or high_digits'",
+        ),
+        host=(f"{INT8} -k 'schemes and (just or two or many) or both or follows and dtype1 and glu'",),
+        launchers="int8",
+    ),
+    Target(
+        "csrc/attention/cuda_forward.cu",
+        ptx=(
+            f"{FORWARD} -k 'shapes and bf16 and (grouped or primes)'",
+            f"{FORWARD} -k 'rules and (everything or sink or causal or lengths) or shapes and fp16 and tails'",
+            f"{FORWARD} -k 'not planted'",
+        ),
+    ),
+    Target(
+        "csrc/attention/cuda_cache.cu",
+        ptx=(f"{CACHE} -k 'rotated and dtype1 or int8 and dtype0'", f"{CACHE} -k 'not planted'"),
+    ),
+    Target(
+        "csrc/attention/cuda_decode.cu",
+        ptx=(
+            f"{DECODE} -k 'shapes and dtype0 and groups or pages and 5 or rules and causal'",
+            f"{DECODE} -k 'not planted'",
+        ),
+    ),
+    Target(
         "csrc/attention/cuda_sm90.cu",
         ptx=(
-            "tests/emulation/test_ptx_attention_sm90.py -k 'many_tiles and 64 and dtype0'",
-            "tests/emulation/test_ptx_attention_sm90.py -k 'layouts or (masked and 64) or lengths_of or without'",
-            "tests/emulation/test_ptx_attention_sm90.py -k 'contract and primes or many_tiles and 128 and dtype1'",
+            f"{SM90} -k 'many_tiles and 64 and dtype0'",
+            f"{SM90} -k 'layouts or masked and 64 or lengths_of or without or schedules'",
+            f"{SM90} -k 'contract or many_tiles or masked or counts'",
         ),
+        host=("tests/emulation/test_launch_attention_sm90.py",),
         architectures=("90a",),
     ),
     Target(
