@@ -25,7 +25,8 @@ PLANTED = (
     # Fragments.
     Planted(FORWARD, "swizzle<kRowBytes>(lane / 16 * 8 + lane % 8, lane / 8 % 2)",
             "swizzle<kRowBytes>(lane / 8 % 2 * 8 + lane % 8, lane / 16)"),
-    Planted(FORWARD, "multiply(s[t][2 * n], q, key[0], key[1], T{});", "multiply(s[t][2 * n], q, key[0], key[2], T{});"),
+    Planted(FORWARD, "multiply(s[t][2 * n], q, key[0], key[1], T{});",
+            "multiply(s[t][2 * n], q, key[0], key[2], T{});"),
     Planted(FORWARD, "weight[t][i] = narrow_pair(pair[0], pair[1], T{});",
             "weight[t][i] = narrow_pair(pair[1], pair[0], T{});"),
     Planted(FORWARD, "load_matrices_transposed(value,", "load_matrices(value,"),

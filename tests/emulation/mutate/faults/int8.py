@@ -11,7 +11,8 @@ PLANTED = (
     # The digits of the activations.
     Planted(QUANTIZE, "__fmul_rn(values[j], inverse)", "__fdiv_rn(values[j], s.scale)"),
     Planted(QUANTIZE, "int u = __float2int_rn(scaled) + s.zero;", "int u = __float2int_rz(scaled) + s.zero;"),
-    Planted(QUANTIZE, "scale = __fdiv_rn(__fsub_rn(most, least), 255.0f);", "scale = (most - least) * (1.0f / 255.0f);"),
+    Planted(QUANTIZE, "scale = __fdiv_rn(__fsub_rn(most, least), 255.0f);",
+            "scale = (most - least) * (1.0f / 255.0f);"),
     Planted(QUANTIZE, "if (lane == 0) extents[warp] = e;\n    __syncthreads();", "if (lane == 0) extents[warp] = e;"),
     Planted(QUANTIZE, "if (digits == Digits::groups) {\n    __syncthreads();", "if (digits == Digits::groups) {"),
     Planted(QUANTIZE, "part.broken;\n    }\n    __syncthreads();", "part.broken;\n    }"),
