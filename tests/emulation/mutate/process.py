@@ -24,12 +24,16 @@ class Outcome:
     seconds: float
 
 
+FLAGS = ("-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--rootdir", ".")
+
+
 def preload() -> None:
-    """Imports what tests need and no mutant is part of; Triton chooses the interpreter at its import, and so is not."""
+    """Imports what tests need and no mutant is part of."""
     import numpy  # noqa: F401
     import pybind11  # noqa: F401
     import pytest  # noqa: F401
     import torch
+    import torch._dynamo  # the longest
 
     torch.set_num_threads(1)
 
@@ -99,14 +103,14 @@ def _child(
         sys.path[0] = str(tree)
         sys.dont_write_bytecode = True  # two mutants of one size and second look alike to a cache of bytecode
         os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree), "TRITON_CACHE_DIR": f"{tree}/triton"}
-        if interpreted:
-            os.environ["TRITON_INTERPRET"] = "1"
+        if interpreted:  # which Triton finds out when it is imported, and here it is already
+            command = [sys.executable, "-m", "pytest", *FLAGS, *shlex.split(arguments)]
+            os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
         import pytest
 
         if ptx:
             _use(ptx, launchers, tree)
-        flags = ["-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--rootdir", "."]
-        code = int(pytest.main([*flags, *shlex.split(arguments)]))
+        code = int(pytest.main([*FLAGS, *shlex.split(arguments)]))
         sys.stdout.flush()
     except BaseException as error:
         with contextlib.suppress(BaseException):
