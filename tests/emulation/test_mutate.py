@@ -128,7 +128,8 @@ def test_every_mutant_of_the_kernels_can_be_read(everything):
 def test_every_target_has_its_files_and_faults_written_by_hand():
     for target in targets.TARGETS:
         assert (targets.ROOT / target.source).exists()
-        for arguments, _ in target.steps(True):
+        assert judge.changed((targets.ROOT / target.source).read_text(), target.only)
+        for arguments, _ in [*target.steps(True), *([(target.quick, False)] if target.quick else [])]:
             files = [word for word in arguments.split() if word.endswith(".py")]
             assert files and all((targets.ROOT / f).exists() for f in files)
         assert any(p.file == target.source for p in planted.PLANTED), target.source
@@ -159,6 +160,16 @@ def test_samples_stay_the_same_when_lines_are_added(everything):
     drawn = [[(m.before, m.after) for m in command.draw(x, 5, seed=3)] for x in (mutants, later)]
     assert drawn[0] == drawn[1] and len(drawn[0]) == 5
     assert len(command.draw(everything, 0, 0)) == len(everything)
+
+
+def test_half_of_a_sample_is_written_by_hand_where_there_are_as_many(everything):
+    drawn = command.draw(everything, 21, seed=1)
+    assert len(drawn) == 21 and sum(m.operator == "planted" for m in drawn) == 10
+    assert set(drawn) < set(command.draw(everything, 40, seed=1))
+    by_hand = [m for m in everything if m.operator == "planted"]
+    for few in (by_hand[:3] + list(set(everything) - set(by_hand))[:30], by_hand[:30]):
+        assert len(command.draw(few, 20, seed=1)) == 20
+    assert len(command.draw(by_hand[:5], 20, seed=1)) == 5
 
 
 def test_ptx_is_the_same_whatever_its_lines_and_path_are():

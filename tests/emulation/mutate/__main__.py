@@ -37,10 +37,15 @@ def collect(chosen: dict[str, list[Target]]) -> list[Mutant]:
 
 
 def draw(mutants: list[Mutant], sample: int, seed: int) -> list[Mutant]:
-    """The faults written by hand and, of the others, `sample` in all (0: every one)."""
-    by_hand = [m for m in mutants if m.operator == "planted"]
-    others = sorted((m for m in mutants if m.operator != "planted"), key=lambda m: m.order(seed))
-    return by_hand + (others[: max(sample - len(by_hand), 0)] if sample else others)
+    """`sample` of them (0: every one), half of which are written by hand, or as many as there are; a smaller sample is
+    part of a larger one."""
+    in_order = sorted(mutants, key=lambda m: m.order(seed))
+    by_hand, others = ([m for m in in_order if (m.operator == "planted") == hand] for hand in (True, False))
+    if not sample:
+        return by_hand + others
+    return (
+        by_hand[: max(sample // 2, sample - len(others))] + others[: max(sample - sample // 2, sample - len(by_hand))]
+    )
 
 
 _tree: Tree

@@ -9,14 +9,16 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from tests.emulation import cuda_launches
 from tests.emulation.mutate import process
 from tests.emulation.mutate.mutant import Mutant
-from tests.emulation.mutate.targets import ROOT, Target, headers
+from tests.emulation.mutate.targets import ROOT, Changes, Target, headers
 
+Steps = list[tuple[str, bool]]  # as Target.steps has them
 FOLDERS = ("csrc", "llmkern", "tests")
 #: Of one process of tests: many times what they take, by the processor's clock and by the wall's.
 PROCESSOR_S, WALL_S = 240.0, 1200.0
@@ -44,12 +46,16 @@ class Tree:
 
     @cache  # noqa: B019
     def original(self, target: Target) -> dict[tuple[str, str], str]:
-        return self.ptx(target)
+        return self.ptx(target, root=ROOT)
 
-    def ptx(self, target: Target) -> dict[tuple[str, str], str]:
+    def ptx(self, target: Target, changes: Changes = (), root: Path | None = None) -> dict[tuple[str, str], str]:
         """By source and architecture, with line information, as the tests compile it. Raises CalledProcessError."""
-        source, out, found = self.folder / target.source, self.folder / "out.ptx", {}
+        source, out, found = (root or self.folder) / target.source, self.folder / "out.ptx", {}
         quoted = f"-iquote,{source.parent}"  # for quoted includes alone: a family's cuda.h is not the toolkit's
+        if changes:
+            text = changed(source.read_text(), changes)
+            source = self.folder / source.name
+            source.write_text(text)
         for architecture in target.architectures:
             command = ["nvcc", f"-arch=sm_{architecture}", "-std=c++17", "-O3", "-lineinfo", "-ptx"]
             command += ["-Xcompiler", quoted, str(source), "-o", str(out)]
@@ -67,16 +73,22 @@ class Tree:
 
     def baseline(self, target: Target) -> process.Outcome:
         """All tests of the target without a fault."""
-        return self.passes(target, self.original(target) if _cuda(target) else {})
+        if not _cuda(target):
+            return self.passes(target, {}, target.steps(True))
+        if target.quick:
+            outcome = self.passes(target, self.ptx(target, target.only), [(target.quick, False)])
+            if not outcome.passed:
+                return outcome
+        return self.passes(target, self.original(target), target.steps(True))
 
     def passes(
-        self, target: Target, ptx: dict[tuple[str, str], str], ptx_changed: bool = True, host_changed: bool = False
+        self, target: Target, ptx: dict[tuple[str, str], str], steps: Steps, host_changed: bool = False
     ) -> process.Outcome:
-        """All tests of the target, up to the first that fails."""
+        """These tests of the target, up to the first that fails."""
         seconds, launchers = 0.0, {}
         if target.launchers and not host_changed:
             launchers[target.launchers] = self.launchers(target.launchers)
-        for arguments, interpreted in target.steps(ptx_changed):
+        for arguments, interpreted in steps:
             outcome = process.pytest_in(self.folder, arguments, interpreted, ptx, launchers, PROCESSOR_S, WALL_S)
             seconds += outcome.seconds
             if not outcome.passed:
@@ -86,38 +98,49 @@ class Tree:
     def judge(self, mutant: Mutant, targets: list[Target]) -> Verdict:
         path, started = self.folder / mutant.file, time.monotonic()
         text = path.read_text()
-        for target in targets:
-            if _cuda(target):
-                self.original(target)
         path.write_text(mutant.apply(text))
         try:
             kind, how = self._judge(mutant, targets)
+        except subprocess.CalledProcessError as error:
+            kind = "invalid"
+            how = next((x for x in error.stderr.splitlines() if "error" in x), "nvcc failed")[-200:]
+        except SyntaxError as error:
+            kind, how = "invalid", str(error)
         finally:
             path.write_text(text)
         return Verdict(kind, how, round(time.monotonic() - started, 2))
 
     def _judge(self, mutant: Mutant, targets: list[Target]) -> tuple[str, str]:
-        ran = []
+        ran: list[str] = []
         for target in targets:
-            ptx, differs = {}, True
-            if _cuda(target):
-                try:
-                    ptx = self.ptx(target)
-                except subprocess.CalledProcessError as error:
-                    return "invalid", next((x for x in error.stderr.splitlines() if "error" in x), "nvcc failed")[-200:]
-                differs = any(normal(x) != normal(self.original(target)[which]) for which, x in ptx.items())
-            else:
-                try:
-                    ast.parse((self.folder / mutant.file).read_text())
-                except SyntaxError as error:
-                    return "invalid", str(error)
-            if not (differs or mutant.host):
-                continue
-            ran += [arguments for arguments, _ in target.steps(differs)]
-            outcome = self.passes(target, ptx, differs, mutant.host)
-            if not outcome.passed:
-                return ("error" if outcome.how.startswith("pytest ended") else "caught"), outcome.how
+            for ptx, steps in self._parts(mutant, target):
+                ran += [arguments for arguments, _ in steps]
+                outcome = self.passes(target, ptx, steps, mutant.host)
+                if not outcome.passed:
+                    return ("error" if outcome.how.startswith("pytest ended") else "caught"), outcome.how
         return ("survived", "all pass: " + "; ".join(ran)) if ran else ("equivalent", "the PTX is the same")
+
+    def _parts(self, mutant: Mutant, target: Target) -> Iterator[tuple[dict[tuple[str, str], str], Steps]]:
+        """What is to be run of a target, and with which PTX: its quick test with what that needs first."""
+        if not _cuda(target):
+            ast.parse((self.folder / mutant.file).read_text())
+            yield {}, target.steps(True)
+            return
+        if target.quick and not mutant.host:
+            yield self.ptx(target, target.only), [(target.quick, False)]
+        ptx = self.ptx(target)
+        differs = any(normal(x) != normal(self.original(target)[which]) for which, x in ptx.items())
+        if differs or mutant.host:
+            yield ptx, target.steps(differs)
+
+
+def changed(text: str, changes: Changes) -> str:
+    """With each old text, which stands there once, replaced by the new one. Raises ValueError."""
+    for old, new in changes:
+        if text.count(old) != 1:
+            raise ValueError(f"{old!r} stands there {text.count(old)} times, not once")
+        text = text.replace(old, new)
+    return text
 
 
 def normal(ptx: str) -> str:

@@ -24,7 +24,9 @@ class Outcome:
     seconds: float
 
 
-FLAGS = ("-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--rootdir", ".")
+#: The plugin of unraisable exceptions collects garbage twice, which takes longer than most tests.
+PLUGINS = ("no:cacheprovider", "no:hypothesispytest", "no:unraisableexception")
+FLAGS = ("-x", "-q", "--tb=no", "-rfE", "--rootdir", ".", *(f"-p{name}" for name in PLUGINS))
 
 
 def preload() -> None:

@@ -12,6 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 
 
+Changes = tuple[tuple[str, str], ...]  # of a source: each old text, which stands there once, becomes the new one
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A source of kernels. ptx, host, interpreted: arguments of pytest, one string a process, run in this order.
@@ -19,7 +22,9 @@ class Target:
     ptx: tests that execute or read the PTX, which cannot tell a change of the launchers. host: those that run what the
     host's compiler makes of the source. interpreted: those for Triton's interpreter. What fails soonest stands first.
     architectures: for which the PTX is compared, those whose code the tests run. launchers: a family whose launchers
-    the tests run (tests/emulation/cuda_launches.py); they are compiled once, but for faults of theirs.
+    the tests run (tests/emulation/cuda_launches.py); they are compiled once, but for faults of theirs. quick: what is
+    run before all of this, where compiling takes longest, with the kernels alone that the changes `only` leave of the
+    source.
     """
 
     source: str
@@ -28,6 +33,8 @@ class Target:
     interpreted: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ("80",)
     launchers: str = ""
+    quick: str = ""
+    only: Changes = ()
 
     def steps(self, ptx_changed: bool) -> list[tuple[str, bool]]:
         """Arguments of pytest, and whether Triton's interpreter is to run."""
@@ -84,9 +91,19 @@ TARGETS = (
     Target(
         "csrc/attention/cuda_forward.cu",
         ptx=(
-            f"{FORWARD} -k 'shapes and bf16 and (grouped or primes)'",
             f"{FORWARD} -k 'rules and (everything or sink or causal or lengths) or shapes and fp16 and tails'",
             f"{FORWARD} -k 'not planted'",
+        ),
+        quick=f"{FORWARD} -k '(shapes and (grouped or primes) or masked) and bf16 or rules and everything and not add'",
+        only=(
+            (
+                "p.dtype == DType::bf16 ? forward_of<Bf16>(p, l, device, stream) : "
+                "forward_of<Fp16>(p, l, device, stream);",
+                "launch_forward<Bf16, 64, 1, false>(p, l, device, stream);\n"
+                "launch_forward<Bf16, 64, 2, false>(p, l, device, stream);\n"
+                "launch_forward<Bf16, 64, 1, true>(p, l, device, stream);\n"
+                "launch_forward<Bf16, 128, 1, true>(p, l, device, stream);",
+            ),
         ),
     ),
     Target(
@@ -95,9 +112,14 @@ TARGETS = (
     ),
     Target(
         "csrc/attention/cuda_decode.cu",
-        ptx=(
-            f"{DECODE} -k 'shapes and dtype0 and groups or pages and 5 or rules and causal'",
-            f"{DECODE} -k 'not planted'",
+        ptx=(f"{DECODE} -k 'not planted'",),
+        quick=f"{DECODE} -k '(shapes and groups or see or int8 and shape0) and dtype0 or rules and (causal or slopes)'",
+        only=(
+            ("decode_kernel<T, K, 256, false>;", "decode_kernel<T, K, sizeof(K) == 1 ? 128 : 64, true>;"),
+            ("  if (vectors && widest > 128) kernel = decode_kernel<T, K, 256, true>;\n", ""),
+            ("  if (vectors && widest <= 128) kernel = decode_kernel<T, K, 128, true>;\n", ""),
+            ("bf16 ? decode_typed<Bf16, int8_t>(p, workspace, splits, device, stream)\n                :", ""),
+            ("bf16 ? decode_typed<Bf16, Bf16>(p, workspace, splits, device, stream)\n              :", ""),
         ),
     ),
     Target(
