@@ -148,6 +148,16 @@ def test_layouts(emulated):
         assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True) if a is not None)
 
 
+def test_angles_whose_rows_lie_apart(emulated):
+    q, k, v, k_cache, v_cache = inputs(64, 64, 3, torch.float16)
+    for dtype in (torch.float32, torch.float16):
+        cos, sin = angles(64, dtype)
+        plain = found(emulated, q, k_cache, v_cache, k, v, cos, sin)
+        for tables in ((torch.cat([cos, cos], -1)[:, :32], sin), (cos, torch.cat([sin, sin, sin], -1)[:, 32:64])):
+            ours = found(emulated, q, k_cache, v_cache, k, v, *tables)
+            assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True) if a is not None)
+
+
 def test_what_lies_outside_is_neither_written_nor_read(emulated):
     """Tokens past the cache, pages outside the pool, positions outside the tables: the host does not look."""
     q, k, v, k_cache, v_cache = inputs(64, 64, 3, torch.float16)

@@ -24,7 +24,8 @@ class Equivalent:
 
 TRITON = "llmkern/positional/triton_kernels.py"
 LOADS = {n: f"{n[0]} = tl.load({n[2:]} + position * {n[2:]}_s + pair, mask=known" for n in ("c_cos", "d_sin")}
-QUANTIZE, DECODE, SM90 = "csrc/int8/cuda_quantize.cu", "csrc/attention/cuda_decode.cu", "csrc/attention/cuda_sm90.cu"
+QUANTIZE = "csrc/int8/cuda_quantize.cu"
+FORWARD, DECODE, SM90 = (f"csrc/attention/cuda_{name}.cu" for name in ("forward", "decode", "sm90"))
 EQUIVALENT = (
     *(
         Equivalent(
@@ -42,6 +43,13 @@ EQUIVALENT = (
         "if (lane == 0) group_scales[g] = choose(l.quantize, part, 0.0f).scale + part.broken;",
         "if (lane == 0) group_scales[g] = choose(l.quantize, part, 1.0f).scale + part.broken;",
         "the mean has no part in the scales of groups, whose inputs are symmetric: cuda.py refuses others",
+    ),
+    Equivalent(
+        FORWARD,
+        "repair_row",
+        "for (int j = 0; j < kWidth / 32; j++)",
+        "for (int j = 0; j <= kWidth / 32; j++)",
+        "a value is not wider than kWidth: no lane does anything in the round too many",
     ),
     Equivalent(
         DECODE,
