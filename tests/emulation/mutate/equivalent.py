@@ -25,7 +25,7 @@ class Equivalent:
 TRITON = "llmkern/positional/triton_kernels.py"
 LOADS = {n: f"{n[0]} = tl.load({n[2:]} + position * {n[2:]}_s + pair, mask=known" for n in ("c_cos", "d_sin")}
 QUANTIZE = "csrc/int8/cuda_quantize.cu"
-FORWARD, DECODE, SM90 = (f"csrc/attention/cuda_{name}.cu" for name in ("forward", "decode", "sm90"))
+FORWARD, CACHE, DECODE, SM90 = (f"csrc/attention/cuda_{name}.cu" for name in ("forward", "cache", "decode", "sm90"))
 EQUIVALENT = (
     *(
         Equivalent(
@@ -50,6 +50,13 @@ EQUIVALENT = (
         "for (int j = 0; j < kWidth / 32; j++)",
         "for (int j = 0; j <= kWidth / 32; j++)",
         "a value is not wider than kWidth: no lane does anything in the round too many",
+    ),
+    Equivalent(
+        CACHE,
+        "",
+        "is_key && p.rotation.cos ? (place < 0 ? p.rotation.length : place) : -1,",
+        "is_key && p.rotation.cos ? place : -1,",
+        "a key in front of the cache is written nowhere, turned or not",
     ),
     Equivalent(
         DECODE,
