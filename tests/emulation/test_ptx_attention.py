@@ -33,6 +33,8 @@ SHAPES = {
     "one query, many keys": (1, 4, 1, 1, 150, 64, 64),
     "wider value": (1, 2, 1, 20, 21, 56, 96),
     "wider head": (1, 1, 1, 19, 50, 104, 8),
+    "keys aligned alone": (1, 2, 1, 20, 40, 24, 13),
+    "values aligned alone": (1, 2, 1, 20, 40, 13, 24),
     "no keys": (1, 2, 2, 3, 0, 16, 16),
     "no queries": (1, 2, 2, 0, 5, 16, 16),
     "no batch": (0, 2, 1, 3, 5, 16, 16),
