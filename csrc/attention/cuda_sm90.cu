@@ -356,7 +356,7 @@ void forward(const AttentionParams& p, int device, void* stream) {
     key = map_of<kWidth>(p.key, p.batch, p.kv_heads, p.keys, kKeys);
     value = map_of<kWidth>(p.value, p.batch, p.kv_heads, p.keys, kKeys);
   }
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), kName, device);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), kName, device);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(row_blocks(p) * p.heads * p.batch));
   config.blockDim = dim3(kBlockThreads);

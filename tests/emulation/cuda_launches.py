@@ -76,7 +76,8 @@ class Emulated:
         """Takes the kernels of this PTX from here on."""
         for kernel in kernels_of(ptx).values():
             self.ptx[kernel.name] = ptx
-            self.module.set_sizes(kernel.name, [p.size for p in kernel.parameters])
+            own = sum(v.size or 0 for v in kernel.shared)
+            self.module.set_sizes(kernel.name, [p.size for p in kernel.parameters], own)
 
     def call(self, launcher: Callable[[], Any], launch: Launch) -> None:
         """launcher: queues kernels that work on the buffers of `launch`."""

@@ -82,10 +82,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Int8OnEmulator:
         pytest.skip(compilers.NO_NVCC)
     emulator = Int8OnEmulator(*_built())
     monkeypatch.setattr("llmkern.cuda.kernel", lambda name: getattr(emulator, name))
-    monkeypatch.setattr("llmkern.int8.cuda._on_hopper", lambda device: emulator.hopper)
+    monkeypatch.setattr("llmkern.cuda.is_hopper", lambda device: emulator.hopper)
     monkeypatch.setattr("llmkern.cuda.stream", lambda device: (0, 0))
     operator = backend.Operator.all["int8_linear"]
-    served = backend.Backend("cuda", cuda.CUDA_INT8_LINEAR.plan, lambda *args: None)
+    served = backend.Backend("cuda", cuda.CUDA_INT8_LINEAR.plan, cuda._refused)
     monkeypatch.setattr(operator, "by_device", {**operator.by_device, "cpu": [served]})
     backend.forget_plans()
     return emulator

@@ -216,7 +216,7 @@ def test_the_choice_is_made_once(emulator, monkeypatch):
     emulator.hopper = True
     x, weight, scale, _ = of_scheme((65, 40, 9), torch.bfloat16, {})
     op.int8_linear(x, weight, scale)
-    monkeypatch.setattr(cuda, "_on_hopper", lambda device: pytest.fail("asked again"))
+    monkeypatch.setattr("llmkern.cuda.is_hopper", lambda device: pytest.fail("asked again"))
     op.int8_linear(x, weight, scale)
     assert "tiles_sm90" in emulator.reports[-1][0]
 
@@ -260,13 +260,13 @@ def test_another_device_is_an_error(emulator):
         emulator.module.int8_linear_cuda(plan, *[0] * 12, 3, 0, False)
 
 
-def refused(depth=8, dtype=torch.float32, bias_dtype=torch.float32, rotate=1, group=0):
+def refused(depth=8, dtype=torch.float32, bias_dtype=torch.float32, rotate=1, group=0, inputs="row"):
     x, weight = (
         torch.empty(2, depth, dtype=dtype, device="meta"),
         torch.empty(3, depth, dtype=torch.int8, device="meta"),
     )
     scale, bias = torch.empty(3, device="meta"), torch.empty(3, dtype=bias_dtype, device="meta")
-    return cuda._refused(x, weight, scale, bias, None, None, "row", group, rotate, "none")
+    return cuda._refused(x, weight, scale, bias, None, None, inputs, group, rotate, "none")
 
 
 def test_why_it_cannot_serve():
@@ -278,6 +278,7 @@ def test_why_it_cannot_serve():
     assert "overflow" in refused(depth=cuda.MOST_DEPTH + 1)
     assert "a block holds" in refused(depth=24577) and refused(depth=24576) is None
     assert refused(depth=49152, dtype=torch.bfloat16) is None
+    assert "its scales take 101376 bytes" in refused(depth=24576, group=32, inputs="symmetric")
     reason = cuda.CUDA_INT8_LINEAR.unsupported(torch.zeros(1))
     assert re.search("no CUDA part" if not extension._C.cuda_architectures else "CUDA|cpu", reason)
 
