@@ -1,0 +1,200 @@
+"""Triton's attention kernels as backends: which calls they take, and how the arguments reach them.
+
+Triton is imported when a call comes, never with the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern.attention.compiled.params import as_sink, plain, through_copies
+from llmkern.attention.layout import empty_in_order
+from llmkern.attention.mask import Mask
+from llmkern.attention.triton_configurations import Configuration, configuration, family
+from llmkern.backend import Backend
+from llmkern.random import drop_below
+
+_WIDEST = 256
+#: Queries and keys are numbered in 32 bits, with room for the sum of a place and a window.
+_MOST_ROWS = 2**28
+_MOST_WINDOW = 2**29
+_LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One run of a kernel: its name, the programs, the arguments in order, the constants, and Triton's options."""
+
+    kernel: str
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    #: The arguments that it writes and does not read before.
+    written: tuple[str, ...] = ()
+
+
+Run = Callable[[Launch], None]
+
+
+@lru_cache(maxsize=1)
+def missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: `pip install triton`"
+    return None
+
+
+def power_of_two(n: int) -> int:
+    """The least that is at least n, and 16, which a matrix instruction needs."""
+    return max(1 << max(n - 1, 0).bit_length(), 16)
+
+
+def kernel(name: str) -> Any:
+    """The @triton.jit function of this name."""
+    module = "triton_forward" if name == "attention_forward_kernel" else "triton_backward"
+    return getattr(importlib.import_module(f"llmkern.attention.{module}"), name)
+
+
+def run(launch: Launch) -> None:
+    """Runs a kernel on the device of its first argument."""
+    with torch.cuda.device(launch.arguments[0].device):  # Triton launches on the current device
+        kernel(launch.kernel)[(launch.programs,)](*launch.arguments, **launch.constants, **launch.options)
+
+
+def family_of(device: torch.device) -> str:
+    return family(None if torch.version.hip else torch.cuda.get_device_capability(device))
+
+
+def precision(dtype: torch.dtype, family: str) -> str:
+    """How float32 is multiplied: as torch's own products are, exactly or by tf32; in three products of tf32, which
+    keeps float32's accuracy, where matrix units know tf32 but not float32."""
+    if dtype != torch.float32:
+        return "ieee"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee" if family.startswith("gfx") else "tf32x3"
+
+
+class Call:
+    """What every kernel is told of a call: all that its metadata decide, and the arguments made of its tensors."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, rules: Sequence[Any]) -> None:
+        mask, (scale, uniform) = Mask(*rules[:10]), rules[10:12]
+        (self.batch, self.heads, self.queries, width), self.kv_heads, self.keys = query.shape, key.size(1), key.size(2)
+        self.group = self.heads // max(self.kv_heads, 1)
+        left, right = mask.window_left, mask.window_right
+        dense = mask.dense
+        kind = 0 if dense is None else 1 if dense.dtype == torch.bool else 2
+        bends = mask.softcap > 0.0 or mask.alibi_slopes is not None or kind == 2 or scale <= 0.0
+        hides = left >= 0 or right >= 0 or mask.key_lengths is not None or kind > 0
+        empty_rows = left >= 0 or (right >= 0 and mask.bottom_right) or mask.key_lengths is not None or kind > 0
+        dropout = mask.dropout_p > 0.0
+        self.rules = {
+            "LEFT": left >= 0, "RIGHT": right >= 0, "BOTTOM_RIGHT": mask.bottom_right,
+            "LENGTHS": mask.key_lengths is not None, "MASK": kind, "SOFTCAP": mask.softcap > 0.0,
+            "ALIBI": mask.alibi_slopes is not None, "SINK": mask.learnable_sink is not None, "DROPOUT": dropout,
+            "UNIFORM": bool(uniform and empty_rows and mask.learnable_sink is None and self.keys), "BEND": bends,
+            "HIDES": hides,
+        }  # fmt: skip
+        self.widths = {"D": width, "DV": value.size(3)}
+        self.widths |= {"BLOCK_D": power_of_two(width), "BLOCK_DV": power_of_two(value.size(3))}
+        below = drop_below(mask.dropout_p)
+        keep = 0.0 if mask.dropout_p >= 1.0 else 1.0 / (1.0 - mask.dropout_p)
+        sizes = (self.heads, self.group, self.queries, self.keys)
+        windows = tuple(min(max(x, 0), _MOST_WINDOW) for x in (left, right))
+        unit = _LOG2E * (1.0 if bends else scale)
+        # As a signed number of 32 bits, so that the kernel's type is the same for all.
+        below -= 2**32 if below >= 2**31 else 0
+        self.numbers = (*sizes, *windows, scale, unit, mask.softcap, below, keep)
+        self.dense_steps: tuple[int, ...] = (0, 0, 0, 0)
+        if dense is not None:
+            self.dense_steps = dense.expand(self.batch, self.heads, self.queries, self.keys).stride()
+        lengths, slopes = mask.key_lengths, mask.alibi_slopes
+        self.steps = (
+            0 if lengths is None else lengths.stride(0),
+            slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+            0 if slopes is None else slopes.stride(-1),
+        )
+
+    def tensors(self, query: Tensor, rules: Sequence[Any]) -> tuple[Tensor, ...]:
+        """(mask, lengths, slopes, sink, seed) as the kernels read them; query stands for what is not there."""
+        mask, lengths, slopes, sink, seed = rules[:5]
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.view(torch.uint8)
+        if seed is not None:
+            seed = seed.to(query.device, non_blocking=True)  # it may be drawn on the CPU
+        return tuple(query if t is None else t for t in (mask, lengths, slopes, as_sink(sink), seed))
+
+    def constants(self, tile: Configuration, dtype: torch.dtype, family: str) -> dict[str, Any]:
+        of_tile = {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys}
+        return {**self.widths, **of_tile, **self.rules, "PRECISION": precision(dtype, family)}
+
+
+def options(tile: Configuration) -> dict[str, Any]:
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
+def forward(run: Run, family: str, query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable[..., Any]:
+    """The launcher of all calls with these metadata, by `run` with the configurations of `family`."""
+    if any(plain(t) is not t for t in (query, key, value)):
+        return through_copies(lambda *args: forward(run, family, *args), 3)
+    call = Call(query, key, value, rules)
+    tile = configuration("forward", family, query.element_size(), max(call.widths["BLOCK_D"], call.widths["BLOCK_DV"]))
+    programs = call.batch * call.heads * -(-call.queries // tile.queries)
+
+    def launch(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
+        output = empty_in_order(query, value.size(3))
+        logsumexp = torch.empty(query.shape[:3], dtype=torch.float64, device=query.device)
+        if programs:
+            strides = sum((t.stride()[:3] for t in (query, key, value, output)), ())
+            arguments = (
+                query, key, value, output, logsumexp, *call.tensors(query, rules), *call.numbers, *strides,
+                *call.dense_steps, *call.steps,
+            )  # fmt: skip
+            constants = call.constants(tile, query.dtype, family)
+            run(Launch("attention_forward_kernel", programs, arguments, constants, options(tile), ("output", "logsumexp")))
+        return output, logsumexp
+
+    return launch
+
+
+def limits(query: Tensor, key: Tensor, value: Tensor, rules: Sequence[Any]) -> str | None:
+    """Why the kernels cannot take tensors (B, H, S, D) of these shapes, wherever they are."""
+    width = max(query.shape[-1], value.shape[-1])
+    if width > _WIDEST:
+        return f"its kernels take heads of width 0 to {_WIDEST}, not {width}"
+    rows = max(query.shape[2], key.shape[2])
+    if rows > _MOST_ROWS:
+        return f"its kernels take up to 2^28 queries and keys, not {rows}"
+    if math.prod(query.shape[:2]) * -(-rows // 16) >= 2**31:
+        return f"its kernels take fewer than 2^31 tiles of 16 rows, not {tuple(query.shape[:3])}"
+    if rules[9] > 0.0 and rules[11]:
+        return "its kernels do not drop weights of rows that attend to all keys alike"
+    return None
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why no kernel of Triton's can work on x."""
+    if x.device.type != "cuda":
+        return f"the tensors are on {x.device}, not on a GPU"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"{x.device} has an older compute capability than 8.0"
+    return missing()
+
+
+TRITON_ATTENTION = Backend(
+    "triton",
+    lambda query, *args: forward(run, family_of(query.device), query, *args),
+    lambda query, key, value, *rules: unsupported(query) or limits(query, key, value, rules),
+)
