@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern.attention.compiled.dense import as_rows, empty_grad_scores, mask_grad_of, sink_grad
 from llmkern.attention.compiled.params import as_sink, plain, through_copies
 from llmkern.attention.layout import empty_in_order
 from llmkern.attention.mask import Mask
@@ -167,6 +168,77 @@ def forward(run: Run, family: str, query: Tensor, key: Tensor, value: Tensor, *r
     return launch
 
 
+def from_weights(query: Tensor, key: Tensor, sink: Tensor | None, mask_grad: bool) -> bool:
+    """Whether delta is summed over the weights themselves and not made of the rounded output: where the rounding of
+    the output would be seen in a sum of the scores' gradients, and where it costs next to nothing."""
+    return mask_grad or sink is not None or key.size(2) <= 128 or query.size(2) <= 24
+
+
+def backward(
+    run: Run, family: str, grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor,
+    value: Tensor, output: Tensor, logsumexp: Tensor, *rest: Any,
+) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
+    """As `forward`, for the gradients."""
+    if any(plain(t) is not t for t in (grad_output, query, key, value, output)):
+        return through_copies(lambda *args: backward(run, family, *args), 6)
+    *rules, mask_grad = rest
+    mask_grad = bool(mask_grad and rules[0] is not None)
+    call = Call(query, key, value, rules)
+    width = max(call.widths["BLOCK_D"], call.widths["BLOCK_DV"])
+    tiles = {k: configuration(k, family, query.element_size(), width) for k in ("statistics", "queries", "keys")}
+    rows, of_keys = call.batch * call.heads, call.batch * call.kv_heads
+    programs = {
+        "statistics": rows * -(-call.queries // tiles["statistics"].queries),
+        "queries": rows * -(-call.queries // tiles["queries"].queries),
+        "keys": of_keys * -(-call.keys // tiles["keys"].keys),
+    }
+    added = {"ADDED": grad_logsumexp is not None}
+    weighed = from_weights(query, key, rules[3], mask_grad)
+
+    def launch(
+        grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+        logsumexp: Tensor, *rest: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        dquery, dkey, dvalue = (empty_in_order(t, t.size(3)) for t in (query, key, value))
+        mask, sink = rest[0], rest[3]
+        grad_scores = empty_grad_scores(query, key, mask_grad)
+        statistics = torch.empty((4, *query.shape[:3]), dtype=torch.float32, device=query.device)
+        logsumexp, of_sums = logsumexp.contiguous(), as_rows(grad_logsumexp)
+        tensors = call.tensors(query, rest)
+        numbers = (statistics[0].numel(), *call.numbers)
+
+        def launch_one(
+            which: str, name: str, before: Sequence[Tensor], strides: Sequence[Tensor], written: tuple[str, ...],
+            **constants: bool,
+        ) -> None:  # fmt: skip
+            steps = sum((t.stride()[:3] for t in strides), ())
+            arguments = (*before, *tensors, *numbers, *steps, *call.dense_steps, *call.steps)
+            made = {**call.constants(tiles[which], query.dtype, family), **added, **constants}
+            run(Launch(name, programs[which], arguments, made, options(tiles[which]), written))
+
+        if programs["statistics"]:
+            launch_one(
+                "statistics", "attention_statistics_kernel",
+                (query, key, value, output, grad_output, logsumexp, logsumexp if of_sums is None else of_sums,
+                 statistics),
+                (query, key, value, output, grad_output), ("statistics",), FROM_WEIGHTS=weighed,
+            )  # fmt: skip
+            launch_one(
+                "queries", "attention_backward_query_kernel",
+                (query, key, value, grad_output, statistics, dquery, query if grad_scores is None else grad_scores),
+                (query, key, value, grad_output, dquery), ("grad_query",), MASK_GRAD=mask_grad,
+            )  # fmt: skip
+        if programs["keys"]:
+            launch_one(
+                "keys", "attention_backward_key_kernel", (query, key, value, grad_output, statistics, dkey, dvalue),
+                (query, key, value, grad_output, dkey, dvalue), ("grad_key", "grad_value"),
+            )  # fmt: skip
+        of_sink = sink_grad(sink, statistics[2], logsumexp, of_sums)
+        return dquery, dkey, dvalue, mask_grad_of(query, mask, grad_scores), of_sink
+
+    return launch
+
+
 def limits(query: Tensor, key: Tensor, value: Tensor, rules: Sequence[Any]) -> str | None:
     """Why the kernels cannot take tensors (B, H, S, D) of these shapes, wherever they are."""
     width = max(query.shape[-1], value.shape[-1])
@@ -197,4 +269,16 @@ TRITON_ATTENTION = Backend(
     "triton",
     lambda query, *args: forward(run, family_of(query.device), query, *args),
     lambda query, key, value, *rules: unsupported(query) or limits(query, key, value, rules),
+)
+
+
+def _backward_unsupported(
+    grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+    logsumexp: Tensor, *rest: Any,
+) -> str | None:  # fmt: skip
+    return unsupported(query) or limits(query, key, value, rest)
+
+
+TRITON_ATTENTION_BACKWARD = Backend(
+    "triton", lambda grad, *args: backward(run, family_of(grad.device), grad, *args), _backward_unsupported
 )
