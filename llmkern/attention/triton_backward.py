@@ -50,7 +50,7 @@ def _gradients(
     TRANSPOSED: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Of a tile (queries, keys), or TRANSPOSED: the weights as the values got them, the gradient of the scores as the
-    softmax took them, that of the scaled products, and which are seen."""
+    softmax took them, that of the scaled products, which are seen, and weight times (its gradient less delta)."""
     ROWS: tl.constexpr = q.shape[0]
     COLS: tl.constexpr = k.shape[0]
     precise: tl.constexpr = q.dtype == tl.float32
@@ -81,18 +81,19 @@ def _gradients(
             keep = tl.trans(keep)
         to_values = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
-    difference = dp - delta
-    if ADDED:
-        difference = difference + added  # last: it may be small beside two that cancel
-    ds = p * difference
     seen = s != float("-inf")
+    through = p * (dp - delta)
+    ds = through
+    if ADDED:
+        ds = p * (dp - delta + added)  # last: it may be small beside two that cancel
     if EDGE or MASK > 0:
         to_values = tl.where(seen, to_values, 0.0)
+        through = tl.where(seen, through, 0.0)
         ds = tl.where(seen, ds, 0.0)
     inner = ds
     if SOFTCAP:
         inner = ds * (1.0 - capped * capped)
-    return to_values, ds, inner, seen
+    return to_values, ds, inner, seen, through
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -157,7 +158,7 @@ def attention_statistics_kernel(  # type: ignore[no-untyped-def]
         for first in range(begin, end, BLOCK_N):
             k = load_rows(key + b * k_b + h // group * k_h, k_s, first, keys, D, BLOCK_D, BLOCK_N, True)
             v = load_rows(value + b * v_b + h // group * v_h, v_s, first, keys, DV, BLOCK_DV, BLOCK_N, True)
-            _, ds, _, _ = _gradients(
+            _, ds, _, _, _ = _gradients(
                 q, grad, k, v, (high, low, nothing, nothing), start, first, limits, numbers, dense,
                 (seed_value, bh, drop_below), keep_scale, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, False,
                 PRECISION, True, False,
@@ -171,20 +172,24 @@ def attention_statistics_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _query_step(
-    acc, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense, dropout,
+    state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense, dropout,
     keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr, MASK_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, EDGE: tl.constexpr, EXACT: tl.constexpr,
+    CENTRE: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr, EXACT: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Adds to a block of queries' gradient what the keys from `first` give, over the scale."""
+    """Adds to a block of queries' gradient what the keys from `first` give. state: (gradient over the scale, with
+    CENTRE the sum of the scores' gradients)."""
+    acc, rest = state
     k = load_rows(key[0], key[1], first, limits[1], D, BLOCK_D, BLOCK_N, EDGE)
     v = load_rows(value[0], value[1], first, limits[1], DV, BLOCK_DV, BLOCK_N, EDGE)
-    _, ds, inner, seen = _gradients(
+    _, ds, inner, seen, through = _gradients(
         q, grad, k, v, of_rows, start, first, limits, numbers, dense, dropout, keep_scale, LEFT, RIGHT, MASK, SOFTCAP,
         ALIBI, DROPOUT, BEND, ADDED, PRECISION, EDGE, False,
     )  # fmt: skip
+    if CENTRE:
+        rest = rest + tl.sum(through, 1)
     if MASK_GRAD:
         row = start + tl.arange(0, BLOCK_M)[:, None]
         col = first + tl.arange(0, BLOCK_N)[None, :]
@@ -194,7 +199,7 @@ def _query_step(
         acc = add_exactly(acc, inner, seen, key[0], key[1], first, limits[1], D, BLOCK_D, BLOCK_N)
     else:
         acc = tl.dot(inner.to(k.dtype), k, acc, input_precision=PRECISION)
-    return acc
+    return acc, rest
 
 
 @triton.jit
@@ -204,35 +209,43 @@ def _query_rows(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr, MASK_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    CENTRE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Computes and stores the gradient of the queries from `start`; whether all of it is finite."""
     queries = limits[0]
     q = load_rows(query[0], query[1], start, queries, D, BLOCK_D, BLOCK_M, True)
     grad = load_rows(grad_output[0], grad_output[1], start, queries, DV, BLOCK_DV, BLOCK_M, True)
     of_rows = _load_statistics(statistics[0], statistics[1], start, queries, ADDED, BLOCK_M)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    state = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M,), tl.float32))
     last = tl.minimum(start + BLOCK_M, queries) - 1
     begin, inner_begin, inner_end, end = key_tiles(start, last, limits, LEFT, RIGHT, BLOCK_N)
     if LEFT:
         for first in range(begin, inner_begin, BLOCK_N):
-            acc = _query_step(
-                acc, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense,
+            state = _query_step(
+                state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense,
                 dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI,
-                DROPOUT, BEND, ADDED, MASK_GRAD, PRECISION, True, EXACT,
+                DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, True, EXACT,
             )  # fmt: skip
     for first in range(inner_begin, inner_end, BLOCK_N):
-        acc = _query_step(
-            acc, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense, dropout,
+        state = _query_step(
+            state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense, dropout,
             keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND,
-            ADDED, MASK_GRAD, PRECISION, False, EXACT,
+            ADDED, MASK_GRAD, CENTRE, PRECISION, False, EXACT,
         )  # fmt: skip
     for first in range(inner_end, end, BLOCK_N):
-        acc = _query_step(
-            acc, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense, dropout,
+        state = _query_step(
+            state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense, dropout,
             keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND,
-            ADDED, MASK_GRAD, PRECISION, True, EXACT,
+            ADDED, MASK_GRAD, CENTRE, PRECISION, True, EXACT,
         )  # fmt: skip
+    acc, rest = state
+    if CENTRE:
+        # The gradients of a row's scores add up to 0 but for the rounding of the output that delta comes from. That
+        # rest, times an average key as large as trained models have it, would be the largest error.
+        k = load_rows(key[0], key[1], begin, limits[1], D, BLOCK_D, BLOCK_N, True).to(tl.float32)
+        centre = tl.sum(k, 0) / tl.maximum(tl.minimum(limits[1] - begin, BLOCK_N), 1).to(tl.float32)
+        centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
+        acc = acc - rest[:, None] * centre[None, :]
     acc = acc * numbers[0]
     store_rows(grad_query[0], grad_query[1], start, queries, acc, D, BLOCK_D, BLOCK_M)
     return all_finite(acc)
@@ -248,10 +261,11 @@ def attention_backward_query_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
     UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr, ADDED: tl.constexpr,
-    MASK_GRAD: tl.constexpr,
+    MASK_GRAD: tl.constexpr, CENTRE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of query (B, H, Sq, D) and, with MASK_GRAD, that of the scores, (B, H, Sq, Sk) float32, where a
-    query may see a key. Grid: (B * H * blocks of BLOCK_M queries,)."""
+    query may see a key. CENTRE: delta comes from the rounded output, without sinks and soft cap. Grid: (B * H * blocks
+    of BLOCK_M queries,)."""
     program = tl.program_id(0)
     blocks = tl.cdiv(queries, BLOCK_M)
     block, bh = program % blocks, program // blocks
@@ -284,7 +298,7 @@ def attention_backward_query_kernel(  # type: ignore[no-untyped-def]
     finite = _query_rows(
         start, q, g, dq, k, v, of_rows, of_head, keys_apart, limits, numbers, dense, dropout, keep_scale, D, DV,
         BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, MASK_GRAD,
-        PRECISION, False,
+        CENTRE, PRECISION, False,
     )  # fmt: skip
     if HIDES:
         if not finite:
@@ -293,7 +307,7 @@ def attention_backward_query_kernel(  # type: ignore[no-untyped-def]
                 _query_rows(
                     again, q, g, dq, k, v, of_rows, of_head, keys_apart, limits, numbers, dense, dropout, keep_scale,
                     D, DV, BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED,
-                    MASK_GRAD, PRECISION, True,
+                    MASK_GRAD, CENTRE, PRECISION, True,
                 )  # fmt: skip
 
 
@@ -312,7 +326,7 @@ def _key_step(
     q = load_rows(query[0], query[1], first, queries, D, BLOCK_D, BLOCK_M, True)
     grad = load_rows(grad_output[0], grad_output[1], first, queries, DV, BLOCK_DV, BLOCK_M, True)
     of_rows = _load_statistics(statistics[0], statistics[1], first, queries, ADDED, BLOCK_M)
-    p, _, inner, seen = _gradients(
+    p, _, inner, seen, _ = _gradients(
         q, grad, k, v, of_rows, first, start, limits, numbers, dense, dropout, keep_scale, LEFT, RIGHT, MASK, SOFTCAP,
         ALIBI, DROPOUT, BEND, ADDED, PRECISION, EDGE, True,
     )  # fmt: skip

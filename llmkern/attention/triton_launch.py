@@ -168,10 +168,11 @@ def forward(run: Run, family: str, query: Tensor, key: Tensor, value: Tensor, *r
     return launch
 
 
-def from_weights(query: Tensor, key: Tensor, sink: Tensor | None, mask_grad: bool) -> bool:
+def from_weights(query: Tensor, key: Tensor, call: Call, mask_grad: bool) -> bool:
     """Whether delta is summed over the weights themselves and not made of the rounded output: where the rounding of
     the output would be seen in a sum of the scores' gradients, and where it costs next to nothing."""
-    return mask_grad or sink is not None or key.size(2) <= 128 or query.size(2) <= 24
+    seen = mask_grad or call.rules["SINK"] or call.rules["SOFTCAP"]
+    return bool(seen or key.size(2) <= 128 or query.size(2) <= 24)
 
 
 def backward(
@@ -193,7 +194,7 @@ def backward(
         "keys": of_keys * -(-call.keys // tiles["keys"].keys),
     }
     added = {"ADDED": grad_logsumexp is not None}
-    weighed = from_weights(query, key, rules[3], mask_grad)
+    weighed = from_weights(query, key, call, mask_grad)
 
     def launch(
         grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
@@ -226,7 +227,7 @@ def backward(
             launch_one(
                 "queries", "attention_backward_query_kernel",
                 (query, key, value, grad_output, statistics, dquery, query if grad_scores is None else grad_scores),
-                (query, key, value, grad_output, dquery), ("grad_query",), MASK_GRAD=mask_grad,
+                (query, key, value, grad_output, dquery), ("grad_query",), MASK_GRAD=mask_grad, CENTRE=not weighed,
             )  # fmt: skip
         if programs["keys"]:
             launch_one(
