@@ -152,18 +152,18 @@ def attention_statistics_kernel(  # type: ignore[no-untyped-def]
         dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
         q = load_rows(query + b * q_b + h * q_h, q_s, start, queries, D, BLOCK_D, BLOCK_M, True)
         last = tl.minimum(start + BLOCK_M, queries) - 1
-        begin, _, _, end = key_tiles(start, last, limits, LEFT, RIGHT, BLOCK_N)
+        tiles = key_tiles(start, last, limits, LEFT, RIGHT, BLOCK_N)
         delta = tl.zeros((BLOCK_M,), tl.float32)
         nothing = tl.zeros((BLOCK_M,), tl.float32)
-        for first in range(begin, end, BLOCK_N):
+        for first in range(tiles[0], tiles[3], BLOCK_N):
             k = load_rows(key + b * k_b + h // group * k_h, k_s, first, keys, D, BLOCK_D, BLOCK_N, True)
             v = load_rows(value + b * v_b + h // group * v_h, v_s, first, keys, DV, BLOCK_DV, BLOCK_N, True)
-            _, ds, _, _, _ = _gradients(
+            found = _gradients(
                 q, grad, k, v, (high, low, nothing, nothing), start, first, limits, numbers, dense,
                 (seed_value, bh, drop_below), keep_scale, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, False,
                 PRECISION, True, False,
             )  # fmt: skip
-            delta += tl.sum(ds, 1)
+            delta += tl.sum(found[4], 1)
     else:
         out = load_rows(output + b * o_b + h * o_h, o_s, start, queries, DV, BLOCK_DV, BLOCK_M, True)
         delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)

@@ -184,7 +184,7 @@ def add_exactly(
     step = tl.cast(step, tl.int64)
     for j in range(COUNT):
         weight = tl.sum(tl.where(at == j, weights, 0.0), 1)
-        counts = tl.max(tl.where((at == j) & seen, 1, 0), 1)
+        counts = tl.max(tl.where((at == j) & (first + at < limit) & seen, 1, 0), 1)
         there = (c < WIDTH) & (c * 0 + first + j < limit)
         x = tl.load(base + tl.cast(first + j, tl.int64) * step + c, mask=there, other=0.0).to(tl.float32)
         acc = tl.where(counts[:, None] > 0, acc + weight[:, None] * x[None, :], acc)
