@@ -5,6 +5,7 @@ values, which goes through all heads of its group. The weights are made again fr
 latter, so that each sum is formed in one order by one program, and results are the same bits in every run.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton
@@ -28,7 +29,7 @@ _PLAIN = [
 
 
 @triton.jit
-def _load_statistics(statistics, rows, first, queries, ADDED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_statistics(statistics, rows, first, queries, ADDED: tl.constexpr, BLOCK: tl.constexpr):
     """Of the rows from `first`: the exponent of 2 to subtract, in two parts; delta; the log-sum-exp's gradient."""
     row = first + tl.arange(0, BLOCK)
     there = row < queries
@@ -48,7 +49,7 @@ def _gradients(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Of a tile (queries, keys), or TRANSPOSED: the weights as the values got them, the gradient of the scores as the
     softmax took them, that of the scaled products, which are seen, and weight times (its gradient less delta)."""
     ROWS: tl.constexpr = q.shape[0]
@@ -68,7 +69,8 @@ def _gradients(
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         high, low, delta, added = high[:, None], low[:, None], delta[:, None], added[:, None]
     s, capped = bend(
-        s, row, col, limits, numbers, dense, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, BEND, EDGE, precise
+        s, row, col, (first_row, first_col), limits, numbers, dense, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, BEND, EDGE,
+        precise,
     )  # fmt: skip
     exponent = s * numbers[1] - high
     if precise:
@@ -97,9 +99,9 @@ def _gradients(
 
 
 @triton.jit(do_not_specialize=_PLAIN)
-def attention_statistics_kernel(  # type: ignore[no-untyped-def]
-    query, key, value, output, grad_output, logsumexp, grad_logsumexp, statistics, mask, key_lengths, slopes, sink, seed,
-    rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
+def attention_statistics_kernel(
+    query, key, value, output, grad_output, logsumexp, grad_logsumexp, statistics, mask, key_lengths, slopes,
+    sink, seed, rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, g_b, g_h, g_s, m_b, m_h, m_q, m_k,
     lengths_b, slopes_b, slopes_h,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -125,7 +127,7 @@ def attention_statistics_kernel(  # type: ignore[no-untyped-def]
     exponent = sums * 1.4426950408889634
     high = exponent.to(tl.float32)
     low = (exponent - high.to(tl.float64)).to(tl.float32)
-    # A row that saw nothing has weights 0, whatever its scores; one whose scores are infinite has none that mean anything.
+    # A row that saw nothing has weights 0, whatever its scores; one whose scores are infinite has NaN.
     infinite = tl.abs(high) == float("inf")
     high = tl.where(infinite, tl.where(high < 0.0, float("inf"), float("nan")), high)
     low = tl.where(infinite, 0.0, low)
@@ -178,7 +180,7 @@ def _query_step(
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr, MASK_GRAD: tl.constexpr,
     CENTRE: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr, EXACT: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Adds to a block of queries' gradient what the keys from `first` give. state: (gradient over the scale, with
     CENTRE the sum of the scores' gradients)."""
     acc, rest = state
@@ -210,7 +212,7 @@ def _query_rows(
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr, MASK_GRAD: tl.constexpr,
     CENTRE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Computes and stores the gradient of the queries from `start`; whether all of it is finite."""
     queries = limits[0]
     q = load_rows(query[0], query[1], start, queries, D, BLOCK_D, BLOCK_M, True)
@@ -219,19 +221,22 @@ def _query_rows(
     state = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M,), tl.float32))
     last = tl.minimum(start + BLOCK_M, queries) - 1
     begin, inner_begin, inner_end, end = key_tiles(start, last, limits, LEFT, RIGHT, BLOCK_N)
-    if LEFT:
-        for first in range(begin, inner_begin, BLOCK_N):
+    if EXACT:
+        inner_begin, inner_end = begin, begin  # all at the edge: one loop is enough
+    else:
+        if LEFT:
+            for first in range(begin, inner_begin, BLOCK_N):
+                state = _query_step(
+                    state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense,
+                    dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI,
+                    DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, True, EXACT,
+                )  # fmt: skip
+        for first in range(inner_begin, inner_end, BLOCK_N):
             state = _query_step(
                 state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense,
                 dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI,
-                DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, True, EXACT,
+                DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, False, EXACT,
             )  # fmt: skip
-    for first in range(inner_begin, inner_end, BLOCK_N):
-        state = _query_step(
-            state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense, dropout,
-            keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND,
-            ADDED, MASK_GRAD, CENTRE, PRECISION, False, EXACT,
-        )  # fmt: skip
     for first in range(inner_end, end, BLOCK_N):
         state = _query_step(
             state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense, dropout,
@@ -252,7 +257,7 @@ def _query_rows(
 
 
 @triton.jit(do_not_specialize=_PLAIN)
-def attention_backward_query_kernel(  # type: ignore[no-untyped-def]
+def attention_backward_query_kernel(
     query, key, value, grad_output, statistics, grad_query, grad_scores, mask, key_lengths, slopes, sink, seed,
     rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dq_b, dq_h, dq_s, m_b, m_h, m_q, m_k,
@@ -300,7 +305,7 @@ def attention_backward_query_kernel(  # type: ignore[no-untyped-def]
         BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, MASK_GRAD,
         CENTRE, PRECISION, False,
     )  # fmt: skip
-    if HIDES:
+    if HIDES:  # noqa: SIM102 (known to the compiler)
         if not finite:
             tl.debug_barrier()  # the same elements are stored again
             for again in range(start, tl.minimum(start + BLOCK_M, queries), 16):
@@ -318,7 +323,7 @@ def _key_step(
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr, PRECISION: tl.constexpr,
     EDGE: tl.constexpr, EXACT: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Adds to the gradients of the keys from `start` what the queries from `first` of one head give. state: (gradient
     of the keys over the scale, gradient of the values)."""
     dk, dv = state
@@ -347,11 +352,11 @@ def _key_rows(
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr,
     ADDED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Computes and stores the gradients of the keys and values from `start`; whether all of them are finite. The tuples
     of the query, its gradient and what else differs by head are those of the group's first head, and their steps from
     head to head."""
-    queries, keys, diagonal, left, right = limits
+    queries, keys = limits[0], limits[1]
     scale, unit, softcap, _ = numbers
     seed, drop_below = dropout
     k = load_rows(key[0], key[1], start, keys, D, BLOCK_D, BLOCK_N, True)
@@ -363,6 +368,8 @@ def _key_rows(
     if LENGTHS:
         end = tl.where(start < keys, end, begin)
         inner_end = tl.where(start < keys, inner_end, inner_begin)
+    if EXACT:
+        inner_begin = end  # all at the edge: one loop is enough
     for member in range(group):
         q = (query[0] + member * query[2], query[1])
         g = (grad_output[0] + member * grad_output[2], grad_output[1])
@@ -374,26 +381,27 @@ def _key_rows(
             slope = tl.load(slopes[0] + member * slopes[1])
         of_head = (scale, unit, softcap, slope)
         state = (dk, dv)
-        if RIGHT:
+        if RIGHT or EXACT:
             for first in range(begin, inner_begin, BLOCK_M):
                 state = _key_step(
                     state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV, BLOCK_D,
                     BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, PRECISION,
                     True, EXACT,
                 )  # fmt: skip
-        for first in range(inner_begin, inner_end, BLOCK_M):
-            state = _key_step(
-                state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV, BLOCK_D,
-                BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, PRECISION, False,
-                EXACT,
-            )  # fmt: skip
-        if LEFT:
-            for first in range(inner_end, end, BLOCK_M):
+        if not EXACT:
+            for first in range(inner_begin, inner_end, BLOCK_M):
                 state = _key_step(
                     state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV, BLOCK_D,
                     BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, PRECISION,
-                    True, EXACT,
+                    False, EXACT,
                 )  # fmt: skip
+            if LEFT:
+                for first in range(inner_end, end, BLOCK_M):
+                    state = _key_step(
+                        state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV,
+                        BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED,
+                        PRECISION, True, EXACT,
+                    )  # fmt: skip
         dk, dv = state
     dk = dk * scale
     if LENGTHS:
@@ -420,7 +428,7 @@ def _key_rows(
 
 
 @triton.jit(do_not_specialize=_PLAIN)
-def attention_backward_key_kernel(  # type: ignore[no-untyped-def]
+def attention_backward_key_kernel(
     query, key, value, grad_output, statistics, grad_key, grad_value, mask, key_lengths, slopes, sink, seed,
     rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s, m_b, m_h, m_q, m_k,
@@ -464,7 +472,7 @@ def attention_backward_key_kernel(  # type: ignore[no-untyped-def]
         dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, LENGTHS, MASK, SOFTCAP, ALIBI,
         DROPOUT, UNIFORM, BEND, ADDED, PRECISION, False,
     )  # fmt: skip
-    if HIDES:
+    if HIDES:  # noqa: SIM102 (known to the compiler)
         if not finite:
             tl.debug_barrier()  # the same elements are stored again
             for again in range(start, tl.minimum(start + BLOCK_N, all_keys), 16):

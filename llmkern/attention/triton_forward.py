@@ -1,6 +1,7 @@
 """The attention forward in Triton: FlashAttention-2 (Dao 2023, section 3.1) with the online softmax of Milakov and
 Gimelshein 2018."""
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton
@@ -25,7 +26,7 @@ def _step(
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
     EXACT: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Takes the queries from `start` through the keys from `first`. state: (values summed, sum of the weights, largest
     exponent), (BLOCK_M, BLOCK_DV), (BLOCK_M,), (BLOCK_M,)."""
     acc, total, largest = state
@@ -35,8 +36,9 @@ def _step(
     k = load_rows(key[0], key[1], first, keys, D, BLOCK_D, BLOCK_N, EDGE)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     s, _ = bend(
-        s, row, col, limits, numbers, dense, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, BEND, EDGE, k.dtype == tl.float32
-    )
+        s, row, col, (start, first), limits, numbers, dense, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, BEND, EDGE,
+        k.dtype == tl.float32,
+    )  # fmt: skip
     now = tl.maximum(largest, tl.max(s, 1) * unit)
     shift = now
     if EDGE or MASK > 0:
@@ -62,7 +64,7 @@ def _rows(
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Computes and stores the queries from `start` to start + BLOCK_M; whether all results are finite."""
     queries = limits[0]
     q = load_rows(query[0], query[1], start, queries, D, BLOCK_D, BLOCK_M, True)
@@ -77,17 +79,20 @@ def _rows(
     state = (acc, total, largest)
     last = tl.minimum(start + BLOCK_M, queries) - 1
     begin, inner_begin, inner_end, end = key_tiles(start, last, limits, LEFT, RIGHT, BLOCK_N)
-    if LEFT:
-        for first in range(begin, inner_begin, BLOCK_N):
+    if EXACT:
+        inner_begin, inner_end = begin, begin  # all at the edge: one loop is enough
+    else:
+        if LEFT:
+            for first in range(begin, inner_begin, BLOCK_N):
+                state = _step(
+                    state, q, start, first, key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, True, EXACT,
+                )  # fmt: skip
+        for first in range(inner_begin, inner_end, BLOCK_N):
             state = _step(
                 state, q, start, first, key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
-                BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, True, EXACT,
+                BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, False, EXACT,
             )  # fmt: skip
-    for first in range(inner_begin, inner_end, BLOCK_N):
-        state = _step(
-            state, q, start, first, key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
-            BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, False, EXACT,
-        )  # fmt: skip
     for first in range(inner_end, end, BLOCK_N):
         state = _step(
             state, q, start, first, key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
@@ -104,7 +109,7 @@ def _rows(
     if DROPOUT:
         factor = factor * keep_scale
     acc = acc * factor[:, None]
-    if UNIFORM:
+    if UNIFORM:  # noqa: SIM102
         if tl.max(tl.where(empty, 1, 0), 0) > 0:
             mean = tl.zeros((BLOCK_DV,), tl.float32)
             for first in range(0, all_keys, BLOCK_N):
@@ -121,7 +126,7 @@ def _rows(
         "slopes_b", "slopes_h",
     ]
 )  # fmt: skip
-def attention_forward_kernel(  # type: ignore[no-untyped-def]
+def attention_forward_kernel(
     query, key, value, output, logsumexp, mask, key_lengths, slopes, sink, seed,
     heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, m_b, m_h, m_q, m_k, lengths_b, slopes_b, slopes_h,
@@ -168,7 +173,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         start, q, k, v, o, lse, sink + h, all_keys, limits, numbers, dense, dropout, keep_scale, D, DV, BLOCK_D,
         BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, SINK, DROPOUT, UNIFORM, BEND, PRECISION, False,
     )  # fmt: skip
-    if HIDES:
+    if HIDES:  # noqa: SIM102 (known to the compiler)
         if not finite:
             tl.debug_barrier()  # the same elements are stored again
             for again in range(start, tl.minimum(start + BLOCK_M, queries), 16):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,15 @@ from llmkern.attention.triton_configurations import Configuration, configuration
 from llmkern.backend import Backend
 from llmkern.random import drop_below
 
+if TYPE_CHECKING:
+    from llmkern.inspect.triton_source import Compilation
+
 _WIDEST = 256
 #: Queries and keys are numbered in 32 bits, with room for the sum of a place and a window.
 _MOST_ROWS = 2**28
 _MOST_WINDOW = 2**29
+#: Offsets within a tile, of at most 256 rows or columns, have 32 bits.
+_MOST_APART = 2**23
 _LOG2E = 1.4426950408889634
 
 
@@ -63,6 +69,31 @@ def kernel(name: str) -> Any:
     """The @triton.jit function of this name."""
     module = "triton_forward" if name == "attention_forward_kernel" else "triton_backward"
     return getattr(importlib.import_module(f"llmkern.attention.{module}"), name)
+
+
+_POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
+    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+def signature(launch: Launch) -> tuple[dict[str, str], list[str]]:
+    """The types of a launch's arguments, and those known to divide by 16, as Triton finds them at a call, to compile
+    ahead of time. (An integer that is 1 is no constant here, which it is there.)"""
+    jit = kernel(launch.kernel)
+    names = [n for n in jit.arg_names if n not in launch.constants]
+    plain = {p.name for p in jit.params if p.do_not_specialize}
+    types, divisible = {}, []
+    for name, x in zip(names, launch.arguments, strict=True):
+        if isinstance(x, Tensor):
+            types[name], divides = _POINTERS[x.dtype], x.data_ptr() % 16 == 0
+        elif isinstance(x, float):
+            types[name], divides = "fp32", False
+        else:
+            types[name] = "i32" if -(2**31) <= x < 2**31 else "i64"
+            divides = x % 16 == 0 and name not in plain
+        divisible += [name] if divides else []
+    return types, divisible
 
 
 def run(launch: Launch) -> None:
@@ -162,7 +193,11 @@ def forward(run: Run, family: str, query: Tensor, key: Tensor, value: Tensor, *r
                 *call.dense_steps, *call.steps,
             )  # fmt: skip
             constants = call.constants(tile, query.dtype, family)
-            run(Launch("attention_forward_kernel", programs, arguments, constants, options(tile), ("output", "logsumexp")))
+            run(
+                Launch(
+                    "attention_forward_kernel", programs, arguments, constants, options(tile), ("output", "logsumexp")
+                )
+            )
         return output, logsumexp
 
     return launch
@@ -250,6 +285,11 @@ def limits(query: Tensor, key: Tensor, value: Tensor, rules: Sequence[Any]) -> s
         return f"its kernels take up to 2^28 queries and keys, not {rows}"
     if math.prod(query.shape[:2]) * -(-rows // 16) >= 2**31:
         return f"its kernels take fewer than 2^31 tiles of 16 rows, not {tuple(query.shape[:3])}"
+    apart = max(t.stride(2) if t.stride(-1) == 1 else t.shape[-1] for t in (query, key, value))
+    if rules[0] is not None:
+        apart = max(apart, *rules[0].stride()[2:])
+    if apart >= _MOST_APART:
+        return f"its kernels take rows fewer than 2^23 elements apart, not {apart}"
     if rules[9] > 0.0 and rules[11]:
         return "its kernels do not drop weights of rows that attend to all keys alike"
     return None
@@ -283,3 +323,37 @@ def _backward_unsupported(
 TRITON_ATTENTION_BACKWARD = Backend(
     "triton", lambda grad, *args: backward(run, family_of(grad.device), grad, *args), _backward_unsupported
 )
+
+
+#: What a configuration of each family is compiled for by the inspector.
+_TARGETS = {
+    "sm_80": ("sm_80",), "sm_86": ("sm_86", "sm_89", "sm_120"), "sm_90": ("sm_90",), "sm_100": ("sm_100",),
+}  # fmt: skip
+
+
+def examples(family: str, dtype: torch.dtype, width: int, mask: Mask | None = None) -> Iterator[Launch]:
+    """The launches of a causal call, forward and backward, or of one with the rules of `mask`, without memory."""
+    made: list[Launch] = []
+    x = torch.empty(1, 8, 256, width, dtype=dtype, device="meta")
+    sums = torch.empty(1, 8, 256, dtype=torch.float64, device="meta")
+    rules = (*(mask or Mask(window_right=0)).arguments(), 0.125, False)
+    forward(made.append, family, x, x, x, *rules)(x, x, x, *rules)
+    args = (x, None, x, x, x, x, sums, *rules, False)
+    backward(made.append, family, *args)(*args)
+    yield from made
+
+
+def compilations() -> Iterator[Compilation]:
+    """What `python -m llmkern inspect` compiles: each line of the table, causal."""
+    from llmkern.inspect.triton_source import Compilation
+
+    for (name, targets), dtype, width in itertools.product(
+        _TARGETS.items(), (torch.bfloat16, torch.float32), (64, 128, 256)
+    ):
+        for launch in examples(name, dtype, width):
+            types, divisible = signature(launch)
+            tile = f"{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_N']}"
+            config = f"{str(dtype).removeprefix('torch.')}, D={width}, {tile}, {launch.options['num_warps']} warps"
+            yield Compilation(
+                kernel(launch.kernel), config, types, launch.constants, divisible, launch.options, targets
+            )  # fmt: skip

@@ -1,15 +1,19 @@
 """What Triton's attention kernels share: the rules between scores and softmax, tiles of rows, products that skip.
 
+Offsets inside a tile have 32 bits, those of tiles 64: the launcher refuses rows too far apart for that.
+
 Everything here is called by kernels. `row` and `col` number the queries and keys of a tile of scores and broadcast
 against it, so that the same rules serve scores (queries, keys) and their transpose. Some arguments are tuples:
 
 limits: (queries, keys, diagonal, left, right): query i stands at the place of key i + diagonal and sees the keys from
     i + diagonal - left to i + diagonal + right, below `keys` (csrc/attention/key_limits.h has the same for C++).
 numbers: (scale, unit, softcap, slope): a score as `bend` gives it, times `unit`, is an exponent of 2.
+corner: the first query and key of the tile.
 dense: (address for this batch and head, step of a query, step of a key).
 dropout: (seed, head counted through the batches, drop_below).
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton
@@ -17,7 +21,7 @@ import triton.language as tl
 
 
 @triton.jit
-def key_limit(row, limits, RIGHT: tl.constexpr):  # type: ignore[no-untyped-def]
+def key_limit(row, limits, RIGHT: tl.constexpr):
     """No query up to `row` sees a key at or past this one."""
     _, keys, diagonal, _, right = limits
     end = keys
@@ -27,7 +31,7 @@ def key_limit(row, limits, RIGHT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def key_start(row, limits, LEFT: tl.constexpr):  # type: ignore[no-untyped-def]
+def key_start(row, limits, LEFT: tl.constexpr):
     """No query from `row` on sees a key before this one."""
     _, keys, diagonal, left, _ = limits
     start = keys * 0
@@ -37,7 +41,7 @@ def key_start(row, limits, LEFT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def key_tiles(first, last, limits, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def key_tiles(first, last, limits, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):
     """(begin, inner begin, inner end, end): the queries from `first` to `last` see keys of the tiles from begin to end
     alone, and all keys of those from inner begin to inner end. Tiles begin at multiples of BLOCK."""
     end = key_limit(last, limits, RIGHT)
@@ -49,7 +53,7 @@ def key_tiles(first, last, limits, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOC
 
 
 @triton.jit
-def query_tiles(first, last, limits, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def query_tiles(first, last, limits, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):
     """(begin, inner begin, inner end, end): the queries that see some, and all, of the keys from `first` to `last`."""
     queries, _, diagonal, left, right = limits
     begin, inner_begin = queries * 0, queries * 0
@@ -69,12 +73,11 @@ def query_tiles(first, last, limits, LEFT: tl.constexpr, RIGHT: tl.constexpr, BL
 @triton.jit
 def load_rows(
     base, step, first, limit, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """(BLOCK, BLOCK_WIDTH) of the rows from `first`; zeros behind the width and, with CHECK, from the row `limit` on."""
+):  # fmt: skip
+    """(BLOCK, BLOCK_WIDTH) of the rows from `first`: zeros behind the width and, with CHECK, from row `limit` on."""
     r = tl.arange(0, BLOCK)[:, None]
     c = tl.arange(0, BLOCK_WIDTH)[None, :]
-    step = tl.cast(step, tl.int64)
-    where = base + tl.cast(first, tl.int64) * step + (r.to(tl.int64) * step + c)
+    where = base + tl.cast(first, tl.int64) * step + (r * tl.cast(step, tl.int32) + c)
     if CHECK:
         if WIDTH < BLOCK_WIDTH:
             tile = tl.load(where, mask=(first + r < limit) & (c < WIDTH), other=0.0)
@@ -90,17 +93,16 @@ def load_rows(
 @triton.jit
 def store_rows(
     base, step, first, limit, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Stores a (BLOCK, BLOCK_WIDTH) tile to the rows from `first` that lie below `limit`."""
     r = tl.arange(0, BLOCK)[:, None]
     c = tl.arange(0, BLOCK_WIDTH)[None, :]
-    step = tl.cast(step, tl.int64)
-    where = base + tl.cast(first, tl.int64) * step + (r.to(tl.int64) * step + c)
+    where = base + tl.cast(first, tl.int64) * step + (r * tl.cast(step, tl.int32) + c)
     tl.store(where, tile.to(base.dtype.element_ty), mask=(first + r < limit) & (c < WIDTH))
 
 
 @triton.jit
-def tanh(x, PRECISE: tl.constexpr):  # type: ignore[no-untyped-def]
+def tanh(x, PRECISE: tl.constexpr):
     """By the exponential, with an absolute error near 2^-23; PRECISE: near 0 by the series, with a relative one."""
     t = 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * x) + 1.0)
     if PRECISE:
@@ -117,9 +119,9 @@ def tanh(x, PRECISE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def bend(
-    s, row, col, limits, numbers, dense, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr,
+    s, row, col, corner, limits, numbers, dense, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BEND: tl.constexpr, EDGE: tl.constexpr, PRECISE: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """The scores by all rules before the softmax, from the products of queries and keys; and the soft cap's tanh.
 
     MASK: 0 none, 1 boolean (bytes), 2 added. BEND: the scale is applied here, since a rule changes scaled scores.
@@ -143,7 +145,9 @@ def bend(
             seen = seen & (col >= row + diagonal - left)
     if MASK > 0:
         base, step_row, step_col = dense
-        where = base + (row.to(tl.int64) * step_row + col.to(tl.int64) * step_col)
+        first_row, first_col = corner
+        where = base + (tl.cast(first_row, tl.int64) * step_row + tl.cast(first_col, tl.int64) * step_col)
+        where = where + ((row - first_row) * step_row.to(tl.int32) + (col - first_col) * step_col.to(tl.int32))
         there = (row < queries) & (col < keys)
         if MASK == 1:
             allowed = tl.load(where, mask=there, other=1) != 0
@@ -158,7 +162,7 @@ def bend(
 
 
 @triton.jit
-def kept(first_row, first_col, dropout, ROWS: tl.constexpr, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
+def kept(first_row, first_col, dropout, ROWS: tl.constexpr, COLS: tl.constexpr):
     """(ROWS, COLS): which weights stay. Weight (i, j) is word j % 4 of Philox4x32-10 at (j // 4, i, head, 0); first_col
     is a multiple of 4 (Salmon et al. 2011; llmkern/random.py)."""
     seed, head, drop_below = dropout
@@ -173,7 +177,7 @@ def kept(first_row, first_col, dropout, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def add_exactly(
     acc, weights, seen, base, step, first, limit, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, COUNT: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """acc + weights @ rows, where what is not seen has no part: in a product by tl.dot, 0 times infinity is NaN.
 
     weights, seen: (R, COUNT); the rows `first` to first + COUNT of `base`, one at a time. For the rare tiles that hold
@@ -192,13 +196,13 @@ def add_exactly(
 
 
 @triton.jit
-def all_finite(tile):  # type: ignore[no-untyped-def]
+def all_finite(tile):
     """Whether a tile of two dimensions holds neither infinities nor NaN."""
     return tl.min(tl.min(tl.where(tl.abs(tile) < float("inf"), 1, 0), 1), 0) > 0
 
 
 @triton.jit
-def log2_in_parts(x):  # type: ignore[no-untyped-def]
+def log2_in_parts(x):
     """log2 of positive finite float32 numbers in float64, to about 2^-31 absolutely.
 
     x = 2^e f with f near 1; ln f = 2 artanh z, z = (f - 1) / (f + 1), by its series, z in two parts of float32, since

@@ -34,6 +34,7 @@ class Compilation:
     constants: dict[str, Any]
     divisible: Sequence[str] = ()  # arguments that are multiples of 16
     options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, ...
+    targets: Sequence[str] = ()  # that have this configuration; none listed: all
 
     @property
     def name(self) -> str:
@@ -71,7 +72,12 @@ def jobs(targets: list[str]) -> list[Job]:
         listed = getattr(module, "compilations", None)
         if listed is None:
             raise InspectError(f"{module.__name__} has no compilations(), which lists its kernels for the inspector")
-        made += [Job(compilation, target) for compilation in listed() for target in targets]
+        made += [
+            Job(compilation, target)
+            for compilation in listed()
+            for target in targets
+            if target in compilation.targets or not compilation.targets
+        ]
     return made
 
 

@@ -86,7 +86,9 @@ def test_both_ways_to_delta(dtype, weighed, monkeypatch):
     monkeypatch.setattr(triton_launch, "from_weights", lambda *args: weighed)
     q, k, v = tensors((1, 2, 1, 40, 150, 32, 16), dtype)
     for keys, values in ((k, v), (k + 3, v + 10)):
-        verify(attend(), attend(plain=True), (q, keys, values), {"causal": True, "bottom_right": True}).raise_if_failed()
+        verify(
+            attend(), attend(plain=True), (q, keys, values), {"causal": True, "bottom_right": True}
+        ).raise_if_failed()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 33), (2, 1, 20, 1), (2, 2, 1, 33)])

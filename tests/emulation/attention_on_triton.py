@@ -13,37 +13,6 @@ from tests.emulation import compilers
 from tests.emulation.attention_forward import place
 from tests.emulation.ptx.launch import Launch, Report, empty, run
 
-_POINTERS = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
-    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
-
-
-def kernel_of(name: str) -> Any:
-    return triton_launch.kernel(name)
-
-
-def described(launch: triton_launch.Launch) -> tuple[dict[str, str], list[str]]:
-    """The types of a launch's arguments, and those that are known to divide by 16, as Triton's own launcher finds them.
-
-    An integer that is 1 is no constant here, which it would be there.
-    """
-    kernel = kernel_of(launch.kernel)
-    names = [n for n in kernel.arg_names if n not in launch.constants]
-    fixed = {p.name for p in kernel.params if p.do_not_specialize}
-    types, divisible = {}, []
-    for name, x in zip(names, launch.arguments, strict=True):
-        if isinstance(x, torch.Tensor):
-            types[name] = _POINTERS[x.dtype]
-            divides = x.data_ptr() % 16 == 0
-        elif isinstance(x, float):
-            types[name], divides = "fp32", False
-        else:
-            types[name] = "i32" if -(2**31) <= x < 2**31 else "i64"
-            divides = x % 16 == 0 and name not in fixed
-        divisible += [name] if divides else []
-    return types, divisible
-
 
 @lru_cache(maxsize=64)
 def _compiled(
@@ -52,13 +21,13 @@ def _compiled(
 ) -> compilers.TritonKernel:  # fmt: skip
     left = dict(options)
     return compilers.triton(
-        kernel_of(name), dict(types), dict(constants), capability, left.pop("num_warps"), left.pop("num_stages"),
-        divisible, **left,
+        triton_launch.kernel(name), dict(types), dict(constants), capability, left.pop("num_warps"),
+        left.pop("num_stages"), divisible, **left,
     )  # fmt: skip
 
 
 def compiled(launch: triton_launch.Launch, capability: int) -> compilers.TritonKernel:
-    types, divisible = described(launch)
+    types, divisible = triton_launch.signature(launch)
     return _compiled(
         launch.kernel, tuple(types.items()), tuple(launch.constants.items()), tuple(divisible),
         tuple(launch.options.items()), capability,
@@ -72,20 +41,23 @@ class Emulated:
         self.capability, self.schedule, self.counts = capability, schedule, counts
         self.reports: list[Report] = []
         self.ptx: list[str] = []
+        self.launched: list[tuple[int, str]] = []
         self.changed: dict[str, Any] = {}  # constants instead of the launcher's
+        self.more: dict[str, int] = {}  # what is added to arguments
 
     def __call__(self, launch: triton_launch.Launch) -> None:
         launch = dataclasses.replace(launch, constants={**launch.constants, **self.changed})
         kernel, memory, arguments = compiled(launch, self.capability), Launch(), []
-        given = zip([n for n in kernel_of(launch.kernel).arg_names], launch.arguments, strict=False)
+        given = zip(triton_launch.kernel(launch.kernel).arg_names, launch.arguments, strict=False)
         for name, x in given:
             if isinstance(x, torch.Tensor):
                 x = place(memory, x, name, name not in launch.written)[0] if x.numel() else 0
-            arguments.append(x)
+            arguments.append(x + self.more[name] if name in self.more else x)
         scratch = empty((max(kernel.scratch * launch.programs, 1),), "uint8", "scratch")
         report = run(
             kernel.ptx, None, (launch.programs,), kernel.threads, [*arguments, scratch, 0], shared_bytes=kernel.shared,
             launch=memory, schedule=self.schedule, counts=self.counts,
         )  # fmt: skip
+        self.launched.append((launch.programs, launch.kernel))
         self.reports.append(report.raise_if_faulty())
         self.ptx.append(kernel.ptx)

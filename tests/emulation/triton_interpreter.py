@@ -2,8 +2,8 @@
 
 Triton chooses between compiler and interpreter for a whole process, by TRITON_INTERPRET=1 before its import:
 `run_tests` runs a file of tests in such a process. The interpreter cuts fp32 off when it makes bf16 of it, where
-hardware rounds to nearest, and multiplies matrices of bf16 as if their bits were integers: `round_as_hardware` puts both
-right. (Other arithmetic on bf16 is wrong in it: kernels widen first, as they do for its precision anyway.)
+hardware rounds to nearest, and multiplies matrices of bf16 as if their bits were integers: `round_as_hardware` puts
+both right. (Other arithmetic on bf16 is wrong in it: kernels widen first, as they do for its precision anyway.)
 """
 
 from __future__ import annotations
