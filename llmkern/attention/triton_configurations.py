@@ -19,47 +19,30 @@ class Configuration:
     stages: int
 
 
-#: Columns of a line below: the widest padded head, then the configuration.
+#: The widest padded head, then the configuration.
 _Lines = tuple[tuple[int, Configuration], ...]
 _C = Configuration
 
-#: Multiprocessors alike in what decides here: sm_80 has 163 KB of shared memory for a block; sm_86, 89 and 120 have 99;
-#: sm_90 has wgmma and 227, sm_100 tcgen05 and 227; gfx942 has 64 and waves of 64.
-FAMILIES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+#: Multiprocessors alike in what decides here: sm_80, 86, 89 and 120 have mma.sync and at least 99 KB of shared memory
+#: for a block; sm_90 wgmma and 227; sm_100 tcgen05 and 227; gfx942 64 KB and waves of 64.
+FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-#: (kernel, bytes of an element): for each family, by width.
-TABLE: dict[tuple[str, int], dict[str, _Lines]] = {
-    ("forward", 2): {
-        "sm_80": ((64, _C(128, 64, 4, 3)), (128, _C(128, 64, 8, 3)), (256, _C(64, 32, 4, 2))),
-        "sm_86": ((64, _C(128, 64, 4, 3)), (128, _C(128, 32, 8, 2)), (256, _C(64, 32, 4, 2))),
-        "sm_90": ((64, _C(128, 128, 8, 3)), (128, _C(128, 128, 8, 2)), (256, _C(128, 64, 8, 2))),
-        "sm_100": ((64, _C(128, 128, 8, 3)), (128, _C(128, 128, 8, 2)), (256, _C(128, 64, 8, 2))),
-        "gfx942": ((64, _C(128, 64, 4, 1)), (128, _C(128, 64, 4, 1)), (256, _C(64, 32, 4, 1))),
-    },
-    ("queries", 2): {
-        "sm_80": ((64, _C(64, 64, 4, 2)), (128, _C(64, 64, 4, 2)), (256, _C(32, 32, 4, 1))),
-        "sm_86": ((64, _C(64, 64, 4, 2)), (128, _C(64, 32, 4, 2)), (256, _C(32, 32, 4, 1))),
-        "sm_90": ((64, _C(128, 64, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(64, 32, 4, 1))),
-        "sm_100": ((64, _C(128, 64, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(64, 32, 4, 1))),
-        "gfx942": ((64, _C(64, 64, 4, 1)), (128, _C(64, 64, 4, 1)), (256, _C(32, 32, 4, 1))),
-    },
-    ("keys", 2): {
-        "sm_80": ((64, _C(64, 64, 4, 2)), (128, _C(32, 64, 4, 2)), (256, _C(32, 32, 4, 1))),
-        "sm_86": ((64, _C(64, 64, 4, 2)), (128, _C(32, 64, 4, 1)), (256, _C(16, 32, 4, 1))),
-        "sm_90": ((64, _C(64, 128, 8, 2)), (128, _C(64, 128, 8, 2)), (256, _C(32, 64, 8, 1))),
-        "sm_100": ((64, _C(64, 128, 8, 2)), (128, _C(64, 128, 8, 2)), (256, _C(32, 64, 8, 1))),
-        "gfx942": ((64, _C(64, 64, 4, 1)), (128, _C(32, 64, 4, 1)), (256, _C(32, 32, 4, 1))),
-    },
-    ("queries", 4): dict.fromkeys(FAMILIES, ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 4, 1)), (256, _C(16, 16, 4, 1)))),
-    ("keys", 4): dict.fromkeys(FAMILIES, ((64, _C(32, 32, 4, 1)), (128, _C(16, 32, 4, 1)), (256, _C(16, 16, 4, 1)))),
-    ("forward", 4): {
-        "sm_80": ((64, _C(64, 32, 4, 2)), (128, _C(64, 32, 4, 2)), (256, _C(32, 32, 4, 1))),
-        "sm_86": ((64, _C(64, 32, 4, 2)), (128, _C(64, 32, 4, 1)), (256, _C(32, 16, 4, 1))),
-        "sm_90": ((64, _C(64, 32, 4, 2)), (128, _C(64, 32, 4, 2)), (256, _C(32, 32, 4, 1))),
-        "sm_100": ((64, _C(64, 32, 4, 2)), (128, _C(64, 32, 4, 2)), (256, _C(32, 32, 4, 1))),
-        "gfx942": ((64, _C(64, 32, 4, 1)), (128, _C(64, 32, 4, 1)), (256, _C(32, 16, 4, 1))),
-    },
+_FORWARD_80 = ((64, _C(128, 64, 8, 3)), (128, _C(128, 32, 8, 3)), (256, _C(64, 32, 8, 2)))
+_QUERIES_80 = ((64, _C(64, 32, 4, 2)), (128, _C(64, 64, 8, 2)), (256, _C(32, 16, 8, 1)))
+_KEYS_80 = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 8, 1)), (256, _C(16, 16, 8, 1)))
+_FORWARD_90 = ((64, _C(128, 128, 8, 3)), (128, _C(128, 64, 8, 3)), (256, _C(64, 32, 8, 2)))
+_QUERIES_90 = ((64, _C(128, 64, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(32, 16, 8, 1)))
+_KEYS_90 = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 4, 1)), (256, _C(16, 16, 8, 1)))
+_FLOAT32 = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
+
+#: By kernel ("queries" and "keys" are those of the gradients), family and width, for elements of 2 bytes.
+TABLE: dict[str, dict[str, _Lines]] = {
+    "forward": {"sm_80": _FORWARD_80, "sm_90": _FORWARD_90, "sm_100": _FORWARD_90, "gfx942": _FORWARD_80},
+    "queries": {"sm_80": _QUERIES_80, "sm_90": _QUERIES_90, "sm_100": _QUERIES_90, "gfx942": _QUERIES_80},
+    "keys": {"sm_80": _KEYS_80, "sm_90": _KEYS_90, "sm_100": _KEYS_90, "gfx942": _KEYS_80},
 }
+#: With rules that need registers of their own (soft cap, slopes, dense masks, dropout), everywhere.
+RULES = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
 
 
 def family(capability: tuple[int, int] | None) -> str:
@@ -68,12 +51,12 @@ def family(capability: tuple[int, int] | None) -> str:
         return "gfx942"
     if capability[0] == 9:
         return "sm_90"
-    if capability[0] in (10, 11):
-        return "sm_100"
-    return "sm_80" if capability == (8, 0) else "sm_86"
+    return "sm_100" if capability[0] in (10, 11) else "sm_80"
 
 
-def configuration(kernel: str, family: str, itemsize: int, width: int) -> Configuration:
-    """Of heads padded to `width`, a power of two up to 256."""
-    lines = TABLE["queries" if kernel == "statistics" else kernel, itemsize][family]
+def configuration(kernel: str, family: str, itemsize: int, width: int, rules: bool) -> Configuration:
+    """Of heads padded to `width`, a power of two up to 256. rules: some need registers of their own."""
+    lines = TABLE["queries" if kernel == "statistics" else kernel][family]
+    if itemsize == 4 or rules:
+        lines = _FLOAT32 if itemsize == 4 else RULES
     return next(found for widest, found in lines if width <= widest)

@@ -46,8 +46,9 @@ class Launch:
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
-    #: The arguments that it writes and does not read before.
+    #: The arguments that it writes in full, and those of which it writes some.
     written: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 Run = Callable[[Launch], None]
@@ -139,6 +140,8 @@ class Call:
         }  # fmt: skip
         self.widths = {"D": width, "DV": value.size(3)}
         self.widths |= {"BLOCK_D": power_of_two(width), "BLOCK_DV": power_of_two(value.size(3))}
+        #: What decides about the tiles: the padded width, and whether rules need registers.
+        self.shape = max(self.widths["BLOCK_D"], self.widths["BLOCK_DV"]), bends or kind > 0 or dropout
         below = drop_below(mask.dropout_p)
         keep = 0.0 if mask.dropout_p >= 1.0 else 1.0 / (1.0 - mask.dropout_p)
         sizes = (self.heads, self.group, self.queries, self.keys)
@@ -180,7 +183,7 @@ def forward(run: Run, family: str, query: Tensor, key: Tensor, value: Tensor, *r
     if any(plain(t) is not t for t in (query, key, value)):
         return through_copies(lambda *args: forward(run, family, *args), 3)
     call = Call(query, key, value, rules)
-    tile = configuration("forward", family, query.element_size(), max(call.widths["BLOCK_D"], call.widths["BLOCK_DV"]))
+    tile = configuration("forward", family, query.element_size(), *call.shape)
     programs = call.batch * call.heads * -(-call.queries // tile.queries)
 
     def launch(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
@@ -220,8 +223,7 @@ def backward(
     *rules, mask_grad = rest
     mask_grad = bool(mask_grad and rules[0] is not None)
     call = Call(query, key, value, rules)
-    width = max(call.widths["BLOCK_D"], call.widths["BLOCK_DV"])
-    tiles = {k: configuration(k, family, query.element_size(), width) for k in ("statistics", "queries", "keys")}
+    tiles = {k: configuration(k, family, query.element_size(), *call.shape) for k in ("statistics", "queries", "keys")}
     rows, of_keys = call.batch * call.heads, call.batch * call.kv_heads
     programs = {
         "statistics": rows * -(-call.queries // tiles["statistics"].queries),
@@ -250,7 +252,8 @@ def backward(
             steps = sum((t.stride()[:3] for t in strides), ())
             arguments = (*before, *tensors, *numbers, *steps, *call.dense_steps, *call.steps)
             made = {**call.constants(tiles[which], query.dtype, family), **added, **constants}
-            run(Launch(name, programs[which], arguments, made, options(tiles[which]), written))
+            changed = ("grad_scores",) if constants.get("MASK_GRAD") else ()
+            run(Launch(name, programs[which], arguments, made, options(tiles[which]), written, changed))
 
         if programs["statistics"]:
             launch_one(
@@ -326,9 +329,7 @@ TRITON_ATTENTION_BACKWARD = Backend(
 
 
 #: What a configuration of each family is compiled for by the inspector.
-_TARGETS = {
-    "sm_80": ("sm_80",), "sm_86": ("sm_86", "sm_89", "sm_120"), "sm_90": ("sm_90",), "sm_100": ("sm_100",),
-}  # fmt: skip
+_TARGETS = {"sm_80": ("sm_80", "sm_86", "sm_89", "sm_120"), "sm_90": ("sm_90",), "sm_100": ("sm_100",)}
 
 
 def examples(family: str, dtype: torch.dtype, width: int, mask: Mask | None = None) -> Iterator[Launch]:
@@ -344,16 +345,16 @@ def examples(family: str, dtype: torch.dtype, width: int, mask: Mask | None = No
 
 
 def compilations() -> Iterator[Compilation]:
-    """What `python -m llmkern inspect` compiles: each line of the table, causal."""
+    """What `python -m llmkern inspect` compiles: causal calls in bfloat16 of heads of 64 and 128."""
     from llmkern.inspect.triton_source import Compilation
 
-    for (name, targets), dtype, width in itertools.product(
-        _TARGETS.items(), (torch.bfloat16, torch.float32), (64, 128, 256)
-    ):
-        for launch in examples(name, dtype, width):
+    for (name, targets), width in itertools.product(_TARGETS.items(), (64, 128)):
+        for launch in examples(name, torch.bfloat16, width):
             types, divisible = signature(launch)
             tile = f"{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_N']}"
-            config = f"{str(dtype).removeprefix('torch.')}, D={width}, {tile}, {launch.options['num_warps']} warps"
+            config = (
+                f"bf16, D={width}, {tile}, {launch.options['num_warps']} warps, {launch.options['num_stages']} stages"
+            )
             yield Compilation(
                 kernel(launch.kernel), config, types, launch.constants, divisible, launch.options, targets
             )  # fmt: skip

@@ -10,8 +10,7 @@ import torch
 
 from llmkern.attention import triton_launch
 from tests.emulation import compilers
-from tests.emulation.attention_forward import place
-from tests.emulation.ptx.launch import Launch, Report, empty, run
+from tests.emulation.ptx.launch import Buffer, Launch, Report, empty, run
 
 
 @lru_cache(maxsize=64)
@@ -51,7 +50,7 @@ class Emulated:
         given = zip(triton_launch.kernel(launch.kernel).arg_names, launch.arguments, strict=False)
         for name, x in given:
             if isinstance(x, torch.Tensor):
-                x = place(memory, x, name, name not in launch.written)[0] if x.numel() else 0
+                x = self._place(memory, launch, name, x)
             arguments.append(x + self.more[name] if name in self.more else x)
         scratch = empty((max(kernel.scratch * launch.programs, 1),), "uint8", "scratch")
         report = run(
@@ -61,3 +60,13 @@ class Emulated:
         self.launched.append((launch.programs, launch.kernel))
         self.reports.append(report.raise_if_faulty())
         self.ptx.append(kernel.ptx)
+
+    def _place(self, memory: Launch, launch: triton_launch.Launch, name: str, x: torch.Tensor) -> int:
+        """The address of a tensor, whose storage is in the emulator's memory as it lies."""
+        if not x.numel():
+            return 0
+        storage, fresh = x.untyped_storage(), name in launch.written
+        data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        fixed = not fresh and name not in launch.changed
+        buffer = Buffer(data, name, written=not fresh, read_only=fixed, offset=storage.data_ptr() % 16)
+        return memory.address(buffer) + x.storage_offset() * x.element_size()
