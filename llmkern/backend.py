@@ -80,6 +80,15 @@ PREFERENCES: list[Preference] = [
         "its machine code is in the library for every head size, where Triton compiles at the first call with each; "
         "both move 16 bytes at a time, and the rest is little",
     ),
+    Preference(
+        "attention", (8, 0), NEWEST, "any", _any_shape, "cuda",
+        "its machine code is in the library for all rules, where Triton compiles at the first call with "
+        "each; Triton has float32, heads up to 256 wide, and GPUs of AMD besides",
+    ),
+    Preference(
+        "attention_backward", (8, 0), NEWEST, "any", _any_shape, "triton",
+        "there is no CUDA kernel of the gradients yet",
+    ),
 ]  # fmt: skip
 
 

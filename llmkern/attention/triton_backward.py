@@ -220,24 +220,10 @@ def _query_rows(
     of_rows = _load_statistics(statistics[0], statistics[1], start, queries, ADDED, BLOCK_M)
     state = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M,), tl.float32))
     last = tl.minimum(start + BLOCK_M, queries) - 1
-    begin, inner_begin, inner_end, end = key_tiles(start, last, limits, LEFT, RIGHT, BLOCK_N)
-    if EXACT:
-        inner_begin, inner_end = begin, begin  # all at the edge: one loop is enough
-    else:
-        if LEFT:
-            for first in range(begin, inner_begin, BLOCK_N):
-                state = _query_step(
-                    state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense,
-                    dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI,
-                    DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, True, EXACT,
-                )  # fmt: skip
-        for first in range(inner_begin, inner_end, BLOCK_N):
-            state = _query_step(
-                state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense,
-                dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI,
-                DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, False, EXACT,
-            )  # fmt: skip
-    for first in range(inner_end, end, BLOCK_N):
+    tiles = key_tiles(start, last, limits, LEFT, RIGHT, BLOCK_N)
+    begin = tiles[0]
+    # One loop for tiles at the edge and within: with two, registers spill.
+    for first in range(begin, tiles[3], BLOCK_N):
         state = _query_step(
             state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense, dropout,
             keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND,
@@ -364,12 +350,9 @@ def _key_rows(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     last = tl.minimum(start + BLOCK_N, all_keys) - 1
-    begin, inner_begin, inner_end, end = query_tiles(start, last, limits, LEFT, RIGHT, BLOCK_M)
+    begin, end = query_tiles(start, last, limits, LEFT, RIGHT, BLOCK_M)
     if LENGTHS:
         end = tl.where(start < keys, end, begin)
-        inner_end = tl.where(start < keys, inner_end, inner_begin)
-    if EXACT:
-        inner_begin = end  # all at the edge: one loop is enough
     for member in range(group):
         q = (query[0] + member * query[2], query[1])
         g = (grad_output[0] + member * grad_output[2], grad_output[1])
@@ -381,27 +364,12 @@ def _key_rows(
             slope = tl.load(slopes[0] + member * slopes[1])
         of_head = (scale, unit, softcap, slope)
         state = (dk, dv)
-        if RIGHT or EXACT:
-            for first in range(begin, inner_begin, BLOCK_M):
-                state = _key_step(
-                    state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV, BLOCK_D,
-                    BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, PRECISION,
-                    True, EXACT,
-                )  # fmt: skip
-        if not EXACT:
-            for first in range(inner_begin, inner_end, BLOCK_M):
-                state = _key_step(
-                    state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV, BLOCK_D,
-                    BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, PRECISION,
-                    False, EXACT,
-                )  # fmt: skip
-            if LEFT:
-                for first in range(inner_end, end, BLOCK_M):
-                    state = _key_step(
-                        state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV,
-                        BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED,
-                        PRECISION, True, EXACT,
-                    )  # fmt: skip
+        for first in range(begin, end, BLOCK_M):
+            state = _key_step(
+                state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV, BLOCK_D,
+                BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, PRECISION,
+                LEFT or RIGHT or EXACT, EXACT,
+            )  # fmt: skip
         dk, dv = state
     dk = dk * scale
     if LENGTHS:

@@ -54,20 +54,14 @@ def key_tiles(first, last, limits, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOC
 
 @triton.jit
 def query_tiles(first, last, limits, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):
-    """(begin, inner begin, inner end, end): the queries that see some, and all, of the keys from `first` to `last`."""
+    """(begin, end): no other queries see a key from `first` to `last`. Tiles begin at multiples of BLOCK."""
     queries, _, diagonal, left, right = limits
-    begin, inner_begin = queries * 0, queries * 0
-    end, inner_end = queries, queries
+    begin, end = queries * 0, queries
     if RIGHT:
         begin = tl.minimum(tl.maximum(first - diagonal - right, 0), queries) // BLOCK * BLOCK
-        inner_begin = tl.minimum(tl.maximum(last - diagonal - right, 0), queries)
     if LEFT:
         end = tl.minimum(tl.maximum(last - diagonal + left + 1, 0), queries)
-        inner_end = tl.minimum(tl.maximum(first - diagonal + left + 1, 0), queries)
-        inner_end = inner_end // BLOCK * BLOCK
-    inner_begin = tl.maximum(tl.minimum(tl.cdiv(inner_begin, BLOCK), tl.cdiv(end, BLOCK)) * BLOCK, begin)
-    inner_end = tl.maximum(inner_end, inner_begin)
-    return begin, inner_begin, inner_end, end
+    return begin, end
 
 
 @triton.jit
