@@ -28,18 +28,20 @@ _C = Configuration
 FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 _FORWARD_80 = ((64, _C(128, 64, 8, 3)), (128, _C(128, 32, 8, 3)), (256, _C(64, 32, 8, 2)))
-_QUERIES_80 = ((64, _C(64, 32, 4, 2)), (128, _C(64, 64, 8, 2)), (256, _C(32, 16, 8, 1)))
+_QUERIES_80 = ((64, _C(64, 32, 4, 1)), (128, _C(64, 64, 8, 2)), (256, _C(32, 16, 8, 1)))
 _KEYS_80 = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 8, 1)), (256, _C(16, 16, 8, 1)))
 _FORWARD_90 = ((64, _C(128, 128, 8, 3)), (128, _C(128, 64, 8, 3)), (256, _C(64, 32, 8, 2)))
 _QUERIES_90 = ((64, _C(128, 64, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(32, 16, 8, 1)))
-_KEYS_90 = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 4, 1)), (256, _C(16, 16, 8, 1)))
+_KEYS_90 = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 8, 1)), (256, _C(16, 16, 8, 1)))
+_QUERIES_AMD = ((64, _C(64, 32, 4, 1)), (128, _C(32, 32, 4, 1)), (256, _C(32, 16, 8, 1)))
+_KEYS_AMD = ((64, _C(32, 64, 4, 1)), (128, _C(32, 32, 4, 1)), (256, _C(16, 16, 8, 1)))
 _FLOAT32 = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
 
 #: By kernel ("queries" and "keys" are those of the gradients), family and width, for elements of 2 bytes.
 TABLE: dict[str, dict[str, _Lines]] = {
     "forward": {"sm_80": _FORWARD_80, "sm_90": _FORWARD_90, "sm_100": _FORWARD_90, "gfx942": _FORWARD_80},
-    "queries": {"sm_80": _QUERIES_80, "sm_90": _QUERIES_90, "sm_100": _QUERIES_90, "gfx942": _QUERIES_80},
-    "keys": {"sm_80": _KEYS_80, "sm_90": _KEYS_90, "sm_100": _KEYS_90, "gfx942": _KEYS_80},
+    "queries": {"sm_80": _QUERIES_80, "sm_90": _QUERIES_90, "sm_100": _QUERIES_90, "gfx942": _QUERIES_AMD},
+    "keys": {"sm_80": _KEYS_80, "sm_90": _KEYS_90, "sm_100": _KEYS_90, "gfx942": _KEYS_AMD},
 }
 #: With rules that need registers of their own (soft cap, slopes, dense masks, dropout), everywhere.
 RULES = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
