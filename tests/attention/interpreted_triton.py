@@ -60,9 +60,9 @@ def test_shapes(shape):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", [*RULES, *FEATURES])
 def test_rules(name, dtype):
-    """Outputs, log-sum-exps and gradients; each rule in one of the dtypes, and with all of them once in each."""
+    """Outputs, log-sum-exps and gradients; each rule in one of the dtypes, and all together in each."""
     at = [*RULES, *FEATURES].index(name)
-    if FLOATS[at % 3] != dtype and not name.startswith("everything"):
+    if FLOATS[at % 3] != dtype and name != "everything, additive":
         pytest.skip("in another dtype")
     shape = (2, 2, 1, 37, 50, 24, 12) if at % 2 else (2, 2, 2, 41, 19, 12, 24)  # and rows that stay empty
     rules = rule(name, shape, dtype)
@@ -84,7 +84,7 @@ def test_empty_rows_are_zeros_or_averages(name):
 def test_both_ways_to_delta(dtype, weighed, monkeypatch):
     """And keys and values whose average is not zero, where sums of gradients cancel up to a small rest."""
     monkeypatch.setattr(triton_launch, "from_weights", lambda *args: weighed)
-    q, k, v = tensors((1, 2, 1, 40, 150, 32, 16), dtype)
+    q, k, v = tensors((1, 1, 1, 33, 140, 32, 16), dtype)
     for keys, values in ((k, v), (k + 3, v + 10)):
         verify(
             attend(), attend(plain=True), (q, keys, values), {"causal": True, "bottom_right": True}
