@@ -138,7 +138,8 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
     A kernel without such a loop counts as a whole, up to its last EXIT.
     """
     bodies = loops(code)
-    found = _innermost(bodies, lambda x: multiply_adds(x) or 1 if x.pipe == "tensor" else 0)
+    # tcgen05 does not say how many: more than any other.
+    found = _innermost(bodies, lambda x: (multiply_adds(x) or 2**20) if x.pipe == "tensor" else 0)
     if not found and not any(x.pipe == "tensor" for x in code):
         found = _innermost(bodies, lambda x: x.memory)
     if found:
