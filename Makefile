@@ -8,6 +8,9 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints
 # Nor those of what Python does around the int8 kernels.
 LIBRARY_TESTS := tests/attention tests/int8 tests/positional --ignore-glob='*test_triton.py' --ignore-glob='*test_cuda*.py' \
 	$(foreach name,lora packing packing_threads out portability,--ignore=tests/int8/test_$(name).py)
+# Test files run in two processes: most of them keep one core busy. Threads that wait leave the cores to others.
+WORKERS ?= -n 2 --dist loadfile
+TWO_AT_ONCE := OMP_WAIT_POLICY=passive
 .PHONY: help demo test lint emulate sanitize neon
 .DEFAULT_GOAL := help
 
@@ -29,7 +32,7 @@ demo: $(BIN)/python  ## a real trained model, as published and with llmkern: one
 	$(BIN)/python -m benchmarks.end_to_end --output output
 
 test: install-demo,test  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(TWO_AT_ONCE) $(BIN)/python -m pytest $(WORKERS)
 
 lint: install-lint,test  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -39,10 +42,10 @@ lint: install-lint,test  ## format, lint and types
 
 emulate: install-demo,test  ## the kernels' tests with the AVX-512 code emulated, on a processor that lacks it
 	LLMKERN_EMULATE_AVX512=1 LLMKERN_CUDA=0 $(BIN)/python setup.py -q build_ext
-	LLMKERN_LIBRARY=$$(ls $(CURDIR)/build/*-emulated/_C*.so) LLMKERN_TEST_ISAS="avx512 amx" $(BIN)/python -m pytest $(LIBRARY_TESTS)
+	LLMKERN_LIBRARY=$$(ls $(CURDIR)/build/*-emulated/_C*.so) LLMKERN_TEST_ISAS="avx512 amx" $(TWO_AT_ONCE) $(BIN)/python -m pytest $(WORKERS) $(LIBRARY_TESTS)
 
 sanitize: install-demo,test  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/python tests/sanitize.py
+	$(TWO_AT_ONCE) $(BIN)/python tests/sanitize.py $(WORKERS)
 
 # AArch64's portable code is that of other processors but for the products of int8.
 neon: install-demo,test  ## the kernels' tests with the NEON code under QEMU (g++-aarch64-linux-gnu, qemu-user-static)

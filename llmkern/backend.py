@@ -93,6 +93,15 @@ PREFERENCES: list[Preference] = [
         "weights of few rows are read once, without filling up tiles of 16 rows, pairs read their inputs once, and the "
         "machine code is in the library; rotation is in neither, groups with zero points in Triton alone",
     ),
+    Preference(
+        "attention", (8, 0), NEWEST, "any", _any_shape, "cuda",
+        "its machine code is in the library for all rules, where Triton compiles at the first call with "
+        "each; Triton has float32, heads up to 256 wide, and GPUs of AMD besides",
+    ),
+    Preference(
+        "attention_backward", (8, 0), NEWEST, "any", _any_shape, "triton",
+        "there is no CUDA kernel of the gradients yet",
+    ),
 ]  # fmt: skip
 
 

@@ -31,7 +31,22 @@ def unsupported(x: Tensor) -> str | None:
     capability = torch.cuda.get_device_capability(x.device)
     if capability < OLDEST:
         return f"{x.device} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
+    if not runs_on(extension._C.cuda_architectures, capability):
+        number = f"{capability[0]}{capability[1]}"
+        return (
+            f"{x.device} is an sm_{number} and the compiled library holds {extension._C.cuda_architectures}: build it "
+            f'again with LLMKERN_CUDA_ARCHS="{number}" pip install -e .'
+        )
     return None
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for these, "sm_80 sm_90 + PTX 90", runs on a device: machine code on its own generation from its
+    minor number on, PTX on that and whatever is newer."""
+    code, _, ptx = architectures.partition(" + PTX ")
+    made = [divmod(int(name.removeprefix("sm_").rstrip("af")), 10) for name in code.split()]
+    newer = bool(ptx) and divmod(int(ptx.rstrip("af")), 10) <= capability
+    return newer or any(major == capability[0] and minor <= capability[1] for major, minor in made)
 
 
 def kernel(name: str) -> Callable[..., None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmkern import extension
+from llmkern import cuda, extension
 from tests.emulation import cuda_on_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,10 +169,23 @@ def waiting(source: str) -> list[str]:
 
 
 def test_pythons_side_of_the_launchers_does_not_wait():
-    files = [*ROOT.glob("llmkern/*/cuda*.py"), ROOT / "llmkern/cuda.py"]
+    files = [*ROOT.glob("llmkern/*/cuda*.py"), *ROOT.glob("llmkern/*/triton_*.py"), ROOT / "llmkern/int8/packing.py"]
+    files += [ROOT / "llmkern/cuda.py", ROOT / "llmkern/triton.py"]
     assert len(files) > 1
     for path in files:
         assert waiting(path.read_text()) == [], path
     assert waiting("def f(x):\n    torch.cuda.synchronize()\n    return x.max().item()\n") == [
         "line 2: synchronize", "line 3: item",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("sm_80 sm_90 + PTX 90", (8, 0), True), ("sm_80 sm_90 + PTX 90", (8, 9), True),
+        ("sm_80 sm_90 + PTX 90", (9, 0), True), ("sm_80 sm_90 + PTX 90", (12, 0), True),
+        ("sm_90", (8, 0), False), ("sm_90", (10, 0), False), ("sm_86", (8, 0), False), ("sm_90a", (9, 0), True),
+    ],
+)  # fmt: skip
+def test_code_for_another_device_leaves_the_call_to_the_next_backend(architectures, capability, runs):
+    assert cuda.runs_on(architectures, capability) == runs

@@ -242,6 +242,7 @@ def test_errors_are_one_sentence(monkeypatch, capsys, tmp_path):
     assert fails("--target", "sm_91") == (
         "llmkern inspect: target: expected some of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_91'\n"
     )
+    assert "--json /nowhere/rows: No such file" in fails("--json", "/nowhere/rows")
     if compilers.NVCC:
         assert "rotary_kernel, sinusoidal_add_kernel" in (said := fails("--source", "cuda", "--kernel", "nothing"))
         assert "got 'nothing'" in said

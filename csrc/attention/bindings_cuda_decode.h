@@ -24,7 +24,14 @@ PyObject* cuda_kernel(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!call::address(args[3 + kNumbers + i], addresses + i)) return nullptr;
   try {
     Params params = pybind11::handle(args[0]).cast<const Params&>();
-    kCall(params, numbers + 2, addresses, static_cast<int>(numbers[0]), reinterpret_cast<void*>(numbers[1]));
+    PyThreadState* state = PyEval_SaveThread();  // a full queue of launches must not stop other threads
+    try {
+      kCall(params, numbers + 2, addresses, static_cast<int>(numbers[0]), reinterpret_cast<void*>(numbers[1]));
+    } catch (...) {
+      PyEval_RestoreThread(state);
+      throw;
+    }
+    PyEval_RestoreThread(state);
   } catch (...) {
     return call::raise();
   }

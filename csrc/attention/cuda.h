@@ -1,6 +1,6 @@
 // The CUDA launchers of the attention kernels. Each returns when the kernel is queued on `stream` (a cudaStream_t) of
 // `device`, and throws std::runtime_error where the launch fails. Nothing is allocated, and nobody waits. The fields of
-// the arguments that are pointers point to memory of the device.
+// the arguments that are pointers point to memory of the device, but for `seed`, which is read here.
 #pragma once
 #include "params.h"
 
@@ -18,6 +18,7 @@ struct AttentionLaunch {
 struct AttentionForwardWork {
   uint32_t row_blocks;  // of each head
   float factor;         // e^(scale * score - m) is 2^(factor * score - ...)
+  uint64_t seed;        // of the dropout, by value: a copy to the device could not be part of a CUDA graph
   // Whether pieces of 8 elements lie at multiples of 16 bytes.
   bool query_aligned, key_aligned, value_aligned, output_aligned;
 };

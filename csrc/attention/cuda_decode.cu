@@ -419,7 +419,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     float output[kMost] = {};
 #pragma unroll 2
     for (int s = warp; s < splits; s += kWarps) {
-      if (statistics[2 * s + 1] == 0) continue;  // it saw no key, and wrote no output
+      if (statistics[2 * s + 1] == 0) continue;  // it saw no key: its output is 0 by a weight that may be NaN
       float weight = exp2f(statistics[2 * s] - safe);
       const float* piece = workspace + (row * splits + s) * width;
 #pragma unroll

@@ -59,7 +59,7 @@ struct Forward {
     first_row = static_cast<int>(w.row_blocks - 1 - (blockIdx.x - head * w.row_blocks)) * kRows;
     b = static_cast<int>(head / heads), h = static_cast<int>(head - static_cast<uint32_t>(b) * heads);
     row = first_row + warp * 16 * kTiles + lane / 4;
-    rules = head_rules(p, b, h);
+    rules = head_rules(p, w.seed, b, h);
     queries = shared_address(shared), keys = queries + kQueryBytes, values = keys + kTileBytes;
     uint32_t kv_head = static_cast<uint32_t>(h) / (heads / static_cast<uint32_t>(p.kv_heads));
     key_data = start(p.key, kv_head), value_data = start(p.value, kv_head);
@@ -268,7 +268,8 @@ struct Forward {
             output[t][d][2 * half + e] = x;
             finite = fmaf(x, 0.0f, finite);
           }
-        if (finite != 0) broken |= 1u << (2 * t + half);
+        // An average is what it should be, also where it is not finite.
+        if (finite != 0 && !(average && empty)) broken |= 1u << (2 * t + half);
       }
     return broken;
   }
@@ -439,6 +440,7 @@ AttentionForwardWork attention_forward_work(const AttentionParams& p, const Atte
   int64_t rows = rows_of_block(l.row_tiles);
   return {static_cast<uint32_t>((p.queries + rows - 1) / rows),
           l.features ? kLog2e : kLog2e * p.scale,
+          p.drop_below ? static_cast<uint64_t>(*p.seed) : 0,
           aligned(p.query, p.width),
           aligned(p.key, p.width),
           aligned(p.value, p.value_width),

@@ -27,11 +27,12 @@ struct HeadRules {
   KeyLimits<int> limits;
   int queries;
   uint32_t head;  // for dropout
+  uint64_t seed;
 };
 
-LLMKERN_DEVICE HeadRules head_rules(const AttentionParams& p, int b, int h) {
+LLMKERN_DEVICE HeadRules head_rules(const AttentionParams& p, uint64_t seed, int b, int h) {
   return {narrow_limits(key_limits(p.mask, b, p.queries, p.keys)), static_cast<int>(p.queries),
-          static_cast<uint32_t>(b * p.heads + h)};
+          static_cast<uint32_t>(b * p.heads + h), seed};
 }
 
 // One score by the rules before the limits, but for the dense mask.
@@ -95,8 +96,7 @@ LLMKERN_DEVICE void limit_scores(const KeyLimits<int>& limits, float (*s)[4], in
 // Which of the weights of a query and the keys from `key` on, a multiple of 4, are kept: the bits 0 to 3.
 LLMKERN_DEVICE uint32_t kept_weights(const AttentionParams& p, const HeadRules& rules, int row, int key) {
   uint32_t words[4], kept = 0;
-  philox(static_cast<uint64_t>(*p.seed), static_cast<uint32_t>(key / 4), static_cast<uint32_t>(row), rules.head, 0,
-         words);
+  philox(rules.seed, static_cast<uint32_t>(key / 4), static_cast<uint32_t>(row), rules.head, 0, words);
 #pragma unroll
   for (int j = 0; j < 4; j++) kept |= (words[j] >= p.drop_below ? 1u : 0u) << j;
   return kept;

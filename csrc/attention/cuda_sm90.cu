@@ -259,7 +259,7 @@ struct Consumer {
     wgmma_wait<0>(output);
   }
 
-  // Through the place of the queries, which this warp alone has read.
+  // Through the place of the queries, once no warp of this warpgroup reads them any more.
   LLMKERN_DEVICE void finish(const CUtensorMap& map) {
     int first = block.row + which * kRows;
 #pragma unroll
@@ -272,6 +272,7 @@ struct Consumer {
             empty ? -static_cast<double>(kInfinity) : static_cast<double>(largest[r]) * w.scale + log_fast(total);
       shrink[r] = total == 0 && empty ? 0.0f : 1.0f / total;
     }
+    named_sync(kOwn + which, kWarpgroup);
     int lane = thread % 32, to = thread / 32 * 16 + lane % 16;
 #pragma unroll
     for (int i = 0; i < kWidth / 8; i += 2) {
@@ -355,7 +356,7 @@ void forward(const AttentionParams& p, int device, void* stream) {
     key = map_of<kWidth>(p.key, p.batch, p.kv_heads, p.keys, kKeys);
     value = map_of<kWidth>(p.value, p.batch, p.kv_heads, p.keys, kKeys);
   }
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), kName, device);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), kName, device);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(row_blocks(p) * p.heads * p.batch));
   config.blockDim = dim3(kBlockThreads);

@@ -78,10 +78,14 @@ inline uintptr_t lowest_address() {
 }
 
 // Whether it has elements, but its memory was given back (a storage resized to nothing, as sharding does): its address
-// is then the offset into the storage alone.
+// is then the offset into the storage alone. Memory of a GPU may lie below that of this process; only an offset of up
+// to a megabyte is told from it.
 inline bool released(const Description& d) {
   static const uintptr_t lowest = lowest_address();
-  if (reinterpret_cast<uintptr_t>(d.data) + d.byte_offset >= lowest) return false;
+  constexpr int kCpu = 1;  // DLPack's DLDeviceType
+  constexpr uintptr_t kLowestElsewhere = 1 << 20;
+  if (reinterpret_cast<uintptr_t>(d.data) + d.byte_offset >= (d.device_type == kCpu ? lowest : kLowestElsewhere))
+    return false;
   for (int i = 0; i < d.dimensions; i++)
     if (d.shape[i] == 0) return false;
   return true;

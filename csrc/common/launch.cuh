@@ -3,7 +3,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <stdexcept>
+#include <utility>
 
 #include "launch_error.h"
 
@@ -37,6 +40,26 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Lets a kernel have all the dynamic shared memory that a block of the device may have beside its static one: for every
+// call the same, so that threads with calls of different sizes do not change it under each other's launches.
+inline void allow_shared_memory(const void* kernel, const char* name, int device) {
+  static std::mutex change;
+  static std::set<std::pair<const void*, int>> allowed;
+  std::lock_guard<std::mutex> lock(change);
+  if (allowed.count({kernel, device})) return;
+  cudaFuncAttributes own = {};
+  int most = 0;
+  check(cudaFuncGetAttributes(&own, kernel), name, device);
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name, device);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             most - static_cast<int>(own.sharedSizeBytes)),
+        name, device);
+  allowed.insert({kernel, device});
+}
+
+// Unasked a block has 48 KB, static and dynamic together. No kernel has as much as this leaves of static memory.
+constexpr int kSharedUnasked = 32 * 1024;
+
 // Launches a kernel of `blocks` blocks with dynamic shared memory, also with more than kernels may have unasked.
 template <class... Params, class... Args>
 void launch_blocks(const char* name, int device, void* stream, int64_t blocks, int threads, int shared_bytes,
@@ -44,8 +67,7 @@ void launch_blocks(const char* name, int device, void* stream, int64_t blocks, i
   if (blocks <= 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": a grid has at most 2^31 - 1 blocks");
   DeviceGuard guard(device, name);
-  if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name, device);
+  if (shared_bytes > kSharedUnasked) allow_shared_memory(reinterpret_cast<const void*>(kernel), name, device);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -7,13 +7,11 @@
 
 #include <type_traits>
 
-#include "device.cuh"
+#include "mma.cuh"
 
 namespace llmkern::device {
 
 constexpr int kWarpgroup = 128;  // threads that issue a wgmma together
-
-LLMKERN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // ---- barriers
 

@@ -21,12 +21,13 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const char* kernel) 
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encoder);
 }
 
-// A tensor of 16-bit elements and four dimensions, the innermost one first and contiguous; steps count elements, as
-// does the box that a copy moves. Rows of the box are 128 bytes, swizzled as csrc/common/sm90.cuh has it.
+// A tensor of four dimensions, the innermost one first and contiguous, of elements of 2 bytes, or 1; steps count
+// elements, as does the box that a copy moves. Rows of the box are 128 bytes, swizzled as csrc/common/sm90.cuh has it.
 struct TensorShape {
   const void* data;
   int64_t sizes[4], steps[4];
   int box[4];
+  int element_bytes = 2;
 };
 inline CUtensorMap tensor_map(const TensorShape& shape, const char* kernel) {
   cuuint64_t sizes[4], strides[3];
@@ -36,13 +37,14 @@ inline CUtensorMap tensor_map(const TensorShape& shape, const char* kernel) {
     sizes[i] = static_cast<cuuint64_t>(shape.sizes[i]);
     box[i] = static_cast<cuuint32_t>(shape.box[i]);
     // The step of a dimension of one element means nothing, and may be one that the encoder refuses.
-    if (i > 0) strides[i - 1] = shape.sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(shape.steps[i]) * 2;
+    if (i > 0)
+      strides[i - 1] = shape.sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(shape.steps[i] * shape.element_bytes);
   }
+  const auto type = shape.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
   CUtensorMap map;
-  CUresult result =
-      tensor_map_encoder(kernel)(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(shape.data), sizes, strides,
-                                 box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult result = tensor_map_encoder(kernel)(&map, type, 4, const_cast<void*>(shape.data), sizes, strides, box, ones,
+                                               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error(std::string(kernel) + ": cuTensorMapEncodeTiled refused a tensor with error " +
                              std::to_string(static_cast<int>(result)));

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstddef>
 
+#include "cuda_sm90.h"
 #include "params.h"
 
 namespace llmkern {
@@ -21,6 +22,7 @@ inline Digits digits_of(const QuantizeParams& q) {
 
 constexpr int kDigitPiece = 16;  // values of k that a bit of `bits` is about, and that a thread reads at once
 constexpr int kDigitsOfWord = 32 * kDigitPiece;
+constexpr int kMostWords = 160;  // of `bits`, for 2^16 and more values of k: MOST_DEPTH in llmkern/int8/compiled.py
 
 // The rows of activations as integers: what the first kernel writes and the second reads. Pieces of kDigitPiece digits
 // are aligned to 16 bytes; in the last piece of a row, those behind k = depth stand for x = 0.
@@ -44,8 +46,10 @@ struct Int8CudaParams {
   const int32_t* weight_sums;
   int64_t weight_scale_stride[2];
   Int8Digits digits;
-  bool pairs;     // takes_pairs(linear.activation)
-  int tile_rows;  // of int8_tiles_cuda: 64, 128 (not with groups), or 0 for a choice
+  bool pairs;        // takes_pairs(linear.activation)
+  bool sm90;         // by int8_tiles_sm90, where there are tiles
+  int tile_rows;     // of int8_tiles_cuda: 64, 128 (not with groups), or 0 for a choice
+  int tile_columns;  // of int8_tiles_sm90: 128, 192 (two digits), 256 (one), or 0 for a choice
 };
 
 // Places the digits of a call in `workspace`, which is aligned to 16 bytes; returns how much of it they take.
@@ -84,7 +88,8 @@ void int8_tiles_cuda(const Int8CudaParams& p, int device, void* stream);
 inline void int8_linear_cuda(const Int8CudaParams& p, int device, void* stream) {
   if (p.linear.rows == 0 || p.linear.outputs == 0) return;
   int8_quantize_cuda(p, device, stream);
-  (p.linear.rows <= kFewRows ? int8_few_rows_cuda : int8_tiles_cuda)(p, device, stream);
+  const auto products = p.linear.rows <= kFewRows ? int8_few_rows_cuda : p.sm90 ? int8_tiles_sm90 : int8_tiles_cuda;
+  products(p, device, stream);
 }
 
 }  // namespace llmkern

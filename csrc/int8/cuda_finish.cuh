@@ -55,10 +55,14 @@ LLMKERN_DEVICE float activate(Activation activation, float x) {
   }
 }
 
-// Result n of row m from its linear part, and of a pair from `second` too.
-LLMKERN_DEVICE float finish(const Int8LinearParams& l, bool pairs, int64_t m, int64_t n, float y, float second) {
+// A result before its residual, from its linear part, and of a pair from `second` too.
+LLMKERN_DEVICE float activate_pair(const Int8LinearParams& l, bool pairs, float y, float second) {
   y = activate(l.activation, y);
-  if (pairs) y = __fmul_rn(y, second);
+  return pairs ? __fmul_rn(y, second) : y;
+}
+// Result n of row m.
+LLMKERN_DEVICE float finish(const Int8LinearParams& l, bool pairs, int64_t m, int64_t n, float y, float second) {
+  y = activate_pair(l, pairs, y, second);
   if (l.residual) y = __fadd_rn(y, load_as_float(l.residual, l.dtype, m * l.residual_stride + n));
   return y;
 }
@@ -89,6 +93,45 @@ LLMKERN_DEVICE void put_two(const Int8LinearParams& l, int64_t m, int64_t n, flo
       break;
     default:
       *reinterpret_cast<float2*>(static_cast<float*>(l.out) + i) = make_float2(y0, y1);
+  }
+}
+
+// Whether four neighbouring elements of a matrix in the inputs' dtype, from a multiple of 4 on, can be accessed at
+// once.
+LLMKERN_DEVICE bool four_together(const Int8LinearParams& l, const void* x, int64_t stride) {
+  return stride % 4 == 0 && reinterpret_cast<uintptr_t>(x) % (l.dtype == DType::f32 ? 16 : 8) == 0;
+}
+// Residuals n to n + count - 1 of row m; wide: four_together.
+LLMKERN_DEVICE void load_four(const Int8LinearParams& l, int64_t m, int64_t n, int count, bool wide, float (&x)[4]) {
+  const int64_t i = m * l.residual_stride + n;
+  if (!wide || count < 4) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[e] = e < count ? load_as_float(l.residual, l.dtype, i + e) : 0.0f;
+  } else if (l.dtype == DType::f32) {
+    const float4 four = *reinterpret_cast<const float4*>(static_cast<const float*>(l.residual) + i);
+    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+  } else {
+    const uint2 four = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(l.residual) + i);
+    if (l.dtype == DType::bf16)
+      device::widen_pair(four.x, x, Bf16{}), device::widen_pair(four.y, x + 2, Bf16{});
+    else
+      device::widen_pair(four.x, x, Fp16{}), device::widen_pair(four.y, x + 2, Fp16{});
+  }
+}
+// Results n to n + count - 1 of row m; wide: four_together.
+LLMKERN_DEVICE void put_four(const Int8LinearParams& l, int64_t m, int64_t n, int count, bool wide, const float* y) {
+  const int64_t i = m * l.out_stride + n;
+  if (!wide || count < 4) {
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      if (e < count) put(l, m, n + e, y[e]);
+  } else if (l.dtype == DType::f32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(l.out) + i) = make_float4(y[0], y[1], y[2], y[3]);
+  } else {
+    const bool half = l.dtype == DType::f16;
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(l.out) + i) =
+        make_uint2(half ? device::narrow_pair(y[0], y[1], Fp16{}) : device::narrow_pair(y[0], y[1], Bf16{}),
+                   half ? device::narrow_pair(y[2], y[3], Fp16{}) : device::narrow_pair(y[2], y[3], Bf16{}));
   }
 }
 

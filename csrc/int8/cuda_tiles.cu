@@ -16,7 +16,6 @@ constexpr int kMultiplyDepth = 32;  // of k that one instruction takes
 constexpr int kWarpRows = 2, kWarpColumns = 4;
 constexpr int kColumns = kTileColumns / kWarpColumns, kColumnFragments = kColumns / 8;  // of a warp
 constexpr int kPieces = kTileDepth / kDigitPiece;                                       // of a row of a tile
-constexpr int kMostWords = 160;  // of `bits`, for 2^16 and more values of k: MOST_DEPTH in llmkern/int8/compiled.py
 
 // A row of a tile is 64 bytes, and two neighbouring ones are a row of 128 bytes for the swizzle.
 LLMKERN_DEVICE uint32_t place(int row, int piece) { return device::swizzle<128>(row / 2, row % 2 * kPieces + piece); }

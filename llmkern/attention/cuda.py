@@ -34,8 +34,6 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         output = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         logsumexp = torch.empty(rows, dtype=torch.float64, device=device)
-        # The seed may be drawn on the CPU.
-        seed = None if seed is None else seed.to(device, non_blocking=True)
         tensors = (mask, key_lengths, logsumexp, slopes, as_sink(sink), seed, query, key, value, output)
         kernel(plan, *cuda.stream(device), *tensors)
         return output, logsumexp

@@ -64,6 +64,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.add_argument("--check", action="store_true", help="fail where a kernel needs more than its budget")
     options = parser.parse_args(arguments)
+    if options.json:
+        try:  # before minutes of compiling
+            with open(options.json, "w"):
+                pass
+        except OSError as error:
+            print(f"llmkern inspect: --json {options.json}: {error.strerror}", file=sys.stderr)
+            return 1
     sources = (options.source,) if options.source else SOURCES
     if not options.source and not triton_source.installed():
         print("llmkern inspect: Triton is not installed, its kernels are left out", file=sys.stderr)

@@ -12,11 +12,10 @@ and clock; 128 bytes a cycle and SM between registers and the first-level cache 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from llmkern.inspect.limits import WARP, base
-from llmkern.inspect.sass import Instruction
+from llmkern.inspect.sass import Instruction, multiply_adds
 
 MUFU = 16  # results a cycle
 LSU_BYTES = 128  # a cycle
@@ -42,20 +41,6 @@ RATES = {
     "sm_100": Rates(fma=128, alu=64, fp16=4096, int8=8192, tf32=2048),
     "sm_120": Rates(fma=128, alu=64, fp16=512, int8=1024, tf32=256),
 }
-
-
-def multiply_adds(x: Instruction) -> int | None:
-    """Of one warp's share in a matrix instruction; None where the code does not tell (tcgen05: a descriptor has it).
-
-    HMMA.16816 is 16x8x16; HGMMA.64x128x16 is shared by the four warps of a warpgroup.
-    """
-    if group := re.search(r"\.(\d+)x(\d+)x(\d+)", x.name):
-        m, n, k = map(int, group.groups())
-        return m * n * k // 4
-    if shape := re.match(r"\w+\.(16|8)(8)(\d+)(?:\.|$)", x.name):
-        m, n, k = map(int, shape.groups())
-        return m * n * k
-    return None
 
 
 def _tensor_rate(x: Instruction, rates: Rates) -> int:

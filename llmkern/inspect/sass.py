@@ -104,8 +104,8 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
     return found
 
 
-def _innermost(bodies: list[list[Instruction]], counts: Callable[[Instruction], bool]) -> list[Instruction]:
-    """The body with the most instructions that count, among those that hold no smaller such body."""
+def _innermost(bodies: list[list[Instruction]], counts: Callable[[Instruction], int]) -> list[Instruction]:
+    """The body whose instructions count most, among those that hold no smaller one with some that count."""
     holding = [b for b in bodies if any(map(counts, b))]
     ends = {id(b): (b[0].address, b[-1].address) for b in holding}
 
@@ -117,13 +117,29 @@ def _innermost(bodies: list[list[Instruction]], counts: Callable[[Instruction], 
     return max(inner, key=lambda b: sum(map(counts, b)), default=[])
 
 
+def multiply_adds(x: Instruction) -> int | None:
+    """Of one warp's share in a matrix instruction; None where the code does not tell (tcgen05: a descriptor has it).
+
+    HMMA.16816 is 16x8x16; HGMMA.64x128x16 is shared by the four warps of a warpgroup.
+    """
+    if group := re.search(r"\.(\d+)x(\d+)x(\d+)", x.name):
+        m, n, k = map(int, group.groups())
+        return m * n * k // 4
+    if shape := re.match(r"\w+\.(16|8)(8)(\d+)(?:\.|$)", x.name):
+        m, n, k = map(int, shape.groups())
+        return m * n * k
+    return None
+
+
 def main_loop(code: list[Instruction]) -> list[Instruction]:
-    """The innermost loop with the most matrix instructions; with the most memory instructions where no loop has one.
+    """The innermost loop with the most multiply-adds of matrix instructions; with the most memory instructions where no
+    loop has one.
 
     A kernel without such a loop counts as a whole, up to its last EXIT.
     """
     bodies = loops(code)
-    found = _innermost(bodies, lambda x: x.pipe == "tensor")
+    # tcgen05 does not say how many: more than any other.
+    found = _innermost(bodies, lambda x: (multiply_adds(x) or 2**20) if x.pipe == "tensor" else 0)
     if not found and not any(x.pipe == "tensor" for x in code):
         found = _innermost(bodies, lambda x: x.memory)
     if found:

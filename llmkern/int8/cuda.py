@@ -34,8 +34,9 @@ def _refused(
     depth = weight.size(1)
     if depth > MOST_DEPTH:
         return f"K = {depth} is above {MOST_DEPTH}, past which its int32 sums could overflow"
-    if depth * x.element_size() > MOST_ROW_BYTES:
-        return f"a row of x takes {depth * x.element_size()} bytes, more than the {MOST_ROW_BYTES} that a block holds"
+    held = -(-depth // 64) * 64 * x.element_size() + (4 * -(-depth // group) if group else 0)
+    if held > MOST_ROW_BYTES:
+        return f"a row of x and its scales take {held} bytes, more than the {MOST_ROW_BYTES} that a block holds"
     return None
 
 
@@ -56,6 +57,7 @@ def _plan(
     plan, shape = kernel_plan(x, weight, bias, distances, inputs, group, rotate, activation, out)
     bytes_of: Callable[..., Any] = cuda.kernel("int8_workspace_cuda")
     workspace = bytes_of(plan)
+    sm90 = cuda.is_hopper(device) and cuda.kernel("int8_sm90_unsupported")(plan) is None
     layout, scale_strides = layout_of(weight), (*weight_scale.stride(), 0)[:2]
 
     def launch(
@@ -70,7 +72,7 @@ def _plan(
         kernel(
             plan, x.data_ptr(), aligned.data_ptr(), aligned.stride(0), _address(sums), weight_scale.data_ptr(),
             *scale_strides, _address(bias), _address(residual), _address(input_scale), out.data_ptr(),
-            digits.data_ptr(), *cuda.stream(device),
+            digits.data_ptr(), *cuda.stream(device), sm90,
         )  # fmt: skip
         return out
 

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,11 +90,33 @@ def sums_of_groups(weight: Tensor, layout: _Layout, group: int) -> Tensor:
 
 def _found_or_made(tensor: Tensor, layout: _Layout, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
     found = _found(tensor, layout, key)
+    if not tensor.is_cuda:
+        return found if found is not None else _keep(tensor, layout, key, make)
     if found is not None:
-        return found
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _seen_by_this_stream(found)
+    if torch.cuda.is_current_stream_capturing():
         return make()  # it belongs to the graph, and holds nothing before the graph has run
-    return _keep(tensor, layout, key, make)
+    return _keep(tensor, layout, key, lambda: _noted(make()))
+
+
+# What one stream has written, another may only read behind it.
+def _noted(copy: Tensor) -> Tensor:
+    kept: Any = copy
+    kept._llmkern_written = torch.cuda.current_stream(copy.device).cuda_stream, torch.cuda.Event()
+    kept._llmkern_written[1].record(torch.cuda.current_stream(copy.device))
+    return copy
+
+
+def _seen_by_this_stream(copy: Tensor) -> Tensor:
+    kept: Any = copy
+    stream, event = kept._llmkern_written
+    if torch._C._cuda_getCurrentRawStream(copy.device.index) == stream:
+        return copy
+    if not torch.cuda.is_current_stream_capturing():  # before a capture torch waits for all streams
+        now = torch.cuda.current_stream(copy.device)
+        now.wait_event(event)
+        copy.record_stream(now)
+    return copy
 
 
 def forget(tensor: Tensor) -> None:

@@ -37,9 +37,10 @@ class Emulated:
         launch = Launch()
         names = ["mask", "lengths", "logsumexp", "slopes", "sink", "seed", "query", "key", "value", "output"]
         addresses = [
-            0 if t is None or not t.numel() else place(launch, t, name, name not in ("logsumexp", "output"))[0]
+            0 if t is None or not t.numel() else t.data_ptr() if name == "seed"  # which the launcher reads
+            else place(launch, t, name, name not in ("logsumexp", "output"))[0]
             for name, t in zip(names, tensors, strict=True)
-        ]
+        ]  # fmt: skip
         kind, params, work = extension._C.attention_forward_cuda_launch(plan, addresses)
         width, row_tiles, features, blocks, threads, shared = kind
         if not blocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
 import tempfile
@@ -23,16 +24,26 @@ NO_NVCC = "there is no nvcc to compile with"
 
 @lru_cache(maxsize=64)
 def nvcc(source: Path, architecture: str = "80", changes: tuple[tuple[str, str], ...] = ()) -> str:
-    """The PTX of a .cu file with line information. changes: (old, new) texts of the source, each found exactly once."""
-    text = source.read_text()
+    """The PTX of a .cu file with line information. changes: (old, new) texts of the source, or of headers beside it
+    that it includes, each found exactly once."""
+    texts = {source.name: source.read_text()}
+    if changes:
+        waiting = [source.name]
+        while waiting:
+            for name in re.findall(r'^#include "(\w+\.\w+)"', texts[waiting.pop()], re.MULTILINE):
+                if name not in texts and (source.parent / name).exists():
+                    texts[name] = (source.parent / name).read_text()
+                    waiting.append(name)
     for old, new in changes:
-        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {source.name}"
-        text = text.replace(old, new)
+        found = sum(text.count(old) for text in texts.values())
+        assert found == 1, f"{old!r} stands {found} times in {source.name}"
+        texts = {name: text.replace(old, new) for name, text in texts.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = source
         if changes:
             path = Path(folder) / source.name
-            path.write_text(text)
+            for name, text in texts.items():
+                (Path(folder) / name).write_text(text)
         out = Path(folder) / "out.ptx"
         flags = [f"-arch=sm_{architecture}", "-std=c++17", "-O3", "-lineinfo", "-ptx"]
         # For quoted includes alone: a family's cuda.h is not the toolkit's.

@@ -17,32 +17,49 @@ import pybind11
 from tests.emulation import compilers
 from tests.emulation.ptx.launch import Buffer, Launch, Report, kernels_of, run
 
-ARCHITECTURE = "80"
+ARCHITECTURE = "80"  #: but for files named cuda_sm90*.cu
 HERE = compilers.ROOT / "tests/emulation/cuda"
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 
 def build(folder: Path, family: str) -> tuple[ModuleType, list[str]]:
     """The module <family>_launches of tests/emulation/cuda, without a CUDA runtime, and the kernels' PTX."""
+    compile_in(folder, family)
+    return load(folder, family)
+
+
+def compile_in(folder: Path, family: str) -> None:
+    """Compiles what `load` loads. Raises AssertionError with what nvcc says."""
     name = f"{family}_launches"
-    path = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_path("include"))]
-    flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{ARCHITECTURE},code=compute_{ARCHITECTURE}", "-lineinfo"]
+    flags = ["-std=c++17", "-O3", "-lineinfo", "-DLLMKERN_SM90"]
     host = ["-Xcompiler=-O1,-fPIC,-fvisibility=hidden"]
-    kernels, objects, running = sorted(compilers.ROOT.glob(f"csrc/{family}/cuda*.cu")), [], []
+    kernels, objects, running = sources_of(family), [], []
     for source in [*kernels, HERE / f"{name}.cpp"]:
         objects.append(str(folder / f"{source.stem}.o"))
         keep = ["-keep", f"-keep-dir={folder}"] if source in kernels else []
-        command = [compilers.NVCC, *flags, *host, *includes, *keep, "-c", str(source), "-o", objects[-1]]
+        architecture = "90a" if source.stem.startswith("cuda_sm90") else ARCHITECTURE
+        code = f"-gencode=arch=compute_{architecture},code=compute_{architecture}"
+        command = [compilers.NVCC, *flags, code, *host, *includes, *keep, "-c", str(source), "-o", objects[-1]]
         running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     for process in running:
         told = process.communicate()[0]
         assert process.returncode == 0, told
-    subprocess.run([compilers.NVCC, "-shared", "-cudart", "none", *objects, "-o", str(path)], check=True)
-    spec = importlib.util.spec_from_file_location(name, path)
+    out = folder / f"{name}{SUFFIX}"
+    subprocess.run([compilers.NVCC, "-shared", "-cudart", "none", *objects, "-o", str(out)], check=True)
+
+
+def load(folder: Path, family: str) -> tuple[ModuleType, list[str]]:
+    name = f"{family}_launches"
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}{SUFFIX}")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module, [(folder / f"{source.stem}.ptx").read_text() for source in kernels]
+    return module, [(folder / f"{source.stem}.ptx").read_text() for source in sources_of(family)]
+
+
+def sources_of(family: str) -> list[Path]:
+    return sorted(compilers.ROOT.glob(f"csrc/{family}/cuda*.cu"))
 
 
 class Emulated:
@@ -59,7 +76,8 @@ class Emulated:
         """Takes the kernels of this PTX from here on."""
         for kernel in kernels_of(ptx).values():
             self.ptx[kernel.name] = ptx
-            self.module.set_sizes(kernel.name, [p.size for p in kernel.parameters])
+            own = sum(v.size or 0 for v in kernel.shared)
+            self.module.set_sizes(kernel.name, [p.size for p in kernel.parameters], own)
 
     def call(self, launcher: Callable[[], Any], launch: Launch) -> None:
         """launcher: queues kernels that work on the buffers of `launch`."""

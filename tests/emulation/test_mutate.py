@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulation import compilers
+from tests.emulation import compilers, cuda_launches
 from tests.emulation.mutate import __main__ as command
-from tests.emulation.mutate import cuda_source, equivalent, judge, lexer, planted, targets, triton_source
+from tests.emulation.mutate import cuda_source, equivalent, judge, lexer, planted, process, targets, triton_source
 from tests.emulation.mutate.cache import Cache
 from tests.emulation.mutate.faults.fault import Planted
 from tests.emulation.mutate.judge import Verdict
@@ -116,10 +116,10 @@ def everything():
 
 
 def test_every_mutant_of_the_kernels_can_be_read(everything):
-    """There are at least a hundred, each another text; brackets stay in pairs, Python stays Python."""
+    """There are at least a hundred, each another text; brackets stay in pairs, Python stays Python: a part is read."""
     texts = {f: (targets.ROOT / f).read_text() for f in targets.files()}
     assert len({(m.file, m.apply(texts[m.file])) for m in everything}) == len(everything) >= 100
-    for mutant in everything:
+    for mutant in everything[::20]:
         text = mutant.apply(texts[mutant.file])
         assert text != texts[mutant.file]
         ast.parse(text) if mutant.file.endswith(".py") else lexer.Source(text)
@@ -128,7 +128,8 @@ def test_every_mutant_of_the_kernels_can_be_read(everything):
 def test_every_target_has_its_files_and_faults_written_by_hand():
     for target in targets.TARGETS:
         assert (targets.ROOT / target.source).exists()
-        for arguments, _ in target.steps(True):
+        assert judge.changed((targets.ROOT / target.source).read_text(), target.only)
+        for arguments, _ in [*target.steps(True), *([(target.quick, False)] if target.quick else [])]:
             files = [word for word in arguments.split() if word.endswith(".py")]
             assert files and all((targets.ROOT / f).exists() for f in files)
         assert any(p.file == target.source for p in planted.PLANTED), target.source
@@ -161,11 +162,34 @@ def test_samples_stay_the_same_when_lines_are_added(everything):
     assert len(command.draw(everything, 0, 0)) == len(everything)
 
 
+def test_half_of_a_sample_is_written_by_hand_where_there_are_as_many(everything):
+    drawn = command.draw(everything, 21, seed=1)
+    assert len(drawn) == 21 and sum(m.operator == "planted" for m in drawn) == 10
+    assert set(drawn) < set(command.draw(everything, 40, seed=1))
+    by_hand = [m for m in everything if m.operator == "planted"]
+    for few in (by_hand[:3] + list(set(everything) - set(by_hand))[:30], by_hand[:30]):
+        assert len(command.draw(few, 20, seed=1)) == 20
+    assert len(command.draw(by_hand[:5], 20, seed=1)) == 5
+
+
 def test_ptx_is_the_same_whatever_its_lines_and_path_are():
     here = "\t.loc 1 2 3\nadd.s32 %r1, %r2, %r3;\ncall _GLOBAL__N__80db0f98_7_cuda_cu_c8e02de021f;\n"
     here += ".section .debug_str\n{}"
     there = "add.s32 %r1, %r2, %r3;\ncall _GLOBAL__N__11112222_7_cuda_cu_aaaabbbb21f;\n"
     assert judge.normal(here) == judge.normal(there) != judge.normal(there.replace("add", "sub"))
+
+
+def test_launchers_are_taken_from_where_they_are_compiled(tmp_path, monkeypatch):
+    """With the PTX of the source that has the fault; those of another family, or with a fault of theirs, are built."""
+    names = [f"csrc/int8/{source.name}" for source in cuda_launches.sources_of("int8")]
+    texts = [f"as it was: {name}" for name in names]
+    monkeypatch.setattr(compilers, "nvcc", lambda *arguments: arguments)  # both are what `_use` changes
+    monkeypatch.setattr(cuda_launches, "build", lambda *arguments: arguments)
+    monkeypatch.setattr(cuda_launches, "load", lambda folder, family: (folder, texts))
+    process._use({(names[1], "80"): "with the fault"}, {"int8": tmp_path}, compilers.ROOT)
+    folder, found = cuda_launches.build(Path("elsewhere"), "int8")
+    assert folder == tmp_path and found == [texts[0], "with the fault", *texts[2:]]
+    assert cuda_launches.build(Path("elsewhere"), "other") == (Path("elsewhere"), "other")
 
 
 def test_the_score_and_the_survivors(everything, monkeypatch):
@@ -223,7 +247,7 @@ extern "C" __global__ void twice(const float* x, float* out, int n) {
     "tests/toy/__init__.py": "",
     "tests/toy/test_toy.py": """
 import numpy as np
-from tests.emulation import compilers
+from tests.emulation import compilers, cuda_launches
 from tests.emulation.ptx.launch import empty, run
 
 def test_twice():

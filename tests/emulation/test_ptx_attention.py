@@ -33,6 +33,8 @@ SHAPES = {
     "one query, many keys": (1, 4, 1, 1, 150, 64, 64),
     "wider value": (1, 2, 1, 20, 21, 56, 96),
     "wider head": (1, 1, 1, 19, 50, 104, 8),
+    "keys aligned alone": (1, 2, 1, 20, 40, 24, 13),
+    "values aligned alone": (1, 2, 1, 20, 40, 13, 24),
     "no keys": (1, 2, 2, 3, 0, 16, 16),
     "no queries": (1, 2, 2, 0, 5, 16, 16),
     "no batch": (0, 2, 1, 3, 5, 16, 16),
@@ -77,6 +79,18 @@ def test_empty_rows_are_zeros_or_averages(monkeypatch):
         for name in ("lengths", "rows"):
             shape = (3, 2, 1, 9, 70, 16, 16)
             compare(monkeypatch, shape, torch.float16, rule(name, shape), uniform)
+
+
+def test_averages_that_are_not_finite(monkeypatch):
+    """Rows without keys take the average of all values, column by column."""
+    served(Emulated(), monkeypatch)
+    q, k, v = tensors((1, 2, 1, 20, 37, 16, 16), torch.float16)
+    v[0, 0, 3, 5], v[0, 0, 30, 9] = torch.inf, torch.nan
+    for mask in (Mask(torch.zeros(1, 1, 20, 37, dtype=torch.bool)), Mask(key_lengths=torch.tensor([0]))):
+        got = op.attention(q, k, v, mask, 0.25, True)[0]
+        expected = reference.attention(q, k, v, *mask.arguments(), 0.25, True)[0]
+        assert got[..., 5].isposinf().all() and got[..., 9].isnan().all()
+        torch.testing.assert_close(got.nan_to_num(), expected.nan_to_num(), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 3.0])

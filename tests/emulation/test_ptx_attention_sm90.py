@@ -37,8 +37,9 @@ def tensor_map(launch: Launch, x: torch.Tensor, name: str, rows: int) -> TensorM
     return TensorMap(bits, (1, 1, rows, 64), 128, where)
 
 
-def kernel(changes: tuple[tuple[str, str], ...] = (), reports: list | None = None, **options: object):
-    """A function of (query, key, value, rules of tests/attention/cases.py) that runs the PTX."""
+def kernel(changes: tuple[tuple[str, str], ...] = (), reports: list | None = None, more: int = 0, **options: object):
+    """A function of (query, key, value, rules of tests/attention/cases.py) that runs the PTX. more: keys of each
+    sequence that the lengths in memory leave out, as where they were just appended."""
 
     def function(
         query, key, value, key_lengths=None, causal=False, bottom_right=False, window=(-1, -1), uniform=False,
@@ -50,18 +51,18 @@ def kernel(changes: tuple[tuple[str, str], ...] = (), reports: list | None = Non
         output = empty(query.shape, np.uint16, "output")
         sums = empty((batch, heads, queries), np.float64, "logsumexp")
         left, right = (OPEN if side < 0 else side for side in (window[0], 0 if causal else window[1]))
-        lengths = 0 if key_lengths is None else launch.address(key_lengths.numpy(), "lengths")
+        lengths = 0 if key_lengths is None else launch.address((key_lengths - more).numpy(), "lengths")
         blocks = -(-queries // TILE)
         work = struct.pack(
-            "<QQqq7if???5x", lengths, launch.address(sums), 1, 0, heads, heads // kv_heads, queries, keys, left, right,
-            blocks, width**-0.5 if scale is None else scale,
+            "<QQqq7if???5x", lengths, launch.address(sums), 1, more, heads, heads // kv_heads, queries, keys, left,
+            right, blocks, width**-0.5 if scale is None else scale,
             key_lengths is not None and key_lengths.dtype == torch.int64, bottom_right, uniform,
         )  # fmt: skip
         maps = [
             tensor_map(launch, x, name, rows)
             for x, name, rows in ((query, "query", 64), (key, "key", TILE), (value, "value", TILE))
         ]
-        shared = 1024 * (1 + 5 * width // 2)
+        shared = 1024 * (1 + 5 * width // 4)  # queries, two stages of keys and values; barriers
         ptx = compilers.nvcc(SOURCE, "90a", changes)
         name = find(ptx, f"attention_sm90_kernelI{MANGLED[query.dtype]}Li{width}E")
         arguments = [*maps, TensorMap(output, (1, 1, 64, 64), 128), work]
@@ -137,7 +138,8 @@ def test_lengths_of_both_kinds_and_a_scale():
     x = inputs((3, 1, 1, 5, 140, 64), torch.float16)
     for dtype in (torch.int32, torch.int64):
         rules = {"key_lengths": torch.tensor([140, 0, 129], dtype=dtype), "scale": 0.5}
-        verify(kernel(), plain, x, rules, gradients=False).raise_if_failed()
+        for more in (0, 9):
+            verify(kernel(more=more), plain, x, rules, gradients=False).raise_if_failed()
 
 
 @needs_nvcc

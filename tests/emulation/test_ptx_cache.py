@@ -127,14 +127,20 @@ def test_int8(pooled, widths, dtype, emulated):
 
 
 def test_int8_rotated(emulated):
-    """The rotated elements, rounded first, are what is quantised: one off where they are rounded another way."""
+    """The rotated elements, rounded first, are what is quantised: those that a cache of 16-bit elements would have. One
+    off from the reference where they are rounded another way."""
     q, k, v, k_cache, v_cache = inputs(64, 64, 3, torch.bfloat16)
     caches = [torch.zeros(c.shape, dtype=torch.int8) for c in (k_cache, v_cache)]
     scales = [torch.zeros(c.shape[:3]) for c in caches]
-    args = (q, *caches, k, v, *angles(32, torch.float32), None, *scales)
+    tables = angles(32, torch.float32)
+    args = (q, *caches, k, v, *tables, None, *scales)
     ours, plain = found(emulated, *args), expected(*args)
     assert torch.equal(ours[1], plain[1]) and torch.equal(ours[3], plain[3])
     torch.testing.assert_close(ours[0] * ours[2][..., None], plain[0] * plain[2][..., None], rtol=0.0, atol=0.05)
+    rounded = found(emulated, q, *(c.bfloat16() for c in caches), k, v, *tables)[0].float()
+    scale = rounded.abs().amax(-1) / 127
+    assert torch.equal(ours[2], scale)
+    assert torch.equal(ours[0], (rounded / scale.clamp(min=1e-30)[..., None]).round().to(torch.int8))
 
 
 def test_layouts(emulated):
@@ -146,6 +152,16 @@ def test_layouts(emulated):
     for some in (off, by_head):
         ours = found(emulated, some[0], k_cache, v_cache, *some[1:], *args)
         assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True) if a is not None)
+
+
+def test_angles_whose_rows_lie_apart(emulated):
+    q, k, v, k_cache, v_cache = inputs(64, 64, 3, torch.float16)
+    for dtype in (torch.float32, torch.float16):
+        cos, sin = angles(64, dtype)
+        plain = found(emulated, q, k_cache, v_cache, k, v, cos, sin)
+        for tables in ((torch.cat([cos, cos], -1)[:, :32], sin), (cos, torch.cat([sin, sin, sin], -1)[:, 32:64])):
+            ours = found(emulated, q, k_cache, v_cache, k, v, *tables)
+            assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True) if a is not None)
 
 
 def test_what_lies_outside_is_neither_written_nor_read(emulated):

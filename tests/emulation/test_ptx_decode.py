@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -89,6 +91,24 @@ def test_rules_and_lengths(rule, processors, emulated, monkeypatch):
         k_cache[b, length:], v_cache[b, length:] = torch.nan, torch.nan
     check(q, k_cache, v_cache, lengths, **rule)
     assert ("join_pieces_kernel" in emulated.reports) == (processors == PIECES)
+
+
+def test_keys_that_were_just_appended_are_seen(emulated):
+    """The lengths in memory are those from before."""
+    q, *caches = inputs(2, 2, 2, 1, 64, 64, 40, torch.float16)
+    new, lengths = [torch.randn(2, 2, 1, 64, dtype=torch.float16) for _ in range(2)], torch.tensor([37, 16])
+
+    def function(kernel, q, k_cache, v_cache, k, v):
+        k_cache, v_cache = k_cache.clone(), v_cache.clone()
+        if kernel:
+            return attention_with_kvcache(
+                q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True, return_softmax_lse=True
+            )
+        options = [None, None, lengths, *[None] * 5, -1, 0, 0.0, 64**-0.5, True]
+        return reference.attention_kvcache(q, k_cache, v_cache, k, v, *options)
+
+    kernels = (functools.partial(function, kernel) for kernel in (True, False))
+    verify(*kernels, (q, *caches, *new), gradients=False).raise_if_failed()
 
 
 def in_pages(size, *caches):

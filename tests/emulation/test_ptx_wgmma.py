@@ -11,6 +11,7 @@ from tests.emulation.test_ptx_matrix import random_bits
 
 SPAN = {"none": 0, "128": 128, "64": 64, "32": 32}
 MODE = {0: 0, 128: 1, 64: 2, 32: 3}
+FILL = "ld.global.v4.b32 {%v0, %v1, %v2, %v3}, [%from]; st.shared.v4.b32 [%at], {%v0, %v1, %v2, %v3};"
 
 
 def image_of(x: np.ndarray, span: int, across: bool) -> tuple[np.ndarray, int, int]:
@@ -65,9 +66,9 @@ def run_wgmma(n, k, td, ta, tb, a_image, a_descriptor, b_image, b_descriptor, st
     .reg .b32 %d<{count}>, %x<4>, %v<4>, %at; .reg .b64 %q, %qa, %da, %db, %from; .reg .pred %p;
     mad.wide.u32 %q, %t, {4 * count}, %a1; {loads} mad.wide.u32 %qa, %t, 16, %a3; {registers}
     shl.b32 %at, %t, 4; mul.wide.u32 %from, %t, 16; add.u64 %from, %from, %a2;
-    again: ld.global.v4.b32 {{%v0, %v1, %v2, %v3}}, [%from]; st.shared.v4.b32 [%at], {{%v0, %v1, %v2, %v3}};
+    again: {change.get("fill", FILL)}
     add.u32 %at, %at, 2048; add.u64 %from, %from, 2048; setp.lt.u32 %p, %at, 32768; @%p bra again;
-    {change.get("fence", "fence.proxy.async.shared::cta;")} bar.sync 0;
+    cp.async.wait_all; {change.get("fence", "fence.proxy.async.shared::cta;")} bar.sync 0;
     mov.b64 %da, {a_descriptor}; mov.b64 %db, {b_descriptor};
     {change.get("wgmma_fence", "wgmma.fence.sync.aligned;")}
     wgmma.mma_async.sync.aligned.m64n{n}k{k}.{td}.{ta}.{tb} {{{names}}}, {operand}, %db, {tail};
@@ -179,6 +180,9 @@ def test_what_is_missing_is_found():
     assert kinds(plain_case(wait="")[1]) == {"missing wait"}
     assert kinds(plain_case(wait="wgmma.wait_group.sync.aligned 1;")[1]) == {"missing wait"}
     assert kinds(plain_case(fence="")[1]) == {"missing fence"}
+    copy = "cp.async.cg.shared.global [%at], [%from], 16;"
+    assert plain_case(fill=copy)[1].faults == []
+    assert kinds(plain_case(fill=copy, fence="")[1]) == {"missing fence"}
     assert kinds(plain_case(wgmma_fence="")[1]) == {"missing fence"}
 
 

@@ -2,7 +2,8 @@
 
 Triton chooses between compiler and interpreter for a whole process, by TRITON_INTERPRET=1 before its import:
 `run_tests` runs a file of tests in such a process. The interpreter cuts fp32 off when it makes bf16 of it, where
-hardware rounds to nearest: `round_as_hardware` puts that right.
+hardware rounds to nearest, and multiplies matrices of bf16 as if their bits were integers: `round_as_hardware` puts
+both right. (Other arithmetic on bf16 is wrong in it: kernels widen first, as they do for its precision anyway.)
 """
 
 from __future__ import annotations
@@ -35,8 +36,13 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), quiet, rounded).astype(np.uint16)
 
 
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    """float32 of bit patterns (uint16)."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 def round_as_hardware() -> None:
-    """From here on, the interpreter of this process rounds from fp32 to bf16 to nearest."""
+    """From here on, the interpreter of this process rounds from fp32 to bf16 to nearest, and multiplies bf16."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -48,3 +54,9 @@ def round_as_hardware() -> None:
         return before(self, source, target)
 
     interpreter.InterpreterBuilder.cast_impl = cast  # create_fp_trunc goes through it
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x: Any) -> Any:
+        return interpreter.TensorHandle(from_bf16(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)

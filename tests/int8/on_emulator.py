@@ -25,17 +25,23 @@ def reach(rows: int, columns: int, distance: int) -> int:
 
 
 class Int8OnEmulator(Emulated):
-    """Has the functions of llmkern._C, by name. tile_rows: as in csrc/int8/cuda.h; digits: the last call's memory."""
+    """Has the functions of llmkern._C, by name. tile_rows, tile_columns: as in csrc/int8/cuda.h; hopper: whether the
+    device has compute capability 9.0; digits: the last call's memory."""
 
-    tile_rows = 0
+    tile_rows = tile_columns = 0
+    hopper = False
     digits: np.ndarray
 
     def int8_workspace_cuda(self, plan: Any) -> int:
         return self.module.int8_workspace_cuda(plan)
 
+    def int8_sm90_unsupported(self, plan: Any) -> str | None:
+        return self.module.int8_sm90_unsupported(plan)
+
     def int8_linear_cuda(
         self, plan: Any, x: int, weight: int, weight_stride: int, sums: int, scale: int, scale_stride_n: int,
         scale_stride_g: int, bias: int, residual: int, given: int, out: int, workspace: int, device: int, stream: int,
+        sm90: bool,
     ) -> None:  # fmt: skip
         launch = Launch()
         rows, outputs, depth, size = plan.rows, plan.outputs, plan.depth, BYTES[plan.dtype]
@@ -58,7 +64,8 @@ class Int8OnEmulator(Emulated):
             place(residual, reach(rows, columns, plan.residual_stride) * size, "residual"),
             place(given, 8, "input_scale"), launch.address(result) if result.data.size else 0, launch.address(digits),
         )  # fmt: skip
-        self.call(lambda: self.module.int8_linear_cuda(plan, *addresses, device, stream, self.tile_rows), launch)
+        options = (device, stream, sm90, self.tile_rows, self.tile_columns)
+        self.call(lambda: self.module.int8_linear_cuda(plan, *addresses, *options), launch)
         self.digits = digits.data
         copy_back(result, out)
 
@@ -75,9 +82,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Int8OnEmulator:
         pytest.skip(compilers.NO_NVCC)
     emulator = Int8OnEmulator(*_built())
     monkeypatch.setattr("llmkern.cuda.kernel", lambda name: getattr(emulator, name))
+    monkeypatch.setattr("llmkern.cuda.is_hopper", lambda device: emulator.hopper)
     monkeypatch.setattr("llmkern.cuda.stream", lambda device: (0, 0))
     operator = backend.Operator.all["int8_linear"]
-    served = backend.Backend("cuda", cuda.CUDA_INT8_LINEAR.plan, lambda *args: None)
+    served = backend.Backend("cuda", cuda.CUDA_INT8_LINEAR.plan, cuda._refused)
     monkeypatch.setattr(operator, "by_device", {**operator.by_device, "cpu": [served]})
     backend.forget_plans()
     return emulator

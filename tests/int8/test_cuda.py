@@ -27,7 +27,8 @@ SHAPES = {
     "just more than few": (9, 33, 17), "two tiles": (70, 200, 130), "no columns": (3, 0, 4),
     "many without columns": (12, 0, 4), "no rows": (0, 8, 4), "no outputs": (3, 8, 0),
 }  # fmt: skip
-SOURCES = sorted(compilers.ROOT.glob("csrc/int8/cuda*.cu"))
+#: The tiles for Hopper are in tests/emulation/test_ptx_int8_sm90.py.
+SOURCES = sorted(s for s in compilers.ROOT.glob("csrc/int8/cuda*.cu") if "sm90" not in s.stem)
 
 
 @pytest.fixture
@@ -189,6 +190,57 @@ def test_the_cpus_results(emulator):
     assert torch.equal(with_cuda, cpu)
 
 
+def tiles_of(emulator, shape: tuple[int, int, int], **kw: object) -> str:
+    """Which kernel made the products."""
+    emulator.reports = []
+    x, weight, scale, bias = of_scheme(shape, torch.bfloat16, kw)
+    out = op.int8_linear(x, weight, scale, bias, **kw)
+    torch.testing.assert_close(out, plain(x, weight, scale, bias, **kw))
+    return re.search("few_rows|tiles_sm90|tiles", emulator.reports[-1][0])[0]
+
+
+def test_which_tiles(emulator):
+    """Those for Hopper on such a device alone, where they serve the call; the others serve the rest."""
+    assert tiles_of(emulator, (65, 40, 9)) == "tiles"
+    backend.forget_plans()
+    emulator.hopper = True
+    assert tiles_of(emulator, (65, 40, 9)) == "tiles_sm90"
+    assert tiles_of(emulator, (64, 40, 9)) == "tiles"
+    assert tiles_of(emulator, (8, 40, 9)) == "few_rows"
+    assert tiles_of(emulator, (65, 0, 9)) == "tiles"
+    assert tiles_of(emulator, (65, 192, 9), inputs="symmetric", group=64) == "tiles_sm90"
+    assert tiles_of(emulator, (65, 192, 9), inputs="symmetric", group=96) == "tiles"
+
+
+def test_the_choice_is_made_once(emulator, monkeypatch):
+    emulator.hopper = True
+    x, weight, scale, _ = of_scheme((65, 40, 9), torch.bfloat16, {})
+    op.int8_linear(x, weight, scale)
+    monkeypatch.setattr("llmkern.cuda.is_hopper", lambda device: pytest.fail("asked again"))
+    op.int8_linear(x, weight, scale)
+    assert "tiles_sm90" in emulator.reports[-1][0]
+
+
+def hopper_refuses(rows=65, outputs=3, depth=8, group=0) -> str | None:
+    plan = extension._C.Int8LinearPlan(
+        rows=rows, outputs=outputs, depth=depth, x_stride=depth, residual_stride=0, out_stride=outputs,
+        quantization=extension._C.Quantization(1, False, group, 1), activation=0, dtype=0, bias_dtype=0,
+    )  # fmt: skip
+    return extension._C.int8_sm90_unsupported(plan)
+
+
+@pytest.mark.skipif(not extension._C.cuda_architectures, reason="the library has no CUDA part")
+def test_why_the_tiles_for_hopper_cannot_serve():
+    if "90" not in extension._C.cuda_architectures:
+        assert "built without the kernels for Hopper" in hopper_refuses()
+        return
+    assert hopper_refuses() is None and hopper_refuses(depth=256, group=128) is None
+    assert "up to 64 would leave half idle" in hopper_refuses(rows=64)
+    assert "at least one value of k" in hopper_refuses(depth=0)
+    assert "multiples of 64" in hopper_refuses(depth=256, group=32)
+    assert "at most 2**30" in hopper_refuses(rows=2**30 + 1) and "at most 2**30" in hopper_refuses(outputs=2**30 + 1)
+
+
 def test_changed_weights_are_seen(emulator):
     x, weight, scale, _ = of_scheme((3, 37, 5), torch.float32, {})
     first = op.int8_linear(x, weight, scale)
@@ -205,16 +257,16 @@ def test_another_device_is_an_error(emulator):
         quantization=extension._C.Quantization(0, False, 0, 1), activation=0, dtype=0, bias_dtype=0,
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="int8_quantize: the launch on CUDA device 3 failed: invalid device"):
-        emulator.module.int8_linear_cuda(plan, *[0] * 12, 3, 0)
+        emulator.module.int8_linear_cuda(plan, *[0] * 12, 3, 0, False)
 
 
-def refused(depth=8, dtype=torch.float32, bias_dtype=torch.float32, rotate=1, group=0):
+def refused(depth=8, dtype=torch.float32, bias_dtype=torch.float32, rotate=1, group=0, inputs="row"):
     x, weight = (
         torch.empty(2, depth, dtype=dtype, device="meta"),
         torch.empty(3, depth, dtype=torch.int8, device="meta"),
     )
     scale, bias = torch.empty(3, device="meta"), torch.empty(3, dtype=bias_dtype, device="meta")
-    return cuda._refused(x, weight, scale, bias, None, None, "row", group, rotate, "none")
+    return cuda._refused(x, weight, scale, bias, None, None, inputs, group, rotate, "none")
 
 
 def test_why_it_cannot_serve():
@@ -226,6 +278,7 @@ def test_why_it_cannot_serve():
     assert "overflow" in refused(depth=cuda.MOST_DEPTH + 1)
     assert "a block holds" in refused(depth=24577) and refused(depth=24576) is None
     assert refused(depth=49152, dtype=torch.bfloat16) is None
+    assert "its scales take 101376 bytes" in refused(depth=24576, group=32, inputs="symmetric")
     reason = cuda.CUDA_INT8_LINEAR.unsupported(torch.zeros(1))
     assert re.search("no CUDA part" if not extension._C.cuda_architectures else "CUDA|cpu", reason)
 

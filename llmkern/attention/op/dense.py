@@ -12,6 +12,7 @@ from llmkern.attention import compiled, cuda, reference
 from llmkern.attention.layout import empty_in_order
 from llmkern.attention.mask import RULE_COUNT, RULES, Mask
 from llmkern.attention.op import checks, second
+from llmkern.attention.triton_launch import TRITON_ATTENTION, TRITON_ATTENTION_BACKWARD
 from llmkern.backend import Operator, reference_backend
 from llmkern.operator import call_key, define, dispatch, is_compiling, is_plain, refuse_forward_ad, short_autograd
 
@@ -81,7 +82,7 @@ _ATTENTION = Operator(
     _check_attention,
     _example,
     cpu=[compiled.CPU_ATTENTION, reference_backend(reference.attention)],
-    cuda=[cuda.CUDA_ATTENTION, reference_backend(reference.attention)],
+    cuda=[cuda.CUDA_ATTENTION, TRITON_ATTENTION, reference_backend(reference.attention)],
     other=[reference_backend(reference.attention)],
 )
 _BACKWARD = Operator(
@@ -89,7 +90,7 @@ _BACKWARD = Operator(
     _check_backward,
     _example_backward,
     cpu=[compiled.CPU_ATTENTION_BACKWARD, reference_backend(reference.attention_backward)],
-    cuda=[cuda.CUDA_ATTENTION_BACKWARD, reference_backend(reference.attention_backward)],
+    cuda=[cuda.CUDA_ATTENTION_BACKWARD, TRITON_ATTENTION_BACKWARD, reference_backend(reference.attention_backward)],
     other=[reference_backend(reference.attention_backward)],
 )
 

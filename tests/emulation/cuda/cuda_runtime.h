@@ -48,7 +48,11 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
   cudaErrorSystemDriverMismatch = 803,
 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -97,6 +101,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   bool major = attribute == cudaDevAttrComputeCapabilityMajor;
   *value = major ? emulation::runtime.major : emulation::runtime.minor;
   return emulation::called("cudaDeviceGetAttribute");
+}
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* own, const void*) {
+  *own = {};
+  return emulation::called("cudaFuncGetAttributes");
 }
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 template <class Kernel>

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "../launches/tensor_map.h"
+
 namespace launches {
 
 struct Noted {
@@ -24,14 +26,17 @@ inline std::map<const void*, std::string>& names() {
 }
 inline std::map<const void*, size_t> allowed;  // dynamic shared memory that was asked for
 inline std::map<std::string, std::vector<size_t>> sizes;
+inline std::map<std::string, size_t> statics;  // shared memory that a kernel declares
 inline std::vector<Noted> noted;
-constexpr size_t kAlwaysAllowed = 48 * 1024, kMost = 99 * 1024;  // kMost: of sm_86, 89 and 120
+constexpr size_t kAlwaysAllowed = 48 * 1024, kMost = 99 * 1024, kMostHopper = 227 * 1024;  // kMost: of sm_86, 89, 120
 
 inline cudaError_t note(const cudaLaunchConfig_t& c, const void* function, void** arguments) {
   auto known = names().find(function);
   if (known == names().end() || !sizes.count(known->second)) return cudaErrorInvalidDeviceFunction;
-  size_t most = allowed.count(function) ? allowed[function] : kAlwaysAllowed;
-  if (c.dynamicSmemBytes > most || c.gridDim.y > 65535) return cudaErrorInvalidConfiguration;
+  const bool hopper = known->second.find("sm90") != std::string::npos;
+  const size_t both = c.dynamicSmemBytes + statics[known->second];
+  const bool fits = both <= kAlwaysAllowed || (allowed.count(function) && c.dynamicSmemBytes <= allowed[function]);
+  if (!fits || both > (hopper ? kMostHopper : kMost) || c.gridDim.y > 65535) return cudaErrorInvalidConfiguration;
   Noted n{known->second,
           {c.gridDim.x, c.gridDim.y, c.gridDim.z},
           {c.blockDim.x, c.blockDim.y, c.blockDim.z},
@@ -46,8 +51,11 @@ inline cudaError_t note(const cudaLaunchConfig_t& c, const void* function, void*
 inline void bind(pybind11::module_& m) {
   namespace py = pybind11;
   m.def(
-      "set_sizes", [](const std::string& kernel, const std::vector<size_t>& bytes) { sizes[kernel] = bytes; },
-      "The sizes of a kernel's arguments, which the runtime is not told.");
+      "set_sizes",
+      [](const std::string& kernel, const std::vector<size_t>& bytes, size_t shared) {
+        sizes[kernel] = bytes, statics[kernel] = shared;
+      },
+      "The sizes of a kernel's arguments, which the runtime is not told, and of its own shared memory.");
   m.def(
       "take",
       [] {
@@ -90,12 +98,25 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 9, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
+  *value = what == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(launches::kMostHopper) : 9;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* own, const void* function) {
+  *own = {};
+  own->sharedSizeBytes = launches::statics[launches::names()[function]];
+  return cudaSuccess;
+}
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute what, int value) {
-  if (what != cudaFuncAttributeMaxDynamicSharedMemorySize || value > static_cast<int>(launches::kMost))
+  const size_t own = launches::statics[launches::names()[function]];
+  if (what != cudaFuncAttributeMaxDynamicSharedMemorySize || static_cast<size_t>(value) + own > launches::kMostHopper)
     return cudaErrorInvalidValue;
   launches::allowed[function] = static_cast<size_t>(value);
   return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  return driver_entry_point(name, true, found, result);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   return launches::note(*config, function, arguments);

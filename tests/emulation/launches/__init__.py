@@ -24,8 +24,7 @@ LAUNCHED = ctypes.CFUNCTYPE(
     ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p),
 )  # fmt: skip
 
-
-#: Where the libraries lie, until Python ends.
+# : Where the libraries lie, until Python ends.
 BUILT = tempfile.TemporaryDirectory(prefix="llmkern-launches-")
 
 
@@ -34,7 +33,7 @@ def library(source: Path, caller: str, architecture: str, defines: tuple[str, ..
     """The .cu file with its caller, a file of this folder, for ctypes.CDLL. Its PTX is compiled, and not used."""
     out = Path(tempfile.mkdtemp(dir=BUILT.name)) / "launch.so"
     code = f"-gencode=arch=compute_{architecture},code=compute_{architecture}"
-    # A copy of the library has variables of its own: neither joined by their names nor taken from the real runtime.
+    # A copy of the library has variables of its own : neither joined by their names nor taken from the real runtime.
     flags = ["-std=c++17", "-O1", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC,-fno-gnu-unique"]
     flags += ["-Xlinker", "-Bsymbolic"]
     sources = [source, FOLDER / "runtime.cpp", FOLDER / caller]

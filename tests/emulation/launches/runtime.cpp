@@ -1,12 +1,9 @@
 // A CUDA runtime that stands in for the real one where there is no GPU: a launch goes to a function of the test, which
-// gives its arguments to the PTX emulator; tensor maps are in the emulator's layout
-// (tests/emulation/ptx/tensor_copy.py).
-#include <cudaTypedefs.h>
-#include <cuda_runtime.h>
-
-#include <cstring>
+// gives its arguments to the PTX emulator.
 #include <map>
 #include <string>
+
+#include "tensor_map.h"
 
 namespace {
 
@@ -23,30 +20,6 @@ std::map<const void*, int>& shared_limits() {
 }
 bool driver_is_old;
 
-// What the driver refuses, of tiles without an interleaved layout (CUDA driver API, cuTensorMapEncodeTiled).
-CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
-                const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave layout,
-                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  auto at = reinterpret_cast<uint64_t>(address);
-  bool good = reinterpret_cast<uintptr_t>(map) % 64 == 0 && at % 16 == 0 && rank >= 1 && rank <= 5 &&
-              type == CU_TENSOR_MAP_DATA_TYPE_UINT16 && layout == CU_TENSOR_MAP_INTERLEAVE_NONE &&
-              box[0] * 2 % 16 == 0 && (swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[0] * 2 <= 128);
-  for (cuuint32_t i = 0; good && i < rank; i++)
-    good = sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256 && steps[i] == 1 &&
-           (i == 0 || (strides[i - 1] % 16 == 0 && strides[i - 1] > 0 && strides[i - 1] < uint64_t{1} << 40));
-  if (!good) return CUDA_ERROR_INVALID_VALUE;
-  unsigned char bytes[128] = {};
-  auto put = [&](int offset, auto x) { std::memcpy(bytes + offset, &x, sizeof(x)); };
-  put(0, at), put(8, rank - 1), put(12, uint32_t{1}), put(16, static_cast<uint32_t>(swizzle));
-  for (cuuint32_t i = 0; i < 5; i++) {
-    put(28 + 4 * i, i < rank ? box[i] : 1u), put(48 + 4 * i, i < rank ? static_cast<uint32_t>(sizes[i]) : 1u);
-    if (i > 0 && i < rank) put(72 + 8 * (i - 1), strides[i - 1]);
-    put(104 + 4 * i, 1u);
-  }
-  std::memcpy(map, bytes, sizeof(bytes));
-  return CUDA_SUCCESS;
-}
-
 }  // namespace
 
 extern "C" {
@@ -62,7 +35,12 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 9, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
+  *value = what == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 232448 : 9;
+  return cudaSuccess;
+}
+// No kernel that is launched by this has shared memory of its own.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* own, const void*) { return *own = {}, cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > 232448) return cudaErrorInvalidValue;
   shared_limits()[kernel] = value;
@@ -70,10 +48,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
-  bool known = !driver_is_old && std::string(name) == "cuTensorMapEncodeTiled";
-  *found = known ? reinterpret_cast<void*>(static_cast<PFN_cuTensorMapEncodeTiled_v12000>(encode)) : nullptr;
-  *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-  return cudaSuccess;
+  return driver_entry_point(name, !driver_is_old, found, result);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
   int allowed = shared_limits().count(kernel) ? shared_limits()[kernel] : 49152;

@@ -37,10 +37,15 @@ def collect(chosen: dict[str, list[Target]]) -> list[Mutant]:
 
 
 def draw(mutants: list[Mutant], sample: int, seed: int) -> list[Mutant]:
-    """The faults written by hand and, of the others, `sample` in all (0: every one)."""
-    by_hand = [m for m in mutants if m.operator == "planted"]
-    others = sorted((m for m in mutants if m.operator != "planted"), key=lambda m: m.order(seed))
-    return by_hand + (others[: max(sample - len(by_hand), 0)] if sample else others)
+    """`sample` of them (0: every one), half of which are written by hand, or as many as there are; a smaller sample is
+    part of a larger one."""
+    in_order = sorted(mutants, key=lambda m: m.order(seed))
+    by_hand, others = ([m for m in in_order if (m.operator == "planted") == hand] for hand in (True, False))
+    if not sample:
+        return by_hand + others
+    return (
+        by_hand[: max(sample // 2, sample - len(others))] + others[: max(sample - sample // 2, sample - len(by_hand))]
+    )
 
 
 _tree: Tree
@@ -59,8 +64,8 @@ def _judge(job: tuple[int, Mutant, list[Target]]) -> tuple[int, Verdict]:
     return job[0], _tree.judge(job[1], job[2])
 
 
-def _baseline(target: Target) -> tuple[str, process.Outcome]:
-    return target.source, _tree.passes(target, {})
+def _baseline(target: Target) -> tuple[Target, process.Outcome]:
+    return target, _tree.baseline(target)
 
 
 def run(
@@ -80,7 +85,7 @@ def run(
             signal.signal(signal.SIGTERM, lambda *args: sys.exit(1))  # and end the processes below
             pool = multiprocessing.get_context("fork").Pool(processes, _start, (folder,))
             try:
-                _check_baseline(pool, list(dict.fromkeys(t for m in waiting for t in chosen[m.file])))
+                _check_baseline(pool, list(dict.fromkeys(t for m in waiting for t in chosen[m.file])), cache)
                 started, jobs = time.monotonic(), [(i, m, chosen[m.file]) for i, m in enumerate(waiting)]
                 for done, (i, verdict) in enumerate(pool.imap_unordered(_judge, jobs), 1):
                     mutant, verdicts[waiting[i]] = waiting[i], verdict
@@ -101,11 +106,12 @@ def run(
     return Results([(m, verdicts[m]) for m in mutants if m in verdicts], sum(m not in verdicts for m in mutants))
 
 
-def _check_baseline(pool: multiprocessing.pool.Pool, targets: list[Target]) -> None:
-    for source, outcome in pool.imap_unordered(_baseline, targets):
+def _check_baseline(pool: multiprocessing.pool.Pool, targets: list[Target], cache: Cache) -> None:
+    for target, outcome in pool.imap_unordered(_baseline, [t for t in targets if not cache.passes(t)]):
         if not outcome.passed:
-            raise SystemExit(f"{source}: the tests fail without any fault: {outcome.how}")
-        print(f"{source}: the tests pass without a fault, in {outcome.seconds:.0f} s", flush=True)
+            raise SystemExit(f"{target.source}: the tests fail without any fault: {outcome.how}")
+        cache.put_passed(target)
+        print(f"{target.source}: the tests pass without a fault, in {outcome.seconds:.0f} s", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

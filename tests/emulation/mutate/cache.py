@@ -37,6 +37,17 @@ class Cache:
         text = mutant.apply(self._texts[mutant.file])
         return hashlib.sha256(f"{self._sources[mutant.file]}\0{mutant.file}\0{text}".encode()).hexdigest()
 
+    def baseline(self, target: Target) -> str:
+        text = f"{digest([target], tests=False)}\0{digest([target], tests=True)}\0{target.source}\0no fault"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def passes(self, target: Target) -> bool:
+        """Whether its tests are known to pass without a fault."""
+        return self.baseline(target) in self._rows
+
+    def put_passed(self, target: Target) -> None:
+        self._put({"key": self.baseline(target)})
+
     def get(self, mutant: Mutant) -> Verdict | None:
         row = self._rows.get(self.key(mutant))
         if row is None:
@@ -47,7 +58,9 @@ class Cache:
         return Verdict(row["kind"], row["how"], row["seconds"])
 
     def put(self, mutant: Mutant, verdict: Verdict) -> None:
-        row = {"key": self.key(mutant), "tests": self._tests[mutant.file], **dataclasses.asdict(verdict)}
+        self._put({"key": self.key(mutant), "tests": self._tests[mutant.file], **dataclasses.asdict(verdict)})
+
+    def _put(self, row: dict) -> None:
         self._rows[row["key"]] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:

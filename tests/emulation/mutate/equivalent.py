@@ -24,16 +24,55 @@ class Equivalent:
 
 TRITON = "llmkern/positional/triton_kernels.py"
 LOADS = {n: f"{n[0]} = tl.load({n[2:]} + position * {n[2:]}_s + pair, mask=known" for n in ("c_cos", "d_sin")}
-EQUIVALENT = tuple(
+QUANTIZE = "csrc/int8/cuda_quantize.cu"
+FORWARD, CACHE, DECODE, SM90 = (f"csrc/attention/cuda_{name}.cu" for name in ("forward", "cache", "decode", "sm90"))
+EQUIVALENT = (
+    *(
+        Equivalent(
+            TRITON,
+            "rotary_kernel",
+            f'{load}, other=float("nan")).to(tl.float32)',
+            f"{load}, other=float(0)).to(tl.float32)",
+            "outside of the table the other of the two is still NaN, and both results contain it",
+        )
+        for load in LOADS.values()
+    ),
     Equivalent(
-        TRITON,
-        "rotary_kernel",
-        f'{load}, other=float("nan")).to(tl.float32)',
-        f"{load}, other=float(0)).to(tl.float32)",
-        "outside of the table the other of the two is still NaN, and both results contain it",
-    )
-    for load in LOADS.values()
-)  # fmt: skip
+        QUANTIZE,
+        "quantize_kernel",
+        "if (lane == 0) group_scales[g] = choose(l.quantize, part, 0.0f).scale + part.broken;",
+        "if (lane == 0) group_scales[g] = choose(l.quantize, part, 1.0f).scale + part.broken;",
+        "the mean has no part in the scales of groups, whose inputs are symmetric: cuda.py refuses others",
+    ),
+    Equivalent(
+        FORWARD,
+        "repair_row",
+        "for (int j = 0; j < kWidth / 32; j++)",
+        "for (int j = 0; j <= kWidth / 32; j++)",
+        "a value is not wider than kWidth: no lane does anything in the round too many",
+    ),
+    Equivalent(
+        CACHE,
+        "",
+        "is_key && p.rotation.cos ? (place < 0 ? p.rotation.length : place) : -1,",
+        "is_key && p.rotation.cos ? place : -1,",
+        "a key in front of the cache is written nowhere, turned or not",
+    ),
+    Equivalent(
+        DECODE,
+        "join_warps",
+        "if (lane % 4 == 0) sums[warp][lane / 4 + 8 * r] = make_float2(state.max[r], state.sum[r]);",
+        "if (!(lane % 4 == 0)) sums[warp][lane / 4 + 8 * r] = make_float2(state.max[r], state.sum[r]);",
+        "the four lanes of a row have the same largest score and, from the shuffles before, the same sum",
+    ),
+    Equivalent(
+        SM90,
+        "finish",
+        "if (thread == 0 && first < w.queries) {",
+        "if (thread == 0 && first <= w.queries) {",
+        "a copy that begins behind the last row lies outside of the tensor map, and writes nothing",
+    ),
+)
 
 
 def reason(mutant: Mutant) -> str | None:

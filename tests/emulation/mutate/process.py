@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,27 +24,35 @@ class Outcome:
     seconds: float
 
 
+#: The plugin of unraisable exceptions collects garbage twice, which takes longer than most tests.
+PLUGINS = ("no:cacheprovider", "no:hypothesispytest", "no:unraisableexception")
+FLAGS = ("-x", "-q", "--tb=no", "-rfE", "--rootdir", ".", *(f"-p{name}" for name in PLUGINS))
+
+
 def preload() -> None:
-    """Imports what tests need and no mutant is part of; Triton chooses the interpreter at its import, and so is not."""
+    """Imports what tests need and no mutant is part of."""
     import numpy  # noqa: F401
     import pybind11  # noqa: F401
     import pytest  # noqa: F401
     import torch
+    import torch._dynamo  # the longest
 
     torch.set_num_threads(1)
 
 
 def pytest_in(
-    tree: Path, arguments: str, interpreted: bool, ptx: dict[tuple[str, str], str], processor_s: float, wall_s: float
-) -> Outcome:
-    """Runs `pytest -x arguments` in the tree; compilers.nvcc returns what of `ptx` there is already.
+    tree: Path, arguments: str, interpreted: bool, ptx: dict[tuple[str, str], str], launchers: dict[str, Path],
+    processor_s: float, wall_s: float,
+) -> Outcome:  # fmt: skip
+    """Runs `pytest -x arguments` in the tree; compilers.nvcc returns what of `ptx` there is already, and
+    cuda_launches.build the families that are in the folders of `launchers`, with that PTX.
 
     A loop without end is told by the processor's time, for the machine may be busy; wall_s ends a process that waits.
     """
     started, log = time.monotonic(), tree / "pytest.log"
     child = os.fork()
     if child == 0:
-        _child(tree, log, arguments, interpreted, ptx, processor_s)
+        _child(tree, log, arguments, interpreted, ptx, launchers, processor_s)
     try:
         status = _wait(child, wall_s)
     finally:
@@ -78,8 +87,9 @@ def _wait(child: int, wall_s: float) -> int | None:
 
 
 def _child(
-    tree: Path, log: Path, arguments: str, interpreted: bool, ptx: dict[tuple[str, str], str], processor_s: float
-) -> None:
+    tree: Path, log: Path, arguments: str, interpreted: bool, ptx: dict[tuple[str, str], str],
+    launchers: dict[str, Path], processor_s: float,
+) -> None:  # fmt: skip
     code = 3
     try:
         os.setsid()
@@ -95,14 +105,14 @@ def _child(
         sys.path[0] = str(tree)
         sys.dont_write_bytecode = True  # two mutants of one size and second look alike to a cache of bytecode
         os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree), "TRITON_CACHE_DIR": f"{tree}/triton"}
-        if interpreted:
-            os.environ["TRITON_INTERPRET"] = "1"
+        if interpreted:  # which Triton finds out when it is imported, and here it is already
+            command = [sys.executable, "-m", "pytest", *FLAGS, *shlex.split(arguments)]
+            os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
         import pytest
 
         if ptx:
-            _use(ptx, tree)
-        flags = ["-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--rootdir", "."]
-        code = int(pytest.main([*flags, *shlex.split(arguments)]))
+            _use(ptx, launchers, tree)
+        code = int(pytest.main([*FLAGS, *shlex.split(arguments)]))
         sys.stdout.flush()
     except BaseException as error:
         with contextlib.suppress(BaseException):
@@ -111,13 +121,21 @@ def _child(
         os._exit(code)
 
 
-def _use(ptx: dict[tuple[str, str], str], tree: Path) -> None:
-    from tests.emulation import compilers
+def _use(ptx: dict[tuple[str, str], str], launchers: dict[str, Path], tree: Path) -> None:
+    from tests.emulation import compilers, cuda_launches
 
-    compiled = compilers.nvcc
+    compiled, built = compilers.nvcc, cuda_launches.build
 
     def nvcc(source: Path, architecture: str = "80", changes: tuple[tuple[str, str], ...] = ()) -> str:
         found = None if changes else ptx.get((str(source.relative_to(tree)), architecture))
         return found or compiled(source, architecture, changes)
 
+    def build(folder: Path, family: str) -> tuple[ModuleType, list[str]]:
+        if family not in launchers:
+            return built(folder, family)
+        module, whole = cuda_launches.load(launchers[family], family)
+        names = [(str(s.relative_to(tree)), cuda_launches.ARCHITECTURE) for s in cuda_launches.sources_of(family)]
+        return module, [ptx.get(name, text) for name, text in zip(names, whole, strict=True)]
+
     compilers.nvcc = nvcc  # type: ignore[assignment]
+    cuda_launches.build = build

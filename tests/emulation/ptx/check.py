@@ -82,6 +82,8 @@ class Clocks:
                 self.first[kind] = columns
                 columns += ACTORS[kind][0](n)
         self.columns = columns
+        #: Actors below work through the generic proxy: threads and their cp.async (PTX ISA 9.7.9.25.2).
+        self.generic = self.first_actor + (n if "cp.async" in self.first else 0)
         rows = machine.block_count * n
         self.known = np.zeros((rows, columns), np.int32)
         self.thread = np.tile(np.arange(n), machine.block_count)
@@ -382,8 +384,8 @@ class Access:
         if bad.any():
             self._report(bad, last, rows, what)
         elif proxy and what == "written":
-            threads = last >> ACTOR_SHIFT & ACTOR_MASK
-            unseen = clocks.unordered(last, rows, int(self.space.name == "global")) & (threads < self.machine.threads)
+            actor = last >> ACTOR_SHIFT & ACTOR_MASK
+            unseen = clocks.unordered(last, rows, int(self.space.name == "global")) & (actor < clocks.generic)
             if unseen.any():
                 self._report(unseen, last, rows, what, fence=True)
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from tests.emulation.mutate.faults import attention_sm90, positional
+from tests.emulation.mutate.faults import attention_cached, attention_forward, attention_sm90, int8, positional
 
-PLANTED = (*positional.PLANTED, *attention_sm90.PLANTED)
+PLANTED = (
+    *positional.PLANTED,
+    *int8.PLANTED,
+    *attention_forward.PLANTED,
+    *attention_cached.PLANTED,
+    *attention_sm90.PLANTED,
+)

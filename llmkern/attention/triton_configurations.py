@@ -1,0 +1,64 @@
+"""Tiles, warps and stages of Triton's attention kernels, by kernel, architecture, element and width of the heads.
+
+Chosen by what the compiler makes of them (`python -m llmkern inspect --source triton`): no spills, shared memory that
+fits, then the most products for what is read. Nothing here was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Queries and keys of a tile of scores, warps of a program, stages of its software pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+#: The widest padded head, then the configuration.
+_Lines = tuple[tuple[int, Configuration], ...]
+_C = Configuration
+
+#: Multiprocessors alike in what decides here: sm_80, 86, 89 and 120 have mma.sync and at least 99 KB of shared memory
+#: for a block; sm_90 wgmma and 227; sm_100 tcgen05 and 227; gfx942 64 KB and waves of 64.
+FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+_FORWARD_80 = ((64, _C(128, 64, 8, 3)), (128, _C(128, 32, 8, 3)), (256, _C(64, 32, 8, 2)))
+_QUERIES_80 = ((64, _C(64, 32, 4, 1)), (128, _C(64, 64, 8, 2)), (256, _C(32, 16, 8, 1)))
+_KEYS_80 = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 8, 1)), (256, _C(16, 16, 8, 1)))
+_FORWARD_90 = ((64, _C(128, 128, 8, 3)), (128, _C(128, 64, 8, 3)), (256, _C(64, 32, 8, 2)))
+_QUERIES_90 = ((64, _C(128, 64, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(32, 16, 8, 1)))
+_KEYS_90 = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 8, 1)), (256, _C(16, 16, 8, 1)))
+_QUERIES_AMD = ((64, _C(64, 32, 4, 1)), (128, _C(32, 32, 4, 1)), (256, _C(32, 16, 8, 1)))
+_KEYS_AMD = ((64, _C(32, 64, 4, 1)), (128, _C(32, 32, 4, 1)), (256, _C(16, 16, 8, 1)))
+_FLOAT32 = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
+
+#: By kernel ("queries" and "keys" are those of the gradients), family and width, for elements of 2 bytes.
+TABLE: dict[str, dict[str, _Lines]] = {
+    "forward": {"sm_80": _FORWARD_80, "sm_90": _FORWARD_90, "sm_100": _FORWARD_90, "gfx942": _FORWARD_80},
+    "queries": {"sm_80": _QUERIES_80, "sm_90": _QUERIES_90, "sm_100": _QUERIES_90, "gfx942": _QUERIES_AMD},
+    "keys": {"sm_80": _KEYS_80, "sm_90": _KEYS_90, "sm_100": _KEYS_90, "gfx942": _KEYS_AMD},
+}
+#: With rules that need registers of their own (soft cap, slopes, dense masks, dropout), everywhere.
+RULES = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
+
+
+def family(capability: tuple[int, int] | None) -> str:
+    """The line of the table for a device of this compute capability; None for AMD's."""
+    if capability is None:
+        return "gfx942"
+    if capability[0] == 9:
+        return "sm_90"
+    return "sm_100" if capability[0] in (10, 11) else "sm_80"
+
+
+def configuration(kernel: str, family: str, itemsize: int, width: int, rules: bool) -> Configuration:
+    """Of heads padded to `width`, a power of two up to 256. rules: some need registers of their own."""
+    lines = TABLE["queries" if kernel == "statistics" else kernel][family]
+    if itemsize == 4 or rules:
+        lines = _FLOAT32 if itemsize == 4 else RULES
+    return next(found for widest, found in lines if width <= widest)

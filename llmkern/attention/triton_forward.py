@@ -1,0 +1,184 @@
+"""The attention forward in Triton: FlashAttention-2 (Dao 2023, section 3.1) with the online softmax of Milakov and
+Gimelshein 2018."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from llmkern.attention.triton_rules import (
+    add_exactly,
+    all_finite,
+    bend,
+    kept,
+    key_tiles,
+    load_rows,
+    log2_in_parts,
+    store_rows,
+)
+
+
+@triton.jit
+def _step(
+    state, q, start, first, key, value, limits, numbers, dense, dropout,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Takes the queries from `start` through the keys from `first`. state: (values summed, sum of the weights, largest
+    exponent), (BLOCK_M, BLOCK_DV), (BLOCK_M,), (BLOCK_M,)."""
+    acc, total, largest = state
+    row = start + tl.arange(0, BLOCK_M)[:, None]
+    col = first + tl.arange(0, BLOCK_N)[None, :]
+    keys, unit = limits[1], numbers[1]
+    k = load_rows(key[0], key[1], first, keys, D, BLOCK_D, BLOCK_N, EDGE)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s, _ = bend(
+        s, row, col, (start, first), limits, numbers, dense, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, BEND, EDGE,
+        k.dtype == tl.float32,
+    )  # fmt: skip
+    now = tl.maximum(largest, tl.max(s, 1) * unit)
+    shift = now
+    if EDGE or MASK > 0:
+        shift = tl.where(now == float("-inf"), 0.0, now)  # of a query that has seen no key yet
+    p = tl.exp2(s * unit - shift[:, None])
+    again = tl.exp2(largest - shift)
+    total = total * again + tl.sum(p, 1)
+    acc = acc * again[:, None]
+    if DROPOUT:
+        p = tl.where(kept(start, first, dropout, BLOCK_M, BLOCK_N), p, 0.0)
+    if EXACT:
+        acc = add_exactly(acc, p, s != float("-inf"), value[0], value[1], first, keys, DV, BLOCK_DV, BLOCK_N)
+    else:
+        v = load_rows(value[0], value[1], first, keys, DV, BLOCK_DV, BLOCK_N, EDGE)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, now
+
+
+@triton.jit
+def _rows(
+    start, query, key, value, output, logsumexp, sink, all_keys, limits, numbers, dense, dropout, keep_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Computes and stores the queries from `start` to start + BLOCK_M; whether all results are finite."""
+    queries = limits[0]
+    q = load_rows(query[0], query[1], start, queries, D, BLOCK_D, BLOCK_M, True)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if SINK:
+        # The first of the logits, whose value is 0.
+        exponent = tl.load(sink).to(tl.float32) * 1.4426950408889634
+        largest = tl.zeros((BLOCK_M,), tl.float32) + exponent
+        total = tl.where(largest == float("-inf"), 0.0, 1.0)
+    state = (acc, total, largest)
+    last = tl.minimum(start + BLOCK_M, queries) - 1
+    begin, inner_begin, inner_end, end = key_tiles(start, last, limits, LEFT, RIGHT, BLOCK_N)
+    if EXACT:
+        inner_begin, inner_end = begin, begin  # all at the edge: one loop is enough
+    else:
+        if LEFT:
+            for first in range(begin, inner_begin, BLOCK_N):
+                state = _step(
+                    state, q, start, first, key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, True, EXACT,
+                )  # fmt: skip
+        for first in range(inner_begin, inner_end, BLOCK_N):
+            state = _step(
+                state, q, start, first, key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
+                BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, False, EXACT,
+            )  # fmt: skip
+    for first in range(inner_end, end, BLOCK_N):
+        state = _step(
+            state, q, start, first, key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
+            BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, True, EXACT,
+        )  # fmt: skip
+    acc, total, largest = state
+    empty = total == 0.0
+    whole = tl.where(empty, 1.0, total)
+    exponent = largest.to(tl.float64) + log2_in_parts(whole)
+    sums = tl.where(empty, float("-inf"), exponent * 0.6931471805599453)
+    row = start + tl.arange(0, BLOCK_M)
+    tl.store(logsumexp + row, sums, mask=row < queries)
+    factor = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), whole)
+    if DROPOUT:
+        factor = factor * keep_scale
+    acc = acc * factor[:, None]
+    if UNIFORM:  # noqa: SIM102
+        if tl.max(tl.where(empty, 1, 0), 0) > 0:
+            mean = tl.zeros((BLOCK_DV,), tl.float32)
+            for first in range(0, all_keys, BLOCK_N):
+                v = load_rows(value[0], value[1], first, all_keys, DV, BLOCK_DV, BLOCK_N, True)
+                mean += tl.sum(v.to(tl.float32), 0)
+            acc = tl.where(empty[:, None], (mean / all_keys.to(tl.float32))[None, :], acc)
+    store_rows(output[0], output[1], start, queries, acc, DV, BLOCK_DV, BLOCK_M)
+    return all_finite(acc)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads", "group", "queries", "keys", "left", "right", "drop_below", "m_b", "m_h", "m_q", "m_k", "lengths_b",
+        "slopes_b", "slopes_h",
+    ]
+)  # fmt: skip
+def attention_forward_kernel(
+    query, key, value, output, logsumexp, mask, key_lengths, slopes, sink, seed,
+    heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, m_b, m_h, m_q, m_k, lengths_b, slopes_b, slopes_h,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
+    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The output (B, H, Sq, DV) and the log-sum-exp (B, H, Sq) float64 of attention.
+
+    Grid: (B * H * blocks of BLOCK_M queries,), the blocks of a head side by side. Strides count elements; the last
+    dimension of query, key, value and output is contiguous. unit: of `bend`, log2(e) with BEND and scale * log2(e)
+    without. HIDES: some rule may hide a key from a query, so that results that are not
+    finite are made again without it.
+    """
+    program = tl.program_id(0)
+    blocks = tl.cdiv(queries, BLOCK_M)
+    block, bh = program % blocks, program // blocks
+    if RIGHT:
+        block = blocks - 1 - block  # the longest first
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    kv_h = h // group
+    all_keys = keys
+    if LENGTHS:
+        keys = tl.minimum(tl.maximum(tl.load(key_lengths + b * lengths_b), 0), keys).to(tl.int32)
+    diagonal = keys - queries if BOTTOM_RIGHT else keys * 0
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + b * slopes_b + h * slopes_h)
+    seed_value = 0
+    if DROPOUT:
+        seed_value = tl.load(seed)
+    limits = (queries, keys, diagonal, left, right)
+    numbers = (scale, unit, softcap, slope)
+    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
+    dropout = (seed_value, bh, drop_below)
+    q = (query + b * q_b + h * q_h, q_s)
+    k = (key + b * k_b + kv_h * k_h, k_s)
+    v = (value + b * v_b + kv_h * v_h, v_s)
+    o = (output + b * o_b + h * o_h, o_s)
+    lse = logsumexp + bh.to(tl.int64) * queries
+    start = block * BLOCK_M
+    finite = _rows(
+        start, q, k, v, o, lse, sink + h, all_keys, limits, numbers, dense, dropout, keep_scale, D, DV, BLOCK_D,
+        BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, SINK, DROPOUT, UNIFORM, BEND, PRECISION, False,
+    )  # fmt: skip
+    if HIDES:  # noqa: SIM102 (known to the compiler)
+        if not finite:
+            tl.debug_barrier()  # the same elements are stored again
+            for again in range(start, tl.minimum(start + BLOCK_M, queries), 16):
+                _rows(
+                    again, q, k, v, o, lse, sink + h, all_keys, limits, numbers, dense, dropout, keep_scale, D, DV,
+                    BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, SINK, DROPOUT, UNIFORM, BEND,
+                    PRECISION, True,
+                )  # fmt: skip

@@ -1,0 +1,184 @@
+"""Triton's attention kernels in its interpreter; test_triton.py runs this file, in a process for it.
+
+The interpreter is slow: tiles are small, and so are the shapes, which have all the tails that larger ones have.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmkern import backend
+from llmkern.attention import op, reference, triton_launch
+from llmkern.attention.mask import Mask
+from llmkern.attention.triton_configurations import Configuration
+from llmkern.verify import verify
+from tests.attention.cases import FEATURES, RULES, attend, rule, tensors
+from tests.attention.on_triton import serve
+from tests.emulation.triton_interpreter import round_as_hardware
+
+round_as_hardware()
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+TILE = Configuration(32, 16, 4, 1)
+# (B, H, Hkv, Sq, Sk, D, Dv)
+SHAPES = {
+    "one of everything": (1, 1, 1, 1, 1, 1, 1),
+    "around tiles": (1, 1, 1, 33, 48, 16, 16),
+    "grouped heads, primes": (1, 6, 2, 13, 29, 17, 23),
+    "one query, many keys": (1, 2, 1, 1, 70, 32, 8),
+    "wider value": (1, 1, 1, 20, 21, 8, 48),
+    "no keys": (1, 2, 2, 3, 0, 16, 16),
+    "no queries": (1, 2, 2, 0, 5, 16, 16),
+    "no heads": (2, 0, 0, 3, 5, 16, 16),
+    "no width": (1, 2, 1, 5, 20, 0, 16),
+    "no value width": (1, 2, 1, 5, 20, 16, 0),
+}
+
+
+def interpret(launch: triton_launch.Launch) -> None:
+    triton_launch.kernel(launch.kernel)[(launch.programs,)](*launch.arguments, **launch.constants)
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch):
+    serve(monkeypatch, interpret, tile=TILE)
+    yield
+    backend.forget_plans()
+
+
+def compare(shape, dtype, rules, uniform=False, **options):
+    functions = (attend(uniform, plain, **options) for plain in (False, True))
+    verify(*functions, tensors(shape, dtype), rules).raise_if_failed()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape):
+    compare(shape, torch.float32, {"causal": True} if shape[4] else {})
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", [*RULES, *FEATURES])
+def test_rules(name, dtype):
+    """Outputs, log-sum-exps and gradients; each rule in one of the dtypes, and all together in each."""
+    at = [*RULES, *FEATURES].index(name)
+    if FLOATS[at % 3] != dtype and name != "everything, additive":
+        pytest.skip("in another dtype")
+    shape = (2, 2, 1, 37, 50, 24, 12) if at % 2 else (2, 2, 2, 41, 19, 12, 24)  # and rows that stay empty
+    rules = rule(name, shape, dtype)
+    # A row without keys has the log-sum-exp -inf, and autograd's own gradient through it is NaN.
+    sums = "sink" in rules or ("mask" not in rules and "key_lengths" not in rules and "window" not in rules)
+    uniform = "dropout_p" not in rules and at // 2 % 2 == 0
+    compare(shape, dtype, rules, uniform, logsumexp=sums)
+
+
+@pytest.mark.parametrize("name", ["lengths", "rows"])
+def test_empty_rows_are_zeros_or_averages(name):
+    shape = (3, 2, 1, 9, 40, 16, 16)
+    for uniform in (False, True):
+        compare(shape, torch.float32, rule(name, shape), uniform)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_both_ways_to_delta(dtype, weighed, monkeypatch):
+    """And keys and values whose average is not zero, where sums of gradients cancel up to a small rest."""
+    monkeypatch.setattr(triton_launch, "from_weights", lambda *args: weighed)
+    q, k, v = tensors((1, 1, 1, 33, 140, 32, 16), dtype)
+    for keys, values in ((k, v), (k + 3, v + 10)):
+        verify(
+            attend(), attend(plain=True), (q, keys, values), {"causal": True, "bottom_right": True}
+        ).raise_if_failed()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 33), (2, 1, 20, 1), (2, 2, 1, 33)])
+def test_gradient_of_an_additive_mask_that_broadcasts(shape):
+    mask = torch.randn(shape)
+    verify(attend(), attend(plain=True), (*tensors((2, 2, 1, 20, 33, 16, 16)), mask)).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["sink, rows", "everything, additive"])
+def test_gradient_of_the_sink(name):
+    shape = (2, 16, 8, 5, 20, 8, 8)
+    compare(shape, torch.float32, rule(name, shape), logsumexp=True, sink_grad=True)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 3.0])
+def test_scales(scale):
+    inputs, mask = tensors((1, 1, 1, 33, 40, 16, 16)), Mask(window_right=0)
+    truth = reference.attention(*(t.double() for t in inputs), *mask.arguments(), scale, False)
+    for got, true in zip(op.attention(*inputs, mask, scale), truth, strict=True):
+        torch.testing.assert_close(got, true.to(got.dtype), rtol=2e-5, atol=2e-5)
+
+
+def test_the_log_sum_exp_has_more_than_float32():
+    """Its error is that of the scores, not that of rounding it."""
+    q, k, v = tensors((1, 1, 1, 64, 300, 16, 16))
+    q, k = (t.mul(8).round().div(8) for t in (q, k))  # whose products are exact
+    sums = op.attention(q, k, v, Mask(), 0.25)[1]
+    truth = reference.attention(q.double(), k.double(), v.double(), *Mask().arguments(), 0.25, False)[1]
+    assert (sums - truth).abs().mean() < 2**-25 * truth.abs().mean()
+
+
+def test_what_is_masked_has_no_part():
+    """NaN and inf in masked keys and values, and in queries that do not see a key, reach no result and no gradient."""
+    q, k, v = tensors((2, 1, 1, 9, 20, 8, 8))
+    seen = (torch.arange(20) % 5 > 0).expand(1, 1, 9, 20)
+    hidden = {
+        "lengths": ({"key_lengths": torch.tensor([18, 7])}, torch.arange(20) >= torch.tensor([[18], [7]])),
+        "causal": ({"causal": True}, (torch.arange(20) >= 9).expand(2, 20)),
+        "columns": ({"mask": seen}, (torch.arange(20) % 5 == 0).expand(2, 20)),
+    }
+    grad = torch.randn(2, 1, 9, 8)
+    for name, (mask, columns) in hidden.items():
+        results = []
+        for of_keys, of_values in ((0.0, 0.0), (torch.nan, torch.inf)):
+            spoiled = [t.masked_fill(columns[:, None, :, None], x) for t, x in ((k, of_keys), (v, of_values))]
+            inputs = [t.clone().requires_grad_() for t in (q, *spoiled)]
+            output = attend()(*inputs, **mask)
+            results.append([output.detach(), *torch.autograd.grad(output, inputs, grad)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(b, a, rtol=2e-5, atol=2e-6, msg=lambda told, name=name: f"{name}: {told}")
+    broken = q[:1].clone()
+    broken[:, :, 7] = torch.nan  # sees the keys up to 7
+    inputs = [t.clone().requires_grad_() for t in (broken, k[:1], v[:1])]
+    output = attend()(*inputs, causal=True)
+    assert output[:, :, 7].isnan().all() and output[:, :, torch.arange(9) != 7].isfinite().all()
+    grads = torch.autograd.grad(output, inputs, grad[:1])
+    for gradient in grads[1:]:
+        assert gradient[:, :, :8].isnan().all() and gradient[:, :, 8:].isfinite().all()
+
+
+def test_what_is_seen_passes_through():
+    """NaN and infinities come out where the plain version has them, and nowhere else."""
+    q, k, v = tensors((1, 2, 2, 9, 20, 16, 16))
+    v[0, 1, 3, 2], k[0, 0, 5], v[0, 0, 7, 1], v[0, 1, 8, 1] = torch.nan, torch.nan, torch.inf, -torch.inf
+    for mask in (Mask(), Mask(window_right=0)):
+        got = op.attention(q, k, v, mask, 0.25)[0]
+        expected = reference.attention(q, k, v, *mask.arguments(), 0.25, False)[0]
+        torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+        assert got.isnan().any() and got.isinf().any() and got.isfinite().any()
+
+
+def test_strides():
+    shape = (2, 2, 2, 20, 37, 16, 16)
+    q, k, v = tensors(shape)
+    grad = torch.randn(2, 2, 20, 16)
+    layouts = {
+        "as they are": lambda t: t,
+        "tokens first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        "off by an element": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t),
+        "last dimension apart": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+        "half of a wider head": lambda t: torch.cat([t, t], -1)[..., 16:],
+    }
+    expected = None
+    for name, layout in layouts.items():
+        inputs = [layout(t).detach().requires_grad_() for t in (q, k, v)]
+        output, _ = op.attention(*inputs, Mask(), 0.2)
+        got = [output.detach(), *torch.autograd.grad(output, inputs, layout(grad))]
+        expected = expected or got
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b), name
+    same = k[:1, :1].expand(2, 2, 37, 16)
+    assert torch.equal(op.attention(q, same, same, Mask(), 0.2)[0],
+                       op.attention(q, same.contiguous(), same.contiguous(), Mask(), 0.2)[0])  # fmt: skip

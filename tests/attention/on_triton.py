@@ -1,0 +1,20 @@
+"""The operators of this family served by Triton's kernels, run by whatever runs a launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmkern import backend
+from llmkern.attention import triton_launch
+from llmkern.attention.triton_configurations import Configuration
+
+
+def serve(monkeypatch: Any, run: triton_launch.Run, family: str = "sm_80", tile: Configuration | None = None) -> None:
+    """Calls of the operators on CPU tensors go through Triton's launchers to `run`. tile: instead of the table's."""
+    if tile is not None:
+        monkeypatch.setattr(triton_launch, "configuration", lambda *args: tile)
+    for name, plan in (("attention", triton_launch.forward), ("attention_backward", triton_launch.backward)):
+        stands = backend.Backend("triton", lambda *args, plan=plan: plan(run, family, *args), lambda *args: None)
+        operator = backend.Operator.all[name]
+        monkeypatch.setattr(operator, "by_device", {**operator.by_device, "cpu": [stands]})
+    backend.forget_plans()
