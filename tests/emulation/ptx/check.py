@@ -263,6 +263,9 @@ class Access:
         column = clocks.column(rows, int(stamp[0] >> ACTOR_SHIFT & ACTOR_MASK))
         if column is None:
             shadow.keep(cells, np.broadcast_to(mine, cells.shape))
+        elif isinstance(column, int):  # wgmma: whoever has waited for a later one has waited for an earlier one
+            shadow.by_warp[column, cells] = mine
+            shadow.lanes[column, cells] = 1
         else:
             self._keep_by_warp(rows, mine, column, clocks.bit[rows])
 
