@@ -20,7 +20,23 @@ inline void check(cudaError_t error, const char* kernel, int device) {
   if (error != cudaSuccess) throw std::runtime_error(launch_error(error, kernel, device));
 }
 
-// Makes `device` the current one of this thread, and the former one again at the end.
+// Whether anything of this process uses the device. To make an unused one current again would set it up (since CUDA 12
+// cudaSetDevice does), with hundreds of megabytes of its memory.
+inline bool in_use(int device) {
+  using State = int (*)(int, unsigned*, int*);  // of CUdevice, which is an int, to CUresult, 0 for success
+  static const auto state = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 7000, cudaEnableDefault, &result);
+    return reinterpret_cast<State>(error == cudaSuccess && result == cudaDriverEntryPointSuccess ? found : nullptr);
+  }();
+  unsigned flags = 0;
+  int active = 1;
+  return !state || state(device, &flags, &active) != 0 || active;
+}
+
+// Makes `device` the current one of this thread, and the former one again at the end, if it is in use.
 class DeviceGuard {
  public:
   DeviceGuard(int device, const char* kernel) {
@@ -30,7 +46,7 @@ class DeviceGuard {
     changed_ = true;
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
+    if (changed_ && in_use(before_)) cudaSetDevice(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;

@@ -102,6 +102,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = major ? emulation::runtime.major : emulation::runtime.minor;
   return emulation::called("cudaDeviceGetAttribute");
 }
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
+constexpr unsigned long long cudaEnableDefault = 0;
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** found, unsigned, unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* result) {
+  *found = nullptr, *result = cudaDriverEntryPointSymbolNotFound;
+  return emulation::called("cudaGetDriverEntryPointByVersion");
+}
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
 };
