@@ -55,7 +55,7 @@ PLANTED = (
             "fmaf(sum, __fmul_rn(row_scale, c.scale), c.bias)"),
     Planted(FINISH, "__fmul_rn(sum, __fmul_rn(row_scale, c.scale))", "__fmul_rn(__fmul_rn(sum, row_scale), c.scale)"),
     Planted(FINISH, "low - zero * c.weight_sum", "low + zero * c.weight_sum"),
-    Planted(FINISH, "if (pairs) y = __fmul_rn(y, second);\n  if (l.residual)", "if (l.residual)"),
+    Planted(FINISH, "return pairs ? __fmul_rn(y, second) : y;", "return y;"),
     Planted(MMA, "dp4a.u32.s32 %0, %1, %2, %3;", "dp4a.u32.s32 %0, %2, %1, %3;"),
     Planted(MMA, "dot4<kSigned>(a.z, b.z, sum);", "dot4<kSigned>(a.z, b.y, sum);"),
 )  # fmt: skip
