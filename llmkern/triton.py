@@ -49,8 +49,9 @@ class Launch:
     constants: dict[str, Any]
     #: Triton's: num_warps, num_stages, enable_fp_fusion.
     options: dict[str, Any]
-    #: The arguments that it writes and does not read before.
+    #: The arguments that it writes in full and does not read before, and those of which it writes some.
     written: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 Run = Callable[[Launch], None]

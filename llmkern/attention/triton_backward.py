@@ -23,7 +23,7 @@ from llmkern.attention.triton_rules import (
 )
 
 _PLAIN = [
-    "heads", "group", "queries", "keys", "left", "right", "drop_below", "m_b", "m_h", "m_q", "m_k", "lengths_b",
+    "heads", "group", "queries", "keys", "left", "right", "seed", "drop_below", "m_b", "m_h", "m_q", "m_k", "lengths_b",
     "slopes_b", "slopes_h", "rows",
 ]  # fmt: skip
 
@@ -148,7 +148,7 @@ def attention_statistics_kernel(
             slope = tl.load(slopes + b * slopes_b + h * slopes_h)
         seed_value = 0
         if DROPOUT:
-            seed_value = tl.load(seed)
+            seed_value = tl.cast(seed, tl.int64)
         limits = (queries, keys, diagonal, left, right)
         numbers = (scale, unit, softcap, slope)
         dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
@@ -274,7 +274,7 @@ def attention_backward_query_kernel(
         slope = tl.load(slopes + b * slopes_b + h * slopes_h)
     seed_value = 0
     if DROPOUT:
-        seed_value = tl.load(seed)
+        seed_value = tl.cast(seed, tl.int64)
     limits = (queries, keys, diagonal, left, right)
     numbers = (scale, unit, softcap, slope)
     dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
@@ -420,7 +420,7 @@ def attention_backward_key_kernel(
     diagonal = keys - queries if BOTTOM_RIGHT else keys * 0
     seed_value = 0
     if DROPOUT:
-        seed_value = tl.load(seed)
+        seed_value = tl.cast(seed, tl.int64)
     limits = (queries, keys, diagonal, left, right)
     numbers = (scale, unit, softcap, 0.0)
     m_h = tl.cast(m_h, tl.int64)

@@ -122,7 +122,8 @@ def _rows(
 
 @triton.jit(
     do_not_specialize=[
-        "heads", "group", "queries", "keys", "left", "right", "drop_below", "m_b", "m_h", "m_q", "m_k", "lengths_b",
+        "heads", "group", "queries", "keys", "left", "right", "seed", "drop_below", "m_b", "m_h", "m_q", "m_k",
+        "lengths_b",
         "slopes_b", "slopes_h",
     ]
 )  # fmt: skip
@@ -158,7 +159,7 @@ def attention_forward_kernel(
         slope = tl.load(slopes + b * slopes_b + h * slopes_h)
     seed_value = 0
     if DROPOUT:
-        seed_value = tl.load(seed)
+        seed_value = tl.cast(seed, tl.int64)
     limits = (queries, keys, diagonal, left, right)
     numbers = (scale, unit, softcap, slope)
     dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))

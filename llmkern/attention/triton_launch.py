@@ -5,18 +5,15 @@ Triton is imported when a call comes, never with the package.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from llmkern import triton
 from llmkern.attention.compiled.dense import as_rows, empty_grad_scores, mask_grad_of, sink_grad
 from llmkern.attention.compiled.params import as_sink, plain, through_copies
 from llmkern.attention.layout import empty_in_order
@@ -37,70 +34,12 @@ _MOST_APART = 2**23
 _LOG2E = 1.4426950408889634
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One run of a kernel: its name, the programs, the arguments in order, the constants, and Triton's options."""
-
-    kernel: str
-    programs: int
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    #: The arguments that it writes in full, and those of which it writes some.
-    written: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
+def _padded(n: int) -> int:
+    """The power of two that is at least n, and 16, which a matrix instruction needs."""
+    return max(triton.power_of_two(n), 16)
 
 
-Run = Callable[[Launch], None]
-
-
-@lru_cache(maxsize=1)
-def missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: `pip install triton`"
-    return None
-
-
-def power_of_two(n: int) -> int:
-    """The least that is at least n, and 16, which a matrix instruction needs."""
-    return max(1 << max(n - 1, 0).bit_length(), 16)
-
-
-def kernel(name: str) -> Any:
-    """The @triton.jit function of this name."""
-    module = "triton_forward" if name == "attention_forward_kernel" else "triton_backward"
-    return getattr(importlib.import_module(f"llmkern.attention.{module}"), name)
-
-
-_POINTERS = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
-    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
-
-
-def signature(launch: Launch) -> tuple[dict[str, str], list[str]]:
-    """The types of a launch's arguments, and those known to divide by 16, as Triton finds them at a call, to compile
-    ahead of time. (An integer that is 1 is no constant here, which it is there.)"""
-    jit = kernel(launch.kernel)
-    names = [n for n in jit.arg_names if n not in launch.constants]
-    plain = {p.name for p in jit.params if p.do_not_specialize}
-    types, divisible = {}, []
-    for name, x in zip(names, launch.arguments, strict=True):
-        if isinstance(x, Tensor):
-            types[name], divides = _POINTERS[x.dtype], x.data_ptr() % 16 == 0
-        elif isinstance(x, float):
-            types[name], divides = "fp32", False
-        else:
-            types[name] = "i32" if -(2**31) <= x < 2**31 else "i64"
-            divides = x % 16 == 0 and name not in plain
-        divisible += [name] if divides else []
-    return types, divisible
-
-
-def run(launch: Launch) -> None:
-    """Runs a kernel on the device of its first argument."""
-    with torch.cuda.device(launch.arguments[0].device):  # Triton launches on the current device
-        kernel(launch.kernel)[(launch.programs,)](*launch.arguments, **launch.constants, **launch.options)
+_FORWARD, _BACKWARD = (f"llmkern.attention.triton_{name}" for name in ("forward", "backward"))
 
 
 def family_of(device: torch.device) -> str:
@@ -139,7 +78,7 @@ class Call:
             "HIDES": hides,
         }  # fmt: skip
         self.widths = {"D": width, "DV": value.size(3)}
-        self.widths |= {"BLOCK_D": power_of_two(width), "BLOCK_DV": power_of_two(value.size(3))}
+        self.widths |= {"BLOCK_D": _padded(width), "BLOCK_DV": _padded(value.size(3))}
         #: What decides about the tiles: the padded width, and whether rules need registers.
         self.shape = max(self.widths["BLOCK_D"], self.widths["BLOCK_DV"]), bends or kind > 0 or dropout
         below = drop_below(mask.dropout_p)
@@ -160,14 +99,16 @@ class Call:
             0 if slopes is None else slopes.stride(-1),
         )
 
-    def tensors(self, query: Tensor, rules: Sequence[Any]) -> tuple[Tensor, ...]:
-        """(mask, lengths, slopes, sink, seed) as the kernels read them; query stands for what is not there."""
+    def tensors(self, query: Tensor, rules: Sequence[Any]) -> tuple[Any, ...]:
+        """(mask, lengths, slopes, sink, seed) as the kernels read them; query stands for a tensor that is not there.
+
+        The seed lies on the CPU and goes by value: a copy to the device could not be part of a CUDA graph.
+        """
         mask, lengths, slopes, sink, seed = rules[:5]
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.view(torch.uint8)
-        if seed is not None:
-            seed = seed.to(query.device, non_blocking=True)  # it may be drawn on the CPU
-        return tuple(query if t is None else t for t in (mask, lengths, slopes, as_sink(sink), seed))
+        tensors = (query if t is None else t for t in (mask, lengths, slopes, as_sink(sink)))
+        return *tensors, 0 if seed is None else int(seed)
 
     def constants(self, tile: Configuration, dtype: torch.dtype, family: str) -> dict[str, Any]:
         of_tile = {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys}
@@ -178,7 +119,7 @@ def options(tile: Configuration) -> dict[str, Any]:
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
-def forward(run: Run, family: str, query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable[..., Any]:
+def forward(run: triton.Run, family: str, query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable[..., Any]:
     """The launcher of all calls with these metadata, by `run` with the configurations of `family`."""
     if any(plain(t) is not t for t in (query, key, value)):
         return through_copies(lambda *args: forward(run, family, *args), 3)
@@ -196,11 +137,10 @@ def forward(run: Run, family: str, query: Tensor, key: Tensor, value: Tensor, *r
                 *call.dense_steps, *call.steps,
             )  # fmt: skip
             constants = call.constants(tile, query.dtype, family)
-            run(
-                Launch(
-                    "attention_forward_kernel", programs, arguments, constants, options(tile), ("output", "logsumexp")
-                )
-            )
+            run(triton.Launch(
+                _FORWARD, "attention_forward_kernel", (programs,), arguments, constants, options(tile),
+                ("output", "logsumexp"),
+            ))  # fmt: skip
         return output, logsumexp
 
     return launch
@@ -214,7 +154,7 @@ def from_weights(query: Tensor, key: Tensor, call: Call, mask_grad: bool) -> boo
 
 
 def backward(
-    run: Run, family: str, grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor,
+    run: triton.Run, family: str, grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor,
     value: Tensor, output: Tensor, logsumexp: Tensor, *rest: Any,
 ) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
     """As `forward`, for the gradients."""
@@ -253,7 +193,9 @@ def backward(
             arguments = (*before, *tensors, *numbers, *steps, *call.dense_steps, *call.steps)
             made = {**call.constants(tiles[which], query.dtype, family), **added, **constants}
             changed = ("grad_scores",) if constants.get("MASK_GRAD") else ()
-            run(Launch(name, programs[which], arguments, made, options(tiles[which]), written, changed))
+            run(triton.Launch(
+                _BACKWARD, name, (programs[which],), arguments, made, options(tiles[which]), written, changed,
+            ))  # fmt: skip
 
         if programs["statistics"]:
             launch_one(
@@ -300,18 +242,15 @@ def limits(query: Tensor, key: Tensor, value: Tensor, rules: Sequence[Any]) -> s
 
 def unsupported(x: Tensor) -> str | None:
     """Why no kernel of Triton's can work on x."""
-    if x.device.type != "cuda":
-        return f"the tensors are on {x.device}, not on a GPU"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+    reason = triton.unsupported(x)
+    if reason is None and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
         return f"{x.device} has an older compute capability than 8.0"
-    return missing()
+    return reason
 
 
 TRITON_ATTENTION = Backend(
     "triton",
-    lambda query, *args: forward(run, family_of(query.device), query, *args),
+    lambda query, *args: forward(triton.run, family_of(query.device), query, *args),
     lambda query, key, value, *rules: unsupported(query) or limits(query, key, value, rules),
 )
 
@@ -324,7 +263,7 @@ def _backward_unsupported(
 
 
 TRITON_ATTENTION_BACKWARD = Backend(
-    "triton", lambda grad, *args: backward(run, family_of(grad.device), grad, *args), _backward_unsupported
+    "triton", lambda grad, *args: backward(triton.run, family_of(grad.device), grad, *args), _backward_unsupported
 )
 
 
@@ -332,9 +271,9 @@ TRITON_ATTENTION_BACKWARD = Backend(
 _TARGETS = {"sm_80": ("sm_80", "sm_86", "sm_89", "sm_120"), "sm_90": ("sm_90",), "sm_100": ("sm_100",)}
 
 
-def examples(family: str, dtype: torch.dtype, width: int, mask: Mask | None = None) -> Iterator[Launch]:
+def examples(family: str, dtype: torch.dtype, width: int, mask: Mask | None = None) -> Iterator[triton.Launch]:
     """The launches of a causal call, forward and backward, or of one with the rules of `mask`, without memory."""
-    made: list[Launch] = []
+    made: list[triton.Launch] = []
     x = torch.empty(1, 8, 256, width, dtype=dtype, device="meta")
     sums = torch.empty(1, 8, 256, dtype=torch.float64, device="meta")
     rules = (*(mask or Mask(window_right=0)).arguments(), 0.125, False)
@@ -350,11 +289,11 @@ def compilations() -> Iterator[Compilation]:
 
     for (name, targets), width in itertools.product(_TARGETS.items(), (64, 128)):
         for launch in examples(name, torch.bfloat16, width):
-            types, divisible = signature(launch)
+            types, divisible = triton.signature(launch)
             tile = f"{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_N']}"
             config = (
                 f"bf16, D={width}, {tile}, {launch.options['num_warps']} warps, {launch.options['num_stages']} stages"
             )
             yield Compilation(
-                kernel(launch.kernel), config, types, launch.constants, divisible, launch.options, targets
+                triton.function(launch), config, types, launch.constants, divisible, launch.options, targets
             )  # fmt: skip

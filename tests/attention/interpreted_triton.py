@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmkern import backend
+from llmkern import backend, triton
 from llmkern.attention import op, reference, triton_launch
 from llmkern.attention.mask import Mask
 from llmkern.attention.triton_configurations import Configuration
@@ -36,8 +36,8 @@ SHAPES = {
 }
 
 
-def interpret(launch: triton_launch.Launch) -> None:
-    triton_launch.kernel(launch.kernel)[(launch.programs,)](*launch.arguments, **launch.constants)
+def interpret(launch: triton.Launch) -> None:
+    triton.function(launch)[launch.grid](*launch.arguments, **launch.constants)
 
 
 @pytest.fixture(autouse=True)

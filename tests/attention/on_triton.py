@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmkern import backend
+from llmkern import backend, triton
 from llmkern.attention import triton_launch
 from llmkern.attention.triton_configurations import Configuration
 
 
-def serve(monkeypatch: Any, run: triton_launch.Run, family: str = "sm_80", tile: Configuration | None = None) -> None:
+def serve(monkeypatch: Any, run: triton.Run, family: str = "sm_80", tile: Configuration | None = None) -> None:
     """Calls of the operators on CPU tensors go through Triton's launchers to `run`. tile: instead of the table's."""
     if tile is not None:
         monkeypatch.setattr(triton_launch, "configuration", lambda *args: tile)

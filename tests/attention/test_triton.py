@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llmkern import backend
+from llmkern import triton as launches
 from llmkern.attention import triton_launch
 from llmkern.attention.mask import Mask
 from llmkern.attention.triton_configurations import FAMILIES, TABLE, configuration, family
@@ -36,8 +37,8 @@ def test_compiled_for_amd(width):
     from triton.compiler import ASTSource
 
     for launch in triton_launch.examples("gfx942", torch.bfloat16, width):
-        kernel, constants = triton_launch.kernel(launch.kernel), launch.constants
-        types, divisible = triton_launch.signature(launch)
+        kernel, constants = launches.function(launch), launch.constants
+        types, divisible = launches.signature(launch)
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else types[n] for n in names}
         attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmkern import backend
+from llmkern import backend, triton
 from llmkern.attention import op, triton_launch
 from llmkern.attention.mask import Mask
 from llmkern.attention.triton_configurations import Configuration
@@ -14,9 +14,9 @@ from tests.attention.cases import attend, rule, tensors
 from tests.attention.on_triton import serve
 
 pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
-from tests.emulation.attention_on_triton import Emulated
 from tests.emulation.ptx.launch import EmulationError
 from tests.emulation.ptx.machine import SCHEDULES
+from tests.emulation.triton_on_ptx import Emulated
 
 SMALL = Configuration(32, 32, 4, 2)  # compiles and runs sooner than what a GPU would have
 
@@ -119,6 +119,6 @@ def test_the_launcher_names_the_kernels_arguments():
     """In their order, which the launcher gives by place."""
     launches = list(triton_launch.examples("sm_80", torch.bfloat16, 64))
     for launch in launches:
-        names = [n for n in triton_launch.kernel(launch.kernel).arg_names if n not in launch.constants]
+        names = [n for n in triton.function(launch).arg_names if n not in launch.constants]
         assert len(names) == len(launch.arguments) and set(launch.written) <= set(names)
     assert len(launches) == 4

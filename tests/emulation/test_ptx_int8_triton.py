@@ -68,7 +68,7 @@ def test_counts(capability, product, monkeypatch):
     for outlier in (False, True):
         x[5, 200] = 300.0 if outlier else 0.0
         op.int8_linear(x, weight, scale, bias)
-        matrix = emulated.reports["linear_kernel"].counts.matrix
+        matrix = emulated.report_of("linear_kernel").counts.matrix
         assert matrix and all(product in kind and "s32.s8.s8" in kind for kind in matrix), matrix
         issued.append(sum(matrix.values()))
     assert issued[1] == issued[0] * 5 // 4  # one of four parts of 128 along k

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -9,8 +11,7 @@ import torch
 
 from llmkern import triton
 from tests.emulation import compilers
-from tests.emulation.attention_forward import place
-from tests.emulation.ptx.launch import Launch, Report, empty, run
+from tests.emulation.ptx.launch import Buffer, Launch, Report, empty, run
 
 
 @lru_cache(maxsize=64)
@@ -35,26 +36,43 @@ def compiled(launch: triton.Launch, capability: int) -> compilers.TritonKernel:
 
 
 class Emulated:
-    """Stands for llmkern.triton.run."""
+    """Stands for llmkern.triton.run: compiles for a capability and runs the PTX on CPU tensors, in place."""
 
     def __init__(self, capability: int = 80, schedule: str = "lockstep", counts: bool = False) -> None:
         self.capability, self.schedule, self.counts = capability, schedule, counts
-        self.reports: dict[str, Report] = {}
-        self.ptx: dict[str, str] = {}
+        self.reports: list[Report] = []
+        self.ptx: list[str] = []
+        self.launched: list[tuple[int, str]] = []  # programs and kernel
+        self.changed: dict[str, Any] = {}  # constants instead of the launcher's
+        self.more: dict[str, int] = {}  # what is added to arguments
+
+    def report_of(self, kernel: str) -> Report:
+        """The last one of this kernel."""
+        return next(r for r, (_, name) in zip(self.reports[::-1], self.launched[::-1], strict=True) if name == kernel)
 
     def __call__(self, launch: triton.Launch) -> None:
+        launch = dataclasses.replace(launch, constants={**launch.constants, **self.changed})
         kernel, memory, arguments = compiled(launch, self.capability), Launch(), []
         for name, x in zip(triton.function(launch).arg_names, launch.arguments, strict=False):
             if isinstance(x, torch.Tensor):
-                x = place(memory, x, name, name not in launch.written)[0] if x.numel() else 0
-            arguments.append(x)
-        programs = 1
-        for n in launch.grid:
-            programs *= n
+                x = self._place(memory, launch, name, x)
+            arguments.append(x + self.more[name] if name in self.more else x)
+        programs = math.prod(launch.grid)
         scratch = empty((max(kernel.scratch * programs, 1),), "uint8", "scratch")
         report = run(
             kernel.ptx, None, launch.grid, kernel.threads, [*arguments, scratch, 0], shared_bytes=kernel.shared,
             launch=memory, schedule=self.schedule, counts=self.counts,
         )  # fmt: skip
-        self.reports[launch.kernel] = report.raise_if_faulty()
-        self.ptx[launch.kernel] = kernel.ptx
+        self.launched.append((programs, launch.kernel))
+        self.reports.append(report.raise_if_faulty())
+        self.ptx.append(kernel.ptx)
+
+    def _place(self, memory: Launch, launch: triton.Launch, name: str, x: torch.Tensor) -> int:
+        """The address of a tensor, whose storage is in the emulator's memory as it lies."""
+        if not x.numel():
+            return 0
+        storage, fresh = x.untyped_storage(), name in launch.written
+        data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        fixed = not fresh and name not in launch.changed
+        buffer = Buffer(data, name, written=not fresh, read_only=fixed, offset=storage.data_ptr() % 16)
+        return memory.address(buffer) + x.storage_offset() * x.element_size()
