@@ -284,3 +284,10 @@ def test_a_run_from_end_to_end(tmp_path):
         assert (summary["planted"], summary["caught"], summary["equivalent"], summary["invalid"]) == (3, 1, 1, 1)
         (survivor,) = summary["survivors"]
         assert survivor["line"] == 6 and "i <= n" in survivor["after"] and "all pass" in survivor["reason"]
+
+
+def test_the_mutator_imports_nothing_of_the_library():
+    """A mutant's tests import it anew, and torch takes each operator once in a process."""
+    code = "import sys, tests.emulation.mutate.__main__; print([m for m in sys.modules if m.startswith('llmkern')])"
+    told = subprocess.run([sys.executable, "-c", code], cwd=targets.ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]", told.stdout
