@@ -89,15 +89,6 @@ TARGETS = (
         launchers="int8",
     ),
     Target(
-        "csrc/int8/cuda_sm90.cu",
-        ptx=(
-            "tests/emulation/test_ptx_int8_sm90.py -k 'widths or every_kind'",
-            "tests/emulation/test_ptx_int8_sm90.py -k 'not planted and not registers'",
-        ),
-        architectures=("90a",),
-        launchers="int8",
-    ),
-    Target(
         "csrc/attention/cuda_forward.cu",
         ptx=(
             f"{FORWARD} -k 'rules and (everything or sink or causal or lengths) or shapes and fp16 and tails'",

@@ -17,5 +17,4 @@ PLANTED = (
     *attention_forward.PLANTED,
     *attention_cached.PLANTED,
     *attention_sm90.PLANTED,
-    *int8_sm90.PLANTED,
 )
