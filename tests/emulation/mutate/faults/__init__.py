@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from tests.emulation.mutate.faults import (
-    attention_cached,
-    attention_forward,
-    attention_sm90,
-    int8,
-    int8_sm90,
-    positional,
-)
+from tests.emulation.mutate.faults import attention_cached, attention_forward, attention_sm90, int8, positional
 
 PLANTED = (
     *positional.PLANTED,
