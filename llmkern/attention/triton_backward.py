@@ -19,6 +19,8 @@ from llmkern.attention.triton_rules import (
     key_tiles,
     load_rows,
     query_tiles,
+    sequence,
+    slope_of,
     store_rows,
 )
 
@@ -140,15 +142,8 @@ def attention_statistics_kernel(
         tl.store(place + 3 * rows, added.to(tl.float32), mask=there)
     grad = load_rows(grad_output + b * g_b + h * g_h, g_s, start, queries, DV, BLOCK_DV, BLOCK_M, True)
     if FROM_WEIGHTS:
-        if LENGTHS:
-            keys = tl.minimum(tl.maximum(tl.load(key_lengths + b * lengths_b), 0), keys).to(tl.int32)
-        diagonal = keys - queries if BOTTOM_RIGHT else keys * 0
-        slope = 0.0
-        if ALIBI:
-            slope = tl.load(slopes + b * slopes_b + h * slopes_h)
-        seed_value = 0
-        if DROPOUT:
-            seed_value = tl.cast(seed, tl.int64)
+        keys, diagonal = sequence(key_lengths, b, lengths_b, queries, keys, LENGTHS, BOTTOM_RIGHT)
+        slope = slope_of(slopes, b, h, slopes_b, slopes_h, ALIBI)
         limits = (queries, keys, diagonal, left, right)
         numbers = (scale, unit, softcap, slope)
         dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
@@ -162,8 +157,8 @@ def attention_statistics_kernel(
             v = load_rows(value + b * v_b + h // group * v_h, v_s, first, keys, DV, BLOCK_DV, BLOCK_N, True)
             found = _gradients(
                 q, grad, k, v, (high, low, nothing, nothing), start, first, limits, numbers, dense,
-                (seed_value, bh, drop_below), keep_scale, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, False,
-                PRECISION, True, False,
+                (tl.cast(seed, tl.int64), bh, drop_below), keep_scale, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND,
+                False, PRECISION, True, False,
             )  # fmt: skip
             delta += tl.sum(found[4], 1)
     else:
@@ -266,19 +261,12 @@ def attention_backward_query_kernel(
     kv_h = h // group
     keys_apart = tl.cast(keys, tl.int64)
     of_head = grad_scores + bh.to(tl.int64) * queries * keys_apart
-    if LENGTHS:
-        keys = tl.minimum(tl.maximum(tl.load(key_lengths + b * lengths_b), 0), keys).to(tl.int32)
-    diagonal = keys - queries if BOTTOM_RIGHT else keys * 0
-    slope = 0.0
-    if ALIBI:
-        slope = tl.load(slopes + b * slopes_b + h * slopes_h)
-    seed_value = 0
-    if DROPOUT:
-        seed_value = tl.cast(seed, tl.int64)
+    keys, diagonal = sequence(key_lengths, b, lengths_b, queries, keys, LENGTHS, BOTTOM_RIGHT)
+    slope = slope_of(slopes, b, h, slopes_b, slopes_h, ALIBI)
     limits = (queries, keys, diagonal, left, right)
     numbers = (scale, unit, softcap, slope)
     dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
-    dropout = (seed_value, bh, drop_below)
+    dropout = (tl.cast(seed, tl.int64), bh, drop_below)
     q = (query + b * q_b + h * q_h, q_s)
     k = (key + b * k_b + kv_h * k_h, k_s)
     v = (value + b * v_b + kv_h * v_h, v_s)
@@ -415,17 +403,12 @@ def attention_backward_key_kernel(
     h = kv_h * group
     first_head = bh * group
     all_keys = keys
-    if LENGTHS:
-        keys = tl.minimum(tl.maximum(tl.load(key_lengths + b * lengths_b), 0), keys).to(tl.int32)
-    diagonal = keys - queries if BOTTOM_RIGHT else keys * 0
-    seed_value = 0
-    if DROPOUT:
-        seed_value = tl.cast(seed, tl.int64)
+    keys, diagonal = sequence(key_lengths, b, lengths_b, queries, keys, LENGTHS, BOTTOM_RIGHT)
     limits = (queries, keys, diagonal, left, right)
     numbers = (scale, unit, softcap, 0.0)
     m_h = tl.cast(m_h, tl.int64)
     dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64), m_h)
-    dropout = (seed_value, drop_below)
+    dropout = (tl.cast(seed, tl.int64), drop_below)
     q = (query + b * q_b + h * q_h, q_s, tl.cast(q_h, tl.int64))
     k = (key + b * k_b + kv_h * k_h, k_s)
     v = (value + b * v_b + kv_h * v_h, v_s)

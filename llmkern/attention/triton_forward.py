@@ -15,6 +15,8 @@ from llmkern.attention.triton_rules import (
     key_tiles,
     load_rows,
     log2_in_parts,
+    sequence,
+    slope_of,
     store_rows,
 )
 
@@ -151,19 +153,12 @@ def attention_forward_kernel(
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     kv_h = h // group
     all_keys = keys
-    if LENGTHS:
-        keys = tl.minimum(tl.maximum(tl.load(key_lengths + b * lengths_b), 0), keys).to(tl.int32)
-    diagonal = keys - queries if BOTTOM_RIGHT else keys * 0
-    slope = 0.0
-    if ALIBI:
-        slope = tl.load(slopes + b * slopes_b + h * slopes_h)
-    seed_value = 0
-    if DROPOUT:
-        seed_value = tl.cast(seed, tl.int64)
+    keys, diagonal = sequence(key_lengths, b, lengths_b, queries, keys, LENGTHS, BOTTOM_RIGHT)
+    slope = slope_of(slopes, b, h, slopes_b, slopes_h, ALIBI)
     limits = (queries, keys, diagonal, left, right)
     numbers = (scale, unit, softcap, slope)
     dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
-    dropout = (seed_value, bh, drop_below)
+    dropout = (tl.cast(seed, tl.int64), bh, drop_below)
     q = (query + b * q_b + h * q_h, q_s)
     k = (key + b * k_b + kv_h * k_h, k_s)
     v = (value + b * v_b + kv_h * v_h, v_s)

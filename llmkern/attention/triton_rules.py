@@ -21,6 +21,23 @@ import triton.language as tl
 
 
 @triton.jit
+def sequence(key_lengths, b, lengths_b, queries, keys, LENGTHS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr):
+    """(keys, diagonal) of a sequence of the batch: how many keys there are, and the place of its first query."""
+    if LENGTHS:
+        keys = tl.minimum(tl.maximum(tl.load(key_lengths + b * lengths_b), 0), keys).to(tl.int32)
+    diagonal = keys - queries if BOTTOM_RIGHT else keys * 0
+    return keys, diagonal
+
+
+@triton.jit
+def slope_of(slopes, b, h, slopes_b, slopes_h, ALIBI: tl.constexpr):
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + b * slopes_b + h * slopes_h)
+    return slope
+
+
+@triton.jit
 def key_limit(row, limits, RIGHT: tl.constexpr):
     """No query up to `row` sees a key at or past this one."""
     _, keys, diagonal, _, right = limits

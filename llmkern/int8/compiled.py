@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern import extension
+from llmkern import check, extension
 from llmkern.backend import Backend
 from llmkern.int8.packing import layout_of, packed, transposed
 from llmkern.int8.scheme import ACTIVATIONS, INPUTS, PAIRS
@@ -18,18 +18,22 @@ from llmkern.int8.scheme import ACTIVATIONS, INPUTS, PAIRS
 MOST_DEPTH = (2**31 - 1) // (255 * 128)
 
 
-def _unsupported(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *rest: Any) -> str | None:
+def refused(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *rest: Any) -> str | None:
+    """Why no kernel, of whatever device, can serve a call."""
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in check.FLOATS:
+            return f"{name} is {tensor.dtype}, not float32, bfloat16 or float16"
+    if weight.size(1) > MOST_DEPTH:
+        return f"K = {weight.size(1)} is above {MOST_DEPTH}, past which its int32 sums could overflow"
+    return None
+
+
+def _unsupported(x: Tensor, *args: Any) -> str | None:
     if extension.MISSING:
         return extension.MISSING
     if x.device.type != "cpu":
         return f"x is on {x.device}, not on the CPU"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"x is {x.dtype}, not float32, bfloat16 or float16"
-    if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"bias is {bias.dtype}, not float32, bfloat16 or float16"
-    if weight.size(1) > MOST_DEPTH:
-        return f"K = {weight.size(1)} is above {MOST_DEPTH}, past which its int32 sums could overflow"
-    return None
+    return refused(x, *args)
 
 
 def _plan(

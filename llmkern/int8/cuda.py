@@ -10,10 +10,9 @@ from torch import Tensor
 
 from llmkern import cuda
 from llmkern.backend import Backend
-from llmkern.int8.compiled import MOST_DEPTH, kernel_plan, on_copies, row_distance
+from llmkern.int8.compiled import kernel_plan, on_copies, refused, row_distance
 from llmkern.int8.packing import layout_of, rows_of_16, sums_over_k
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 #: As kMostRowBytes in csrc/int8/cuda.h.
 MOST_ROW_BYTES = 96 * 1024
 
@@ -23,17 +22,14 @@ def _refused(
     input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot serve a call on a machine that runs them."""
-    if x.dtype not in FLOATS:
-        return f"x is {x.dtype}, not float32, bfloat16 or float16"
-    if bias is not None and bias.dtype not in FLOATS:
-        return f"bias is {bias.dtype}, not float32, bfloat16 or float16"
     if rotate > 1:
         return f"rotate={rotate}: the CUDA kernels have no Hadamard transform"
     if group and inputs != "symmetric":
         return f"inputs={inputs!r} with group={group}: the CUDA kernels take groups of 'symmetric' inputs alone"
+    reason = refused(x, weight, weight_scale, bias)
+    if reason:
+        return reason
     depth = weight.size(1)
-    if depth > MOST_DEPTH:
-        return f"K = {depth} is above {MOST_DEPTH}, past which its int32 sums could overflow"
     held = -(-depth // 64) * 64 * x.element_size() + (4 * -(-depth // group) if group else 0)
     if held > MOST_ROW_BYTES:
         return f"a row of x and its scales take {held} bytes, more than the {MOST_ROW_BYTES} that a block holds"

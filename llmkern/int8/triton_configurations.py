@@ -20,12 +20,13 @@ class Tile:
 
 
 #: What decides: "few" rows (up to 16: the weight's way from memory is the cost), "groups", "pairs" (two tiles of
-#: weights), "two" digits, or "one". An architecture that is not named takes the line "".
+#: weights), up to 64 rows, "two" digits, or "one". An architecture that is not named takes the line "".
 TILES: dict[str, dict[str, Tile]] = {
     "few": {"": Tile(16, 64, 4, 4)},
     "groups": {"": Tile(64, 64, 4, 3), "sm_100": Tile(64, 64, 8, 3)},
     "pairs": {"": Tile(64, 64, 8, 3)},
     "pairs of groups": {"": Tile(32, 64, 8, 3)},
+    "up to 64": {"": Tile(64, 64, 4, 3)},
     "two": {"": Tile(128, 128, 8, 3)} | dict.fromkeys(("sm_86", "sm_89", "sm_120"), Tile(128, 64, 8, 3)),
     "one": {"": Tile(128, 128, 8, 3)},
 }
@@ -37,8 +38,9 @@ def tile(family: str, rows: int, group: int, pairs: bool, two: bool) -> Tile:
         kind = "few"
     elif group:
         kind = "pairs of groups" if pairs else "groups"
+    elif pairs:
+        kind = "pairs"
     else:
-        kind = "pairs" if pairs else "two" if two else "one"
+        kind = "up to 64" if rows <= 64 else "two" if two else "one"
     lines = TILES[kind]
-    chosen = lines.get(family, lines[""])
-    return Tile(64, 64, 4, 3) if rows <= 64 and kind in ("two", "one") else chosen
+    return lines.get(family, lines[""])

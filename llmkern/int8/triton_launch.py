@@ -12,14 +12,13 @@ from torch import Tensor
 from llmkern import triton
 from llmkern.backend import Backend
 from llmkern.int8 import triton_configurations
-from llmkern.int8.compiled import MOST_DEPTH, on_copies, row_distance
+from llmkern.int8.compiled import on_copies, refused, row_distance
 from llmkern.int8.packing import layout_of, sums_of_groups, sums_over_k
 from llmkern.int8.scheme import PAIRS
 
 if TYPE_CHECKING:
     from llmkern.inspect.triton_source import Compilation
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 #: As triton_kernels.FLAGGED, and the ways to choose a scale.
 FLAGGED = 128
 KINDS = {"row": 0, "symmetric": 1, "outliers": 2, "16bit": 3, "static": 4}
@@ -33,15 +32,9 @@ def _refused(
     input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot serve a call on a machine that runs them."""
-    if x.dtype not in FLOATS:
-        return f"x is {x.dtype}, not float32, bfloat16 or float16"
-    if bias is not None and bias.dtype not in FLOATS:
-        return f"bias is {bias.dtype}, not float32, bfloat16 or float16"
     if rotate > 1:
         return f"rotate={rotate}: the Triton kernels have no Hadamard transform"
-    if weight.size(1) > MOST_DEPTH:
-        return f"K = {weight.size(1)} is above {MOST_DEPTH}, past which its int32 sums could overflow"
-    return None
+    return refused(x, weight, weight_scale, bias)
 
 
 def _unsupported(x: Tensor, *args: Any) -> str | None:
@@ -69,7 +62,7 @@ def plan(run: triton.Run, family: str, *args: Any) -> Callable[..., Tensor]:
     constants = {
         "TWO": two, "GROUP": group, "ACTIVATION": activation, "PAIRS": activation in PAIRS,
         "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ROWS": tile.rows, "COLUMNS": tile.columns,
-        "DEPTH": math.gcd(group, FLAGGED) or FLAGGED, "ABREAST": 8,
+        "DEPTH": math.gcd(group, FLAGGED), "ABREAST": 8,
     }  # fmt: skip
 
     def launch(

@@ -71,7 +71,7 @@ def rotary_kernel(  # type: ignore[no-untyped-def]
         tl.store(y_row + rest, tl.load(x_row + rest, mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "drop_below"])  # a seed must not compile the kernel anew
 def sinusoidal_add_kernel(  # type: ignore[no-untyped-def]
     x, pe, out,
     rows, batch, width, x_s, x_b, pe_s, out_s, out_b,

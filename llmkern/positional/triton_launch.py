@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 #: Elements of a program's tile: 32 a thread with 4 warps keeps everything in registers at full occupancy.
 TILE = 4096
-WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+MODULE = "llmkern.positional.triton_kernels"
 #: The same of the sinusoidal add, whose dropout has four random words of its own for each four elements.
 ADD_TILE = 2048
 
@@ -46,14 +47,14 @@ def constants(
     }
 
 
-def launch(
-    kernel: Any, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
+def rotary(
+    run: triton.Run, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
     interleaved: bool, inverse: bool, inplace: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Runs `kernel`, which is rotary_kernel compiled or interpreted, on what op.rotary takes."""
+    """What op.rotary takes, by rotary_kernel, which `run` runs."""
     if not all(x is None or side_by_side(x) for x in (q, k, cos, sin)):
         q_c, k_c = q.contiguous(), None if k is None else k.contiguous()
-        out = launch(kernel, q_c, k_c, cos.contiguous(), sin.contiguous(), position_ids, interleaved, inverse, False)
+        out = rotary(run, q_c, k_c, cos.contiguous(), sin.contiguous(), position_ids, interleaved, inverse, False)
         if not inplace:
             return out
         return q.copy_(out[0]), None if k is None or out[1] is None else k.copy_(out[1])
@@ -71,26 +72,14 @@ def launch(
     if position_ids is not None:
         ids_strides = (position_ids.stride(0) if position_ids.dim() == 2 else 0, position_ids.stride(-1))
     k_in, k_to = (q, q_out) if k is None or k_out is None else (k, k_out)  # not touched without kv_heads
-    kernel[grid](
+    arguments = (
         q, k_in, q_out, k_to, cos, sin, cos if position_ids is None else position_ids,
         heads, kv_heads, width, cos.size(0), *q.stride()[:3], *k_in.stride()[:3], *q_out.stride()[:3],
-        *k_to.stride()[:3], cos.stride(0), sin.stride(0), *ids_strides, **constant,
-        num_warps=WARPS, enable_fp_fusion=True,
+        *k_to.stride()[:3], cos.stride(0), sin.stride(0), *ids_strides,
     )  # fmt: skip
+    written = () if inplace else ("q_out", "k_out")
+    run(triton.Launch(MODULE, "rotary_kernel", grid, arguments, constant, OPTIONS, written))
     return q_out, k_out
-
-
-def _rotary(*args: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    from llmkern.positional.triton_kernels import rotary_kernel
-
-    def run(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
-        with torch.cuda.device(q.device):  # Triton launches on the current device
-            return launch(rotary_kernel, q, *rest)
-
-    return run
-
-
-TRITON_ROTARY = Backend("triton", _rotary, triton.unsupported_call)
 
 
 def sinusoidal_constants(width: int, has_pe: bool, dropout: bool) -> dict[str, Any]:
@@ -99,10 +88,10 @@ def sinusoidal_constants(width: int, has_pe: bool, dropout: bool) -> dict[str, A
     return {"HAS_PE": has_pe, "DROPOUT": dropout, "ROWS": ADD_TILE // columns, "COLUMNS": columns}
 
 
-def launch_sinusoidal(
-    kernel: Any, x: Tensor, pe: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float
+def sinusoidal_add(
+    run: triton.Run, x: Tensor, pe: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float
 ) -> Tensor:
-    """Runs `kernel`, which is sinusoidal_add_kernel, on what op.sinusoidal_add takes; pe None stands for zeros."""
+    """What op.sinusoidal_add takes, by sinusoidal_add_kernel, which `run` runs; pe None stands for zeros."""
     if not all(t is None or side_by_side(t) for t in (x, pe)):
         x, pe = x.contiguous(), None if pe is None else pe.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -111,32 +100,25 @@ def launch_sinusoidal(
         return out
     constant = sinusoidal_constants(width, pe is not None, seed is not None and dropout_p > 0.0)
     grid = (-(-length * batch // constant["ROWS"]), -(-width // constant["COLUMNS"]))
-    kernel[grid](
+    arguments = (
         x, x if pe is None else pe, out, length * batch, batch, width, *x.stride()[:2],
         0 if pe is None else pe.stride(0), *out.stride()[:2], scale, 0 if seed is None else int(seed),
-        drop_below(dropout_p), 0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p), **constant,
-        num_warps=WARPS, enable_fp_fusion=True,
+        drop_below(dropout_p), 0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p),
     )  # fmt: skip
+    run(triton.Launch(MODULE, "sinusoidal_add_kernel", grid, arguments, constant, OPTIONS, ("out",)))
     return out
 
 
-def _sinusoidal_add(*args: Any) -> Callable[..., Tensor]:
-    from llmkern.positional.triton_kernels import sinusoidal_add_kernel
-
-    def run(x: Tensor, *rest: Any) -> Tensor:
-        with torch.cuda.device(x.device):
-            return launch_sinusoidal(sinusoidal_add_kernel, x, *rest)
-
-    return run
+def _by(function: Callable[..., Any], *between: Any) -> Backend:
+    """A backend whose launcher is `function` on the GPU. between: what stands behind a call's first argument."""
+    return Backend(
+        "triton", lambda *args: lambda x, *rest: function(triton.run, x, *between, *rest), triton.unsupported_call
+    )
 
 
-def _sinusoidal_dropout(*args: Any) -> Callable[..., Tensor]:
-    run = _sinusoidal_add()
-    return lambda x, *rest: run(x, None, *rest)
-
-
-TRITON_SINUSOIDAL_ADD = Backend("triton", _sinusoidal_add, triton.unsupported_call)
-TRITON_SINUSOIDAL_DROPOUT = Backend("triton", _sinusoidal_dropout, triton.unsupported_call)
+TRITON_ROTARY = _by(rotary)
+TRITON_SINUSOIDAL_ADD = _by(sinusoidal_add)
+TRITON_SINUSOIDAL_DROPOUT = _by(sinusoidal_add, None)
 
 
 def compilations() -> Iterator[Compilation]:
@@ -153,7 +135,7 @@ def compilations() -> Iterator[Compilation]:
         strides = [name for name in types if name.endswith(("_b", "_h", "_s"))]
         yield Compilation(
             rotary_kernel, f"{dtype}, {'interleaved' if interleaved else 'half-split'}, D=128", types, constant,
-            [*pointers, *strides], {"num_warps": WARPS, "enable_fp_fusion": True},
+            [*pointers, *strides], OPTIONS,
         )  # fmt: skip
     for dtype, dropout in itertools.product(("fp32", "bf16"), (False, True)):
         constant = sinusoidal_constants(1024, True, dropout)
@@ -163,5 +145,5 @@ def compilations() -> Iterator[Compilation]:
         yield Compilation(
             sinusoidal_add_kernel, f"{dtype}, {'dropout' if dropout else 'no dropout'}", types, constant,
             ["x", "pe", "out", "width", "x_s", "x_b", "pe_s", "out_s", "out_b"],
-            {"num_warps": WARPS, "enable_fp_fusion": True},
+            OPTIONS,
         )  # fmt: skip

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import struct
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +13,7 @@ from llmkern.attention.reference import dense
 from llmkern.verify import verify
 from tests.attention.cases import rule, tensors
 from tests.emulation import compilers
+from tests.emulation.hopper import roles_keep_registers
 from tests.emulation.ptx.launch import Buffer, Launch, TensorMap, empty, find, run
 from tests.emulation.ptx.machine import SCHEDULES
 
@@ -243,25 +241,4 @@ def test_counts(width):
 @needs_nvcc
 def test_registers(tmp_path):
     """Nothing is spilled, and each role keeps to the registers that it has taken."""
-    cubin = tmp_path / "attention.cubin"
-    command = [compilers.NVCC, "-arch=sm_90a", "-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", SOURCE, "-o", cubin]
-    said = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stderr
-    assert "serialized" not in said and "setmaxnreg" not in said
-    assert re.findall(r"(\d+) bytes spill", said) == ["0"] * 8
-    at_launch = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
-    assert len(at_launch) == 4 and all(n * THREADS <= 65536 for n in at_launch)
-    triton = pytest.importorskip("triton", reason="Triton brings the disassembler")
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    code = subprocess.run([str(tool), "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
-    kernels = re.split(r"\n\.text\..*:\n", code)[1:]
-    assert len(kernels) == 4
-    for text in kernels:
-        # The producer's part stands behind the instruction by which it gives registers up.
-        before, producer = text.split("USETMAXREG.DEALLOC.CTAPOOL")
-        taken = int(re.search(r"USETMAXREG.TRY_ALLOC.CTAPOOL \S+, (0x\w+)", before)[1], 16)
-        left = int(re.match(r" (0x\w+)", producer)[1], 16)
-        assert (left + 2 * taken) * 128 <= 65536
-        highest = lambda part: max(int(n) for n in re.findall(r"\bR(\d+)\b", part))  # noqa: E731
-        assert highest(before) < taken, "the consumers"
-        ends = producer.rindex("EXIT")
-        assert highest(producer[:ends]) < left, "the producer"
+    roles_keep_registers(SOURCE, tmp_path, 4, THREADS)

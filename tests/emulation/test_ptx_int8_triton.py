@@ -9,7 +9,7 @@ from llmkern import backend
 from llmkern.int8 import op, reference
 from llmkern.verify import verify
 from tests.emulation.triton_on_ptx import Emulated
-from tests.int8.cases import QUANTIZATIONS, inputs, positional, quantized, with_outliers
+from tests.int8.cases import QUANTIZATIONS, inputs, of_scheme, positional
 from tests.int8.on_triton import serve
 
 pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
@@ -22,11 +22,6 @@ SHAPES = [(3, 131, 37), (20, 160, 70), (70, 96, 130)]
 def forget():
     yield
     backend.forget_plans()
-
-
-def of_scheme(shape, dtype, kw):
-    x, _, _, bias = inputs(shape, dtype)
-    return with_outliers(x), *quantized(torch.randn(shape[2], shape[1]), **kw), bias
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -10,9 +10,8 @@ import torch
 
 from llmkern.extension import DTYPE_CODES
 from llmkern.positional import reference, triton_launch
-from llmkern.random import drop_below
 from llmkern.verify import verify
-from tests.emulation import compilers
+from tests.emulation import compilers, triton_on_ptx
 from tests.emulation.ptx.launch import Buffer, Launch, find, run
 from tests.positional.cases import FLOATS, ROTARY, SINUSOIDAL, rotary_inputs, sinusoidal_inputs
 
@@ -250,27 +249,13 @@ def test_rotary_of_triton(dtype, capability, interleaved):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sinusoidal_add_of_triton(dtype, capability):
     pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
-    from llmkern.positional.triton_kernels import sinusoidal_add_kernel
-
-    seed = 2**62 + 5
-    kind = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
-    types = {n: "i32" for n in sinusoidal_add_kernel.arg_names} | {"x": kind, "pe": "*fp32", "out": kind}
-    types |= {"scale": "fp32", "keep_scale": "fp32", "seed": "i64", "drop_below": "i64"}
+    emulated, seed = triton_on_ptx.Emulated(capability), torch.tensor(2**62 + 5)
     for shape, p in (((3, 2, 37), 0.25), ((2, 1, 1030), 0.0), ((5, 3, 64), 0.5)):
-        constants = triton_launch.sinusoidal_constants(shape[2], True, p > 0)
-        kernel = compilers.triton(sinusoidal_add_kernel, types, constants, capability, enable_fp_fusion=True)
+        options = {"scale": 2.0, "dropout_p": p, "seed": seed}
 
-        def function(x, pe, kernel=kernel, constants=constants, p=p):
-            out, (length, batch, width) = out_like(x), x.shape
-            grid = (-(-length * batch // constants["ROWS"]), -(-width // constants["COLUMNS"]))
-            arguments = [
-                bits(x), bits(pe), out, length * batch, batch, width, *x.stride()[:2], pe.stride(0), *x.stride()[:2],
-                2.0, seed, drop_below(p), 1 / (1 - p),
-            ]  # fmt: skip
-            kernel.run(grid, arguments).raise_if_faulty()
-            return tensor(out.data, x)
+        def function(x, pe, scale, dropout_p, seed):
+            return triton_launch.sinusoidal_add(emulated, x, pe, seed, scale, dropout_p)
 
-        def truth(x, pe, p=p):
-            return reference.sinusoidal_add(x, pe, 2.0, p, torch.tensor(seed))
-
-        verify(function, truth, sinusoidal_inputs(shape, dtype), gradients=False).raise_if_failed()
+        inputs = sinusoidal_inputs(shape, dtype)
+        verify(function, reference.sinusoidal_add, inputs, options, gradients=False).raise_if_failed()
+    assert len(emulated.reports) >= 3

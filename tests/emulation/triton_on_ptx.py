@@ -22,7 +22,7 @@ def _compiled(
     kernel = triton.function(triton.Launch(module, name, (), (), {}, {}))
     left = dict(options)
     return compilers.triton(
-        kernel, dict(types), dict(constants), capability, left.pop("num_warps"), left.pop("num_stages"), divisible,
+        kernel, dict(types), dict(constants), capability, left.pop("num_warps"), left.pop("num_stages", 3), divisible,
         **left,
     )  # fmt: skip
 

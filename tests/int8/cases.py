@@ -87,3 +87,14 @@ def row_kinds(depth: int) -> dict[str, Tensor]:
         "nan first": torch.where(torch.arange(depth) == 0, torch.nan, ramp),
         "nan last": torch.where(torch.arange(depth) == depth - 1, torch.nan, ramp),
     }
+
+
+def of_scheme(shape: tuple[int, int, int], dtype: torch.dtype, kw: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x with outliers, a weight and its scales as those keyword arguments want them, and a bias."""
+    x, _, _, bias = inputs(shape, dtype)
+    return with_outliers(x), *quantized(torch.randn(shape[2], shape[1]), **kw), bias
+
+
+def plain(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, **kw: object) -> Tensor:
+    """The reference with the operator's keyword arguments."""
+    return reference.int8_linear(x, weight, scale, bias, *positional(**kw))

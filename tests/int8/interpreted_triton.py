@@ -5,36 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmkern import backend, triton
-from llmkern.int8 import op, reference
+from llmkern import backend
+from llmkern.int8 import op
 from llmkern.int8.scheme import ACTIVATIONS
 from llmkern.verify import verify
-from tests.emulation.triton_interpreter import round_as_hardware
-from tests.int8.cases import FLOATS, QUANTIZATIONS, SHAPES, inputs, positional, quantized, with_outliers
+from tests.emulation.triton_interpreter import interpret, round_as_hardware
+from tests.int8.cases import FLOATS, QUANTIZATIONS, SHAPES, of_scheme, plain
 from tests.int8.on_triton import serve
 
 round_as_hardware()
 SCHEMES = {name: kw for name, kw in QUANTIZATIONS.items() if "rotate" not in kw}
 
 
-def interpreted(launch):
-    triton.function(launch)[launch.grid](*launch.arguments, **launch.constants, **launch.options)
-
-
 @pytest.fixture(autouse=True)
 def served(monkeypatch):
-    serve(monkeypatch, interpreted)
+    serve(monkeypatch, interpret)
     yield
     backend.forget_plans()
-
-
-def of_scheme(shape, dtype, kw):
-    x, _, _, bias = inputs(shape, dtype)
-    return with_outliers(x), *quantized(torch.randn(shape[2], shape[1]), **kw), bias
-
-
-def plain(x, weight, scale, bias, **kw):
-    return reference.int8_linear(x, weight, scale, bias, *positional(**kw))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from llmkern import backend, extension
 from llmkern.int8 import cuda, op, packing, reference
+from llmkern.int8.compiled import MOST_DEPTH
 from llmkern.verify import verify
 from tests.emulation import compilers
-from tests.int8.cases import FLOATS, QUANTIZATIONS, inputs, positional, quantized, row_kinds, with_outliers
+from tests.int8.cases import FLOATS, QUANTIZATIONS, of_scheme, plain, positional, row_kinds
 from tests.int8.on_emulator import serve
 
 SCHEMES = {  # that the kernels take
@@ -35,16 +36,6 @@ SOURCES = sorted(s for s in compilers.ROOT.glob("csrc/int8/cuda*.cu") if "sm90" 
 def emulator(monkeypatch):
     yield serve(monkeypatch)
     backend.forget_plans()
-
-
-def of_scheme(shape: tuple[int, int, int], dtype: torch.dtype, kw: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, _, _, bias = inputs(shape, dtype)
-    weight, scale = quantized(torch.randn(shape[2], shape[1]), **kw)
-    return with_outliers(x), weight, scale, bias
-
-
-def plain(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, **kw: object) -> Tensor:
-    return reference.int8_linear(x, weight, scale, bias, *positional(**kw))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -275,7 +266,7 @@ def test_why_it_cannot_serve():
     assert refused(bias_dtype=torch.float64) == "bias is torch.float64, not float32, bfloat16 or float16"
     assert "Hadamard" in refused(depth=32, rotate=2)
     assert "groups of 'symmetric' inputs alone" in refused(depth=64, group=32)
-    assert "overflow" in refused(depth=cuda.MOST_DEPTH + 1)
+    assert "overflow" in refused(depth=MOST_DEPTH + 1)
     assert "a block holds" in refused(depth=24577) and refused(depth=24576) is None
     assert refused(depth=49152, dtype=torch.bfloat16) is None
     assert "its scales take 101376 bytes" in refused(depth=24576, group=32, inputs="symmetric")

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from llmkern.positional import reference, triton_launch
-from llmkern.positional.triton_kernels import rotary_kernel, sinusoidal_add_kernel
 from llmkern.verify import verify
-from tests.emulation.triton_interpreter import round_as_hardware, to_bf16
+from tests.emulation.triton_interpreter import interpret, round_as_hardware, to_bf16
 from tests.positional.cases import FLOATS, ROTARY, ROTARY_LAYOUTS, SINUSOIDAL, rotary_inputs, sinusoidal_inputs
 
 round_as_hardware()
@@ -18,7 +17,7 @@ LAYOUTS = pytest.mark.parametrize("interleaved", [False, True], ids=["half-split
 def rotate(interleaved=False, position_ids=None, inverse=False, inplace=False):
     def rotated(q, k, cos, sin):
         args = (q, k, cos, sin, position_ids, interleaved, inverse, inplace)
-        outputs = triton_launch.launch(rotary_kernel, *args)
+        outputs = triton_launch.rotary(interpret, *args)
         return outputs if k is not None else outputs[:1]
 
     return rotated
@@ -100,7 +99,7 @@ def test_nothing_is_written_outside():
 
 
 def add(x, pe, scale=1.0, dropout_p=0.0, seed=None):
-    return triton_launch.launch_sinusoidal(sinusoidal_add_kernel, x, pe, seed, scale, dropout_p)
+    return triton_launch.sinusoidal_add(interpret, x, pe, seed, scale, dropout_p)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

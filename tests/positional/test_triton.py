@@ -22,7 +22,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from llmkern.positional.triton_kernels import rotary_kernel  # noqa: E402
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-OPTIONS = {"num_warps": triton_launch.WARPS, "enable_fp_fusion": True}
+OPTIONS = triton_launch.OPTIONS
 POINTERS = ("q", "k", "q_out", "k_out", "cos", "sin", "position_ids")
 
 
