@@ -22,14 +22,8 @@ PyObject* cuda_kernel(PyObject*, PyObject* const* args, Py_ssize_t count) {
     void* stream = PyLong_AsVoidPtr(args[2]);
     if (PyErr_Occurred()) return nullptr;
     kFill(params, addresses);
-    PyThreadState* state = PyEval_SaveThread();
-    try {
-      kRun(params, device, stream);
-    } catch (...) {
-      PyEval_RestoreThread(state);
-      throw;
-    }
-    PyEval_RestoreThread(state);
+    pybind11::gil_scoped_release released;
+    kRun(params, device, stream);
   } catch (...) {
     return call::raise();
   }

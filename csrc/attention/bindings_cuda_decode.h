@@ -24,14 +24,8 @@ PyObject* cuda_kernel(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!call::address(args[3 + kNumbers + i], addresses + i)) return nullptr;
   try {
     Params params = pybind11::handle(args[0]).cast<const Params&>();
-    PyThreadState* state = PyEval_SaveThread();  // a full queue of launches must not stop other threads
-    try {
-      kCall(params, numbers + 2, addresses, static_cast<int>(numbers[0]), reinterpret_cast<void*>(numbers[1]));
-    } catch (...) {
-      PyEval_RestoreThread(state);
-      throw;
-    }
-    PyEval_RestoreThread(state);
+    pybind11::gil_scoped_release released;  // a full queue of launches must not stop other threads
+    kCall(params, numbers + 2, addresses, static_cast<int>(numbers[0]), reinterpret_cast<void*>(numbers[1]));
   } catch (...) {
     return call::raise();
   }
