@@ -94,10 +94,6 @@ PREFERENCES: list[Preference] = [
         "machine code is in the library; rotation and groups with zero points are in Triton alone",
     ),
     Preference(
-        "int8_linear_backward", (8, 0), NEWEST, "any", _any_shape, "triton",
-        "there is no CUDA kernel of the gradient",
-    ),
-    Preference(
         "attention", (8, 0), NEWEST, "any", _any_shape, "cuda",
         "its machine code is in the library for all rules, where Triton compiles at the first call with "
         "each; Triton has float32, heads up to 256 wide, and GPUs of AMD besides",

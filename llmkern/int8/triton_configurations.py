@@ -20,7 +20,7 @@ class Tile:
 
 
 #: What decides: "few" rows (up to 16: the weight's way from memory is the cost), "groups", "pairs" (two tiles of
-#: weights), up to 64 rows, "two" digits, or "one", and that for "many" rows (more than 256: a tile of more results reads
+#: weights), up to 64 rows, "two" digits, or "one", and that for "many" rows (over 256: a tile of more results reads
 #: less for each, where there are enough of them). An architecture that is not named takes the line "".
 TILES: dict[str, dict[str, Tile]] = {
     "few": {"": Tile(16, 64, 4, 4)},

@@ -41,7 +41,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
         g = tl.load(from_grad + first, mask=mine & left[None, :], other=0.0).to(tl.float32)
         s = tl.load(weight_scale + (first + n).to(tl.int64) * scale_n, mask=left, other=0.0)
         from_weight = weight + ((first + n).to(tl.int64) * weight_s)[:, None] + k[None, :]
-        w = tl.load(from_weight, mask=left[:, None] & there, other=0).to(tl.bfloat16)
+        w = tl.load(from_weight, mask=left[:, None] & there, other=0).to(tl.float32).to(tl.bfloat16)
         rest = g * s[None, :]
         for term in tl.static_range(TERMS):
             part = rest.to(tl.bfloat16)
