@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmkern import triton_table
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -58,7 +60,10 @@ def family(capability: tuple[int, int] | None) -> str:
 
 def configuration(kernel: str, family: str, itemsize: int, width: int, rules: bool) -> Configuration:
     """Of heads padded to `width`, a power of two up to 256. rules: some need registers of their own."""
-    lines = TABLE["queries" if kernel == "statistics" else kernel][family]
+    kernel = "queries" if kernel == "statistics" else kernel
+    lines = TABLE[kernel][family]
+    if itemsize == 2 and not rules and (own := triton_table.own("attention", kernel, family, width)):
+        return Configuration(**own)
     if itemsize == 4 or rules:
         lines = _FLOAT32 if itemsize == 4 else RULES
     return next(found for widest, found in lines if width <= widest)

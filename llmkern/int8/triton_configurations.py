@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from llmkern import triton_table
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -77,5 +79,7 @@ def tile(family: str, rows: int, group: int, pairs: bool, two: bool) -> Tile:
         kind = "pairs"
     else:
         kind = "up to 64" if rows <= 64 else "two" if two else "one" if rows <= 256 else "many"
+    if own := triton_table.own("int8", kind, family):
+        return Tile(**own)
     lines = TILES[kind]
     return lines.get(family, lines[""])
