@@ -143,8 +143,8 @@ def decode(
 def limits(query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor | None) -> str | None:
     """Why the kernels cannot serve a call, whatever the machine."""
     width = max(query.shape[3], v_cache.shape[3])
-    if width > _WIDEST:
-        return f"its kernels take heads of width 0 to {_WIDEST}, not {width}"
+    if width > _WIDEST or not query.shape[3]:
+        return f"its kernels take heads of width 1 to {_WIDEST}, not {width if query.shape[3] else 0}"
     tokens = max(cache.capacity(k_cache, table), query.shape[1])
     if tokens > _MOST_TOKENS:
         return f"its kernels take up to 2^28 tokens of a sequence, not {tokens}"

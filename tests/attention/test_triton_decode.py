@@ -50,7 +50,7 @@ def test_compiled_for_amd(width, int8):
 CALLS = {
     "served": (call(), None),
     "float32, odd heads": (call(torch.float32, width=13, value_width=7), None),
-    "wide": (call(width=264), "its kernels take heads of width 0 to 256, not 264"),
+    "wide": (call(width=264), "its kernels take heads of width 1 to 256, not 264"),
     "long": (call(tokens=2**28 + 1), "its kernels take up to 2^28 tokens of a sequence, not 268435457"),
 }
 
