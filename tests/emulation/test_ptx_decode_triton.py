@@ -73,8 +73,8 @@ def test_what_one_query_does_not_see_does_not_reach_it(monkeypatch):
     expected = ours(q, k_cache, v_cache, causal=True)[0]
     k_cache[:, -1], v_cache[:, -1, :, ::5], v_cache[:, -2, :, 7] = torch.nan, torch.inf, torch.inf
     out = ours(q, k_cache, v_cache, causal=True)[0]
-    torch.testing.assert_close(out[:, 0], expected[:, 0])
-    torch.testing.assert_close(out[:, 1, :, 8:], expected[:, 1, :, 8:])
+    torch.testing.assert_close(out[:, 0], expected[:, 0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(out[:, 1, :, 8:], expected[:, 1, :, 8:], rtol=2e-3, atol=2e-3)
     assert not out[:, 1, :, 7].isfinite().any()
 
 
@@ -121,7 +121,7 @@ def test_planted_faults_are_found(more, monkeypatch):
     """The launcher tells the kernel of one key or query more than there are."""
     run = emulate(monkeypatch)
     run.more = more
-    with pytest.raises(EmulationError, match="out of bounds|uninitialised"):
+    with pytest.raises(EmulationError, match=r"out of bounds|uninitialised"):
         ours(*inputs(1, 3, 2, 1, 32, 32, 40, torch.float16))
 
 
