@@ -152,10 +152,13 @@ class NinjaBuild(build_ext):
         if byte_isas and not compiles(cxx, " ".join(byte_isas.values())):
             byte_isas = {}
             flags += " -DLLMKERN_OLD_COMPILER"
-        archs = cuda_architectures(nvcc) if nvcc else [""]
-        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        define = f'-DLLMKERN_CUDA="{" ".join(f"sm_{a}" for a in archs)} + PTX {archs[-1]}"'
+        archs = cuda_architectures(nvcc) if nvcc else []
+        # The front end is most of nvcc's time, and the sources ask nowhere what they are compiled for: so it runs once,
+        # for the oldest architecture, and its PTX is assembled for each.
+        oldest = min((a.rstrip("af") for a in archs), key=int, default="")
+        codes = [*(f"sm_{a}" for a in archs), f"compute_{oldest}"]
+        gencode = f"-gencode=arch=compute_{oldest},code=[{','.join(codes)}]"
+        define = f'-DLLMKERN_CUDA="{" ".join(codes[:-1])} + PTX {oldest}"'
         if not nvcc:
             missing = "LLMKERN_CUDA=0 left them out" if os.environ.get("LLMKERN_CUDA") == "0" else "no nvcc was found"
             define = f'-DLLMKERN_CUDA_MISSING="{missing}"'
@@ -169,7 +172,7 @@ class NinjaBuild(build_ext):
             f"  command = {quoted(*cxx)} {flags} $flags -MMD -MF $out.d -c $in -o $out",
             "  deps = gcc\n  depfile = $out.d\n  description = C++ $out",
             "rule nvcc",
-            f"  command = {quoted(nvcc)} -t 0 {quoted(*gencode)} {nvcc_flags} -c $in -o $out",
+            f"  command = {quoted(nvcc)} -t 0 {quoted(gencode)} {nvcc_flags} -c $in -o $out",
             "  deps = gcc\n  depfile = $out.d\n  description = CUDA $out",
             "rule nvcc_sm90",
             f"  command = {quoted(nvcc)} -gencode=arch=compute_90a,code=sm_90a {nvcc_flags} -c $in -o $out",

@@ -91,7 +91,7 @@ PREFERENCES: list[Preference] = [
     Preference(
         "int8_linear", (8, 0), NEWEST, "any", _any_shape, "cuda",
         "weights of few rows are read once, without filling up tiles of 16 rows, pairs read their inputs once, and the "
-        "machine code is in the library; rotation is in neither, groups with zero points in Triton alone",
+        "machine code is in the library; rotation and groups with zero points are in Triton alone",
     ),
     Preference(
         "attention", (8, 0), NEWEST, "any", _any_shape, "cuda",

@@ -95,6 +95,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "attention_varlen_backward": _varlen_backward,
     "attention_kvcache": _kvcache,
     "int8_linear": _int8_linear,
+    "int8_linear_backward": _int8_linear,
 }
 
 

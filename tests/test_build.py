@@ -157,6 +157,10 @@ def test_what_hopper_alone_has_is_compiled_for_it_alone(tmp_path, architectures,
     there = "90" in architectures and bool(knows)
     assert rules == ({"nvcc_sm90"} if there else set())
     assert re.findall(r"-gencode=(\S+)", commands["nvcc_sm90"]) == ["arch=compute_90a,code=sm_90a"]
+    (generic,) = re.findall(r"arch=compute_(\d+),code=\[(\S+)\]", commands["nvcc"])
+    named = architectures.split()
+    oldest = named[0].rstrip("a")  # whose PTX is assembled for all, and kept
+    assert generic == (oldest, ",".join([*(f"sm_{a}" for a in named), f"compute_{oldest}"]))
     registered = next(lines[i + 1] for i, line in enumerate(lines) if line.startswith("build register.o"))
     assert all(("-DLLMKERN_SM90" in text) == there for text in (commands["nvcc"], registered))
 

@@ -129,15 +129,18 @@ def forbidden(symbols: list[str]) -> list[str]:
     return [s for s in of_cuda if not ALLOWED.match(s)]
 
 
-def objects() -> list[Path]:
-    """Those that the latest build made of the CUDA sources; one for sm_90a alone may have been left out."""
-    sources = sorted(ROOT.glob("csrc/*/cuda*.cu"))
-    folders = sorted((p.parent for p in ROOT.glob("build/*/build.ninja")), key=lambda p: p.stat().st_mtime)
-    for folder in reversed(folders):
-        made = {s: folder / f"{s.parent.name}.{s.stem}.o" for s in sources}
-        if all(path.exists() for source, path in made.items() if not source.stem.startswith("cuda_sm90")):
-            return [path for path in made.values() if path.exists()]
-    return []
+def objects(root: Path = ROOT) -> list[Path]:
+    """Those that the latest build with CUDA made of its sources; those for sm_90a alone may have been left out, all of
+    them. Empty where there was no such build."""
+    folders = sorted((p.parent for p in root.glob("build/*cuda*/build.ninja")), key=lambda p: p.stat().st_mtime)
+    if not folders:
+        return []
+    sources = sorted(root.glob("csrc/*/cuda*.cu"))
+    made = {s: folders[-1] / f"{s.parent.name}.{s.stem}.o" for s in sources}
+    missing = [s.name for s, path in made.items() if not path.exists()]
+    for_hopper = [s.name for s in sources if s.stem.startswith("cuda_sm90")]
+    assert missing in ([], for_hopper), f"{folders[-1]} has no object of {', '.join(missing)}: build again"
+    return [path for path in made.values() if path.exists()]
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm, of binutils")
@@ -149,6 +152,17 @@ def test_the_objects_call_nothing_that_waits_or_allocates():
         symbols = [line.split()[-1] for line in text.splitlines()]
         assert any(s.startswith("cudaLaunchKernel") for s in symbols), path.name
         assert forbidden(symbols) == [], path.name
+
+
+def test_an_object_that_is_missing_is_no_reason_to_skip(tmp_path):
+    assert objects(tmp_path) == []
+    for name in ("csrc/a/cuda.cu", "csrc/a/cuda_sm90.cu", "build/x-cuda/build.ninja", "build/x-cuda/a.cuda.o"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert objects(tmp_path) == [tmp_path / "build/x-cuda/a.cuda.o"]
+    (tmp_path / "csrc/a/cuda_other.cu").touch()
+    with pytest.raises(AssertionError, match=r"no object of cuda_other.cu"):
+        objects(tmp_path)
 
 
 def test_what_is_forbidden_is_found():

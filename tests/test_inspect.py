@@ -264,7 +264,7 @@ def test_a_kernel_that_does_not_compile_is_named(tmp_path):
     source.parent.mkdir()
     source.write_text("__global__ void broken() { nothing(); }\n")
     with pytest.raises(InspectError, match=r"family/cuda_broken.cu for sm_80 does not compile:\n.*nothing"):
-        cuda_source.compile_file(source, "sm_80")
+        cuda_source.compile_file(source, ["sm_80"])
 
 
 @needs_nvcc
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(1024, 2) spilling(float* x) {{
   for (int i = 0; i < 64; i++) x[i * 1024 + threadIdx.x] = y[i] * y[63 - i];
 }}
 ''')
-    rows = {r.kernel: r for r in cuda_source.compile_file(source, "sm_80")}
+    rows = {r.kernel: r for r in cuda_source.compile_file(source, ["sm_80"])}
     noted = rows["noted"]
     assert (noted.config, noted.shared_bytes, noted.spill_bytes, noted.occupancy) == ("2048", 2048, 0, 1.0)
     assert rows["quiet"].shared_bytes is None and rows["quiet"].occupancy is None

@@ -73,6 +73,8 @@ def positional_arguments(name: str):
 
 def int8_arguments(name: str):
     weight = torch.randint(-127, 128, (4, 16), dtype=torch.int8)
+    if name == "int8_linear_backward":
+        return torch.randn(3, 4), weight, torch.rand(4), 0, 1
     return (
         torch.randn(3, 16),
         weight,

@@ -15,6 +15,7 @@ from llmkern.attention.triton_rules import (
     key_tiles,
     load_rows,
     log2_in_parts,
+    multiply_exactly,
     sequence,
     slope_of,
     store_rows,
@@ -35,11 +36,14 @@ def _step(
     row = start + tl.arange(0, BLOCK_M)[:, None]
     col = first + tl.arange(0, BLOCK_N)[None, :]
     keys, unit = limits[1], numbers[1]
-    k = load_rows(key[0], key[1], first, keys, D, BLOCK_D, BLOCK_N, EDGE)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if EXACT:
+        s = multiply_exactly(q, key[0], key[1], first, keys, D, BLOCK_D, BLOCK_N)
+    else:
+        k = load_rows(key[0], key[1], first, keys, D, BLOCK_D, BLOCK_N, EDGE)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     s, _ = bend(
         s, row, col, (start, first), limits, numbers, dense, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, BEND, EDGE,
-        k.dtype == tl.float32,
+        q.dtype == tl.float32,
     )  # fmt: skip
     now = tl.maximum(largest, tl.max(s, 1) * unit)
     shift = now

@@ -39,7 +39,10 @@ def padded(n: int) -> int:
     return max(triton.power_of_two(n), 16)
 
 
-_FORWARD, _BACKWARD = (f"llmkern.attention.triton_{name}" for name in ("forward", "backward"))
+_FORWARD, *_GRADIENTS = (
+    f"llmkern.attention.triton_{name}" for name in ("forward", "backward", "backward_queries", "backward_keys")
+)
+_BACKWARD = dict(zip(("statistics", "queries", "keys"), _GRADIENTS, strict=True))
 
 
 def family_of(device: torch.device) -> str:
@@ -194,7 +197,7 @@ def backward(
             made = {**call.constants(tiles[which], query.dtype, family), **added, **constants}
             changed = ("grad_scores",) if constants.get("MASK_GRAD") else ()
             run(triton.Launch(
-                _BACKWARD, name, (programs[which],), arguments, made, options(tiles[which]), written, changed,
+                _BACKWARD[which], name, (programs[which],), arguments, made, options(tiles[which]), written, changed,
             ))  # fmt: skip
 
         if programs["statistics"]:
@@ -284,10 +287,10 @@ def examples(family: str, dtype: torch.dtype, width: int, mask: Mask | None = No
 
 
 def compilations() -> Iterator[Compilation]:
-    """What `python -m llmkern inspect` compiles: causal calls in bfloat16 of heads of 64 and 128."""
+    """What `python -m llmkern inspect` compiles: causal calls in bfloat16 of heads of 64, 128 and 256."""
     from llmkern.inspect.triton_source import Compilation
 
-    for (name, targets), width in itertools.product(_TARGETS.items(), (64, 128)):
+    for (name, targets), width in itertools.product(_TARGETS.items(), (64, 128, 256)):
         for launch in examples(name, torch.bfloat16, width):
             types, divisible = triton.signature(launch)
             tile = f"{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_N']}"

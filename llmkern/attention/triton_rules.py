@@ -186,6 +186,25 @@ def kept(first_row, first_col, dropout, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def multiply_exactly(
+    tile, base, step, first, limit, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, COUNT: tl.constexpr
+):  # fmt: skip
+    """(R, COUNT): the products of `tile` (R, BLOCK_WIDTH) with the rows `first` to first + COUNT of `base`, one at a
+    time. For the rare tiles that hold infinities or NaN: by tl.dot, whose operands would lie in registers as long as
+    the tile goes through all rows, they would need more registers than all other tiles, and make the kernel spill."""
+    at = tl.arange(0, COUNT)[None, :]
+    c = tl.arange(0, BLOCK_WIDTH)
+    step = tl.cast(step, tl.int64)
+    tile = tile.to(tl.float32)
+    found = tl.zeros((tile.shape[0], COUNT), tl.float32)
+    for j in range(COUNT):
+        there = (c < WIDTH) & (c * 0 + first + j < limit)
+        x = tl.load(base + tl.cast(first + j, tl.int64) * step + c, mask=there, other=0.0).to(tl.float32)
+        found = tl.where(at == j, tl.sum(tile * x[None, :], 1)[:, None], found)
+    return found
+
+
+@triton.jit
 def add_exactly(
     acc, weights, seen, base, step, first, limit, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, COUNT: tl.constexpr
 ):  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +15,19 @@ from llmkern.inspect.row import Row, row
 
 CSRC = Path(llmkern.__file__).resolve().parents[1] / "csrc"
 FLAGS = ["-std=c++17", "-O3"]  # those of setup.py that change machine code
+OLDEST = "compute_80"  # what it makes PTX for
 
 
 @dataclass(frozen=True)
 class Job:
-    """A source file for one target. Files named cuda_sm90*.cu use what sm_90a alone has."""
+    """A source file and its targets. Files named cuda_sm90*.cu use what sm_90a alone has."""
 
     source: Path
-    target: str
+    targets: Sequence[str]
 
     @property
     def label(self) -> str:
-        return f"{self.source.parent.name}/{self.source.name} for {self.target}"
+        return _label(self.source, self.targets)
 
     def kernels(self) -> list[str]:
         """Names of the kernels that the file defines."""
@@ -33,7 +35,7 @@ class Job:
         return re.findall(r"__global__[^;{(]*?(\w+)\s*\(", text)
 
     def rows(self) -> list[Row]:
-        return compile_file(self.source, self.target)
+        return compile_file(self.source, self.targets)
 
 
 def jobs(targets: list[str]) -> list[Job]:
@@ -44,9 +46,9 @@ def jobs(targets: list[str]) -> list[Job]:
     made = []
     for file in files:
         if not file.name.startswith("cuda_sm90"):
-            made += [Job(file, target) for target in targets]
+            made.append(Job(file, targets))
         elif "sm_90" in targets:
-            made.append(Job(file, "sm_90a"))
+            made.append(Job(file, ["sm_90a"]))
     return made
 
 
@@ -108,16 +110,22 @@ def entries(ptx: str) -> dict[str, Entry]:
     return found
 
 
-def compile_file(source: Path, target: str) -> list[Row]:
-    """The kernels of one file for one target."""
-    what = f"{source.parent.name}/{source.name} for {target}"
+def compile_file(source: Path, targets: Sequence[str]) -> list[Row]:
+    """The kernels of one file for each target, in setup.py's way: its PTX is made once and assembled for all."""
+    front = "compute_90a" if "sm_90a" in targets else OLDEST
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / f"{source.stem}.cubin"
-        command = [tools.nvcc(), *FLAGS, f"-arch={target}", "-cubin", "-Xptxas", "-v", "--keep", "--keep-dir", folder]
-        _, log = tools.run(what, [*command, str(source), "-o", str(cubin)])
-        ptx = (Path(folder) / f"{source.stem}.ptx").read_text()
-        code = sass.functions(tools.dump(cubin, "-sass"))
-    rows, told = [], entries(ptx)
+        ptx = Path(folder) / f"{source.stem}.ptx"
+        command = [tools.nvcc(), *FLAGS, f"-arch={front}", "-ptx", str(source), "-o", str(ptx)]
+        tools.run(_label(source, targets), command)
+        return [r for target in targets for r in _assemble(source, ptx, target)]
+
+
+def _assemble(source: Path, ptx: Path, target: str) -> list[Row]:
+    cubin = ptx.with_suffix(".cubin")
+    command = [tools.nvcc(), f"-arch={target}", "-cubin", "-Xptxas", "-v", str(ptx), "-o", str(cubin)]
+    _, log = tools.run(_label(source, [target]), command)
+    code = sass.functions(tools.dump(cubin, "-sass"))
+    rows, told = [], entries(ptx.read_text())
     for mangled, used in resources(log).items():
         kernel, config = tools.short_name(mangled)
         entry = told[mangled]
@@ -126,3 +134,7 @@ def compile_file(source: Path, target: str) -> list[Row]:
             row(kernel, "cuda", config, target, used.registers, used.local_bytes, shared, entry.threads, code[mangled])
         )
     return rows
+
+
+def _label(source: Path, targets: Sequence[str]) -> str:
+    return f"{source.parent.name}/{source.name} for {', '.join(targets)}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from llmkern import autocast, check
 from llmkern.backend import Operator, reference_backend
 from llmkern.int8 import reference
+from llmkern.int8.backward import input_gradient
 from llmkern.int8.compiled import CPU_INT8_LINEAR
 from llmkern.int8.cuda import CUDA_INT8_LINEAR
 from llmkern.int8.scheme import PAIRS
@@ -178,11 +179,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_scale = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * 10
     if ctx.needs_input_grad[0]:
-        if ctx.group:
-            grad_x = grad.float() @ reference.dequantize_weight(weight, weight_scale, ctx.group)
-        else:
-            grad_x = (grad.float() * weight_scale) @ weight.float()
-        grads[0] = reference.hadamard(grad_x, ctx.rotate).to(grad.dtype)
+        grads[0] = input_gradient(grad, weight, weight_scale, ctx.group, ctx.rotate)
     if ctx.needs_input_grad[3]:
         grads[3] = grad.unsqueeze(0).flatten(0, -2).float().sum(0).to(ctx.bias_dtype)
     if ctx.needs_input_grad[4]:

@@ -190,6 +190,17 @@ def int8_linear(
     return y.to(x.dtype)
 
 
+def input_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor, group: int = 0, rotate: int = 1) -> Tensor:
+    """The gradient of int8_linear's x, in grad's dtype: grad (..., N) times the dequantised weight, (..., K), rotated
+    back. In float32 at least."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    if group:
+        grad_x = grad.to(wide) @ dequantize_weight(weight, weight_scale, group, wide)
+    else:
+        grad_x = (grad.to(wide) * weight_scale) @ weight.to(wide)
+    return hadamard(grad_x, rotate).to(grad.dtype)
+
+
 class _StraightThrough(torch.autograd.Function):
     """The first argument, with the gradient of the second."""
 

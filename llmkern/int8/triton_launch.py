@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from llmkern.backend import Backend
 from llmkern.int8 import triton_configurations
 from llmkern.int8.compiled import on_copies, refused, row_distance
 from llmkern.int8.packing import layout_of, sums_of_groups, sums_over_k
-from llmkern.int8.scheme import PAIRS
+from llmkern.int8.scheme import PAIRS, ROTATION_STRIDE
 
 if TYPE_CHECKING:
     from llmkern.inspect.triton_source import Compilation
@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 FLAGGED = 128
 KINDS = {"row": 0, "symmetric": 1, "outliers": 2, "16bit": 3, "static": 4}
 MODULE = "llmkern.int8.triton_kernels"
+FEW_ROWS = "llmkern.int8.triton_few_rows"
+#: Rows and columns of results that a program of gather_kernel adds up: small, so that there are many.
+GATHERED = (4, 128)
 #: Rows that a program quantises: together they have enough loads on their way.
 QUANTIZED_ROWS = 4
+#: The largest Hadamard transform: a program holds 16 times as many elements.
+MOST_ROTATED = 256
 
 
 def _refused(
@@ -32,9 +37,26 @@ def _refused(
     input_scale: Tensor | None, inputs: str, group: int, rotate: int, activation: str, out: Tensor | None = None,
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot serve a call on a machine that runs them."""
-    if rotate > 1:
-        return f"rotate={rotate}: the Triton kernels have no Hadamard transform"
-    return refused(x, weight, weight_scale, bias)
+    return rotation_refused(rotate) or refused(x, weight, weight_scale, bias)
+
+
+def rotation_refused(rotate: int) -> str | None:
+    if rotate > MOST_ROTATED:
+        return f"rotate={rotate}: the Triton kernels transform at most {MOST_ROTATED} elements"
+    return None
+
+
+def hadamard(x: Tensor, out: Tensor, distance: int | None, rotate: int) -> triton.Launch:
+    """The transform of x, whose rows are `distance` apart, into out (rows, depth), contiguous."""
+    rows, depth = out.shape
+    blocks, at_once = depth // (rotate * ROTATION_STRIDE), max(1, 2048 // (rotate * ROTATION_STRIDE))
+    factor = float(1.0 / torch.tensor(float(rotate), device="cpu").sqrt())  # as the reference rounds it
+    return triton.Launch(
+        "llmkern.int8.triton_hadamard", "hadamard_kernel", (-(-rows // at_once) * blocks,),
+        (x, out, rows, blocks, factor, distance, depth),
+        {"SIZE": rotate, "STEPS": rotate.bit_length() - 1, "ROWS": at_once},
+        {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}, ("out",),
+    )  # fmt: skip
 
 
 def _unsupported(x: Tensor, *args: Any) -> str | None:
@@ -58,12 +80,16 @@ def plan(run: triton.Run, family: str, *args: Any) -> Callable[..., Tensor]:
     layout = layout_of(weight)
     tile = triton_configurations.tile(family, rows, group, activation in PAIRS, two)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
-    programs = -(-rows // tile.rows) * -(-results // tile.columns)
-    constants = {
-        "TWO": two, "GROUP": group, "ACTIVATION": activation, "PAIRS": activation in PAIRS,
-        "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ROWS": tile.rows, "COLUMNS": tile.columns,
-        "DEPTH": math.gcd(group, FLAGGED), "ABREAST": 8,
+    digits = {"TWO": two}
+    even = {"EVEN": depth % FLAGGED == 0}
+    shape_of_tile = {"ROWS": tile.rows, "COLUMNS": tile.columns}
+    follows = {
+        "ACTIVATION": activation, "PAIRS": activation in PAIRS, "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
     }  # fmt: skip
+    few = rows <= tile.rows and not group  # groups are scaled, and added as floats, in the order of k
+    each = triton_configurations.split_depth(-(-outputs // tile.columns), depth) if few else max(depth, 1)
+    splits = -(-depth // each)
 
     def launch(
         x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
@@ -80,22 +106,45 @@ def plan(run: triton.Run, family: str, *args: Any) -> Callable[..., Tensor]:
         scale = torch.empty(rows, groups, dtype=torch.float32, device=device)
         zero = torch.empty(rows, groups, dtype=torch.int32, device=device)
         sums = sums_of_groups(weight, layout, group) if group else sums_over_k(weight, layout)
+        rotated, distance = x, distances[0]
+        if rotate > 1:
+            rotated, distance = torch.empty(rows, depth, dtype=torch.float32, device=device), depth
+            run(hadamard(x, rotated, distances[0], rotate))
         run(triton.Launch(
             MODULE, "quantize_kernel", (-(-rows // QUANTIZED_ROWS),),
-            (x, low, high, flags, scale, zero, scale if input_scale is None else input_scale,
-             rows, depth, groups, distances[0], stride, words),
+            (rotated, low, high, flags, scale, zero, scale if input_scale is None else input_scale,
+             rows, depth, groups, distance, stride, words),
             {"INPUTS": KINDS[inputs], "GROUP": group, "GROUP_BLOCK": triton.power_of_two(group),
              "ROWS": QUANTIZED_ROWS},
             {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False},
             ("low", "scale", "zero", *(("high", "flags") if two else ())),
         ))  # fmt: skip
         scale_strides = (*weight_scale.stride(), 0)[:2]
+        added = scale if bias is None else bias, out if residual is None else residual
+        distances_after = distances[1] or 0, results if distances[2] is None else distances[2]
+        if splits <= 1:
+            programs = -(-rows // tile.rows) * -(-results // tile.columns)
+            run(triton.Launch(
+                MODULE, "linear_kernel", (programs,),
+                (low, high, flags, scale, zero, along, weight_scale, sums, *added, out, rows, outputs, depth, groups,
+                 stride, words, along.stride(0), *scale_strides, *distances_after),
+                {**digits, **even, **follows, **shape_of_tile, "GROUP": group, "DEPTH": math.gcd(group, FLAGGED),
+                 "ABREAST": 8},
+                options, ("out",),
+            ))  # fmt: skip
+            return out
+        partial = torch.empty(splits, 1 + two, rows, outputs, dtype=torch.int32, device=device)
         run(triton.Launch(
-            MODULE, "linear_kernel", (programs,),
-            (low, high, flags, scale, zero, along, weight_scale, sums, scale if bias is None else bias,
-             out if residual is None else residual, out, rows, outputs, depth, groups, stride, words, along.stride(0),
-             *scale_strides, distances[1] or 0, results if distances[2] is None else distances[2]),
-            constants, options, ("out",),
+            FEW_ROWS, "split_kernel", (-(-outputs // tile.columns), splits),
+            (low, high, flags, along, partial, rows, outputs, depth, each, stride, words, along.stride(0)),
+            {**digits, **even, **shape_of_tile, "DEPTH": FLAGGED}, options, ("partial",),
+        ))  # fmt: skip
+        run(triton.Launch(
+            FEW_ROWS, "gather_kernel", (-(-results // GATHERED[1]), -(-rows // GATHERED[0])),
+            (partial, scale, zero, weight_scale, sums, *added, out, rows, outputs, splits, scale_strides[0],
+             *distances_after),
+            {**digits, **follows, "ROWS": GATHERED[0], "COLUMNS": GATHERED[1]},
+            {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}, ("out",),
         ))  # fmt: skip
         return out
 
@@ -110,32 +159,44 @@ def _plan(x: Tensor, *args: Any) -> Callable[..., Tensor]:
 TRITON_INT8_LINEAR = Backend("triton", _plan, _unsupported)
 
 
-def compilations() -> Iterator[Compilation]:
-    """What `python -m llmkern inspect` compiles, with K = N = 4096 in bfloat16: each line of the table of tiles, and
-    quantisation."""
-    from llmkern.inspect.limits import TARGETS
+def compilation(launch: triton.Launch, config: str, targets: Sequence[str]) -> Compilation:
+    """A launch as the inspector compiles it; no targets: for all."""
     from llmkern.inspect.triton_source import Compilation
 
-    for rows, inputs, group, activation in (
-        (8, "outliers", 0, "none"), (512, "row", 0, "none"), (512, "outliers", 0, "none"),
-        (512, "outliers", 0, "swiglu"), (512, "row", 128, "none"), (512, "row", 128, "swiglu"),
+    types, divisible = triton.signature(launch)
+    return Compilation(
+        triton.function(launch), config, types, launch.constants, divisible, launch.options, targets
+    )  # fmt: skip
+
+
+def compilations() -> Iterator[Compilation]:
+    """What `python -m llmkern inspect` compiles, with K = N = 4096 in bfloat16: each line of the table of tiles,
+    quantisation, the rotation, and the gradient of the input."""
+    from llmkern.inspect.limits import TARGETS
+    from llmkern.int8 import triton_gradient_launch
+
+    for rows, inputs, group, activation, rotate in (
+        (8, "outliers", 0, "none", 1), (8, "16bit", 0, "swiglu", 1), (8, "row", 128, "none", 1),
+        (512, "row", 0, "none", 1), (512, "outliers", 0, "none", 1), (512, "outliers", 0, "swiglu", 1),
+        (512, "row", 128, "none", 1), (512, "row", 128, "swiglu", 1), (8, "row", 0, "none", 64),
     ):  # fmt: skip
         x, weight = (torch.empty(n, 4096, device="meta", dtype=torch.bfloat16) for n in (rows, 4096))
         scale = torch.empty(4096, 32, device="meta") if group else torch.empty(4096, device="meta")
-        arguments = (x, weight.to(torch.int8), scale, x[:, 0], None, None, inputs, group, 1, activation)
+        arguments = (x, weight.to(torch.int8), scale, x[:, 0], None, None, inputs, group, rotate, activation)
         by_tile: dict[triton_configurations.Tile, list[str]] = {}
         for target in TARGETS:
-            tile = triton_configurations.tile(target, rows, group, activation in PAIRS, inputs == "outliers")
+            tile = triton_configurations.tile(target, rows, group, activation in PAIRS, inputs in ("outliers", "16bit"))
             by_tile.setdefault(tile, []).append(target)
         config = f"{inputs}, {group or 'no groups'}, {activation}, M={rows}"
         for targets in by_tile.values():
             launches: list[triton.Launch] = []
             plan(launches.append, targets[0], *arguments)(*arguments)
-            quantize, product = launches
-            quantized_elsewhere = rows != 512 or activation != "none"
-            for launch in (product,) if quantized_elsewhere or targets[0] != TARGETS[0] else (quantize, product):
-                types, divisible = triton.signature(launch)
-                yield Compilation(
-                    triton.function(launch), config, types, launch.constants, divisible, launch.options,
-                    () if launch is quantize else targets,
-                )  # fmt: skip
+            for launch in launches:
+                alike = launch.kernel in ("quantize_kernel", "hadamard_kernel")  # on every architecture
+                if launch.kernel == "quantize_kernel" and (rows, activation) != (512, "none"):
+                    continue
+                if rotate > 1 and launch.kernel != "hadamard_kernel":
+                    continue
+                if not alike or targets[0] == TARGETS[0]:
+                    yield compilation(launch, config, () if alike else targets)
+    yield from triton_gradient_launch.compilations()

@@ -46,13 +46,16 @@ def test_the_forward_as_it_would_be_launched(capability, monkeypatch):
     assert "cp.async" in run.ptx[0]
 
 
-def test_the_gradients_as_they_would_be_launched(monkeypatch):
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_gradients_as_they_would_be_launched(capability, monkeypatch):
     shape = (1, 2, 1, 70, 140, 64, 64)
-    run = compare(monkeypatch, shape, torch.float16, {"causal": True, "bottom_right": True}, gradients=True)
+    rules = {"causal": True, "bottom_right": True}
+    run = compare(monkeypatch, shape, torch.float16, rules, capability, gradients=True)
     assert [name for _, name in run.launched] == [
         "attention_forward_kernel", "attention_statistics_kernel", "attention_backward_query_kernel",
         "attention_backward_key_kernel",
     ]  # fmt: skip
+    assert ("wgmma.mma_async" if capability == 90 else "mma.sync.aligned.m16n8k16") in run.ptx[2]
 
 
 @pytest.mark.parametrize("name", ["everything, additive", "rows"])

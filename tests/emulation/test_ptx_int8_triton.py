@@ -7,6 +7,7 @@ import torch
 
 from llmkern import backend
 from llmkern.int8 import op, reference
+from llmkern.int8.backward import input_gradient
 from llmkern.verify import verify
 from tests.emulation.triton_on_ptx import Emulated
 from tests.int8.cases import QUANTIZATIONS, inputs, of_scheme, positional
@@ -67,3 +68,55 @@ def test_counts(capability, product, monkeypatch):
         assert matrix and all(product in kind and "s32.s8.s8" in kind for kind in matrix), matrix
         issued.append(sum(matrix.values()))
     assert issued[1] == issued[0] * 5 // 4  # one of four parts of 128 along k
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kw", [{}, {"inputs": "16bit"}, {"inputs": "row", "activation": "relu"}], ids=str)
+def test_few_rows_split_along_k(kw, capability, monkeypatch):
+    """Three parts of k, the last with a tail."""
+    emulated = Emulated(capability, ("lockstep", "reverse")[capability == 90])
+    serve(monkeypatch, emulated)
+    x, weight, scale, bias = of_scheme((3, 1100, 37), torch.bfloat16, kw)
+    got = op.int8_linear(x, weight, scale, bias, **kw)
+    assert torch.equal(got, reference.int8_linear(x, weight, scale, bias, *positional(**kw)))
+    assert emulated.launched[1:] == [(3, "split_kernel"), (1, "gather_kernel")]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rotate", [4, 64])
+def test_rotation(rotate, capability, monkeypatch):
+    serve(monkeypatch, Emulated(capability))
+    kw = {"inputs": "row", "rotate": rotate}
+    x, weight, scale, bias = of_scheme((5, 1024 if rotate == 64 else 192, 21), torch.float32, kw)
+    assert torch.equal(
+        op.int8_linear(x, weight, scale, bias, **kw), reference.int8_linear(x, weight, scale, bias, *positional(**kw))
+    )
+
+
+def test_the_largest_tile(monkeypatch):
+    """Of many rows with one digit on Hopper, two warpgroups side by side."""
+    serve(monkeypatch, Emulated(90), "sm_90")
+    x, weight, scale, bias = of_scheme((259, 130, 40), torch.bfloat16, {"inputs": "row"})
+    got = op.int8_linear(x, weight, scale, bias, inputs="row")
+    assert torch.equal(got, reference.int8_linear(x, weight, scale, bias, *positional(inputs="row")))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("shape", "group", "rotate", "dtype"),
+    [
+        ((3, 70, 37), 0, 1, torch.float16),
+        ((131, 140, 50), 0, 1, torch.bfloat16),
+        ((70, 130, 34), 32, 1, torch.bfloat16),
+        ((20, 128, 40), 64, 2, torch.float32),
+    ],
+)
+def test_gradient_of_the_input(shape, group, rotate, dtype, capability, monkeypatch):
+    emulated = Emulated(capability, ("lockstep", "reverse")[capability == 90])
+    serve(monkeypatch, emulated)
+    _, weight, scale, _ = of_scheme(shape, dtype, {"group": group})
+    verify(
+        lambda grad: input_gradient(grad, weight, scale, group, rotate),
+        lambda grad: reference.input_gradient(grad, weight, scale, group, rotate),
+        (torch.randn(shape[0], shape[2]).to(dtype),), gradients=False,
+    ).raise_if_failed()  # fmt: skip

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llmkern import backend
-from llmkern.int8 import op
+from llmkern.int8 import op, reference
+from llmkern.int8.backward import input_gradient
 from llmkern.int8.scheme import ACTIVATIONS
 from llmkern.verify import verify
 from tests.emulation.triton_interpreter import interpret, round_as_hardware
@@ -15,6 +16,10 @@ from tests.int8.on_triton import serve
 
 round_as_hardware()
 SCHEMES = {name: kw for name, kw in QUANTIZATIONS.items() if "rotate" not in kw}
+ROTATED = {name: kw for name, kw in QUANTIZATIONS.items() if "rotate" in kw} | {
+    "groups, rotated": {"inputs": "symmetric", "group": 32, "rotate": 8},
+    "16bit, rotated": {"inputs": "16bit", "rotate": 4},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +82,89 @@ def test_strides_and_a_given_output():
     assert torch.equal(room[1:3, 3:37], expected)
     room[1:3, 3:37] = 7.0
     assert (room == 7.0).all()
+
+
+@pytest.mark.parametrize("scheme", ROTATED)
+def test_rotated_bit_for_bit(scheme):
+    kw = ROTATED[scheme]
+    for shape, dtype in zip([(1, 128, 5), (7, 640, 33), (19, 256, 70)], FLOATS, strict=True):
+        x, weight, scale, bias = of_scheme(shape, dtype, kw)
+        assert torch.equal(op.int8_linear(x, weight, scale, bias, **kw), plain(x, weight, scale, bias, **kw)), shape
+
+
+@pytest.mark.parametrize("rotate", [2, 8, 64, 256])
+def test_rotations_of_every_size(rotate):
+    x, weight, scale, bias = of_scheme((3, 16 * rotate, 9), torch.float32, {})
+    x[1, 5] = torch.inf
+    kw = {"inputs": "row", "rotate": rotate}
+    got, want = op.int8_linear(x, weight, scale, bias, **kw), plain(x, weight, scale, bias, **kw)
+    assert torch.equal(got.isnan(), want.isnan()) and got[1].isnan().all() and not got[0].isnan().any()
+    assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
+@pytest.mark.parametrize("scheme", ["outliers", "16bit", "row", "static"])
+@pytest.mark.parametrize("shape", [(1, 513, 1), (16, 1100, 70), (5, 1536, 129)], ids=str)
+def test_few_rows_split_along_k(shape, scheme, monkeypatch):
+    launches = []
+    serve(monkeypatch, lambda launch: (launches.append(launch), interpret(launch))[1])
+    kw = {**SCHEMES[scheme]}
+    x, weight, scale, bias = of_scheme(shape, torch.float32, kw)
+    assert torch.equal(op.int8_linear(x, weight, scale, bias, **kw), plain(x, weight, scale, bias, **kw))
+    assert [launch.kernel for launch in launches] == ["quantize_kernel", "split_kernel", "gather_kernel"]
+    assert launches[1].grid == (-(-shape[2] // 64), -(-shape[1] // 512))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_functions_behind_a_split(activation):
+    x, weight, scale, bias = of_scheme((3, 700, 48), torch.bfloat16, {})
+    residual = torch.randn(3, 24 if activation in ("swiglu", "geglu") else 48).bfloat16()
+
+    def function(x, bias, residual):
+        return op.int8_linear(x, weight, scale, bias, residual=residual, activation=activation)
+
+    def truth(x, bias, residual):
+        return plain(x, weight, scale, bias, residual=residual, activation=activation)
+
+    verify(function, truth, (x, bias, residual), gradients=False).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("group", "rotate"), [(0, 1), (32, 1), (96, 1), (0, 4), (64, 2)])
+def test_gradient_of_the_input(group, rotate, dtype):
+    for shape in [(1, 64, 1), (7, 192, 67), (131, 192, 34)]:
+        _, weight, scale, _ = of_scheme(shape, dtype, {"group": group})
+        grad = torch.randn(shape[0], shape[2]).to(dtype)
+        function = lambda grad, w=weight, s=scale: input_gradient(grad, w, s, group, rotate)  # noqa: E731
+        truth = lambda grad, w=weight, s=scale: reference.input_gradient(grad, w, s, group, rotate)  # noqa: E731
+        verify(function, truth, (grad,), gradients=False).raise_if_failed()
+
+
+def test_gradient_of_what_lies_otherwise():
+    _, weight, scale, _ = of_scheme((5, 70, 20), torch.float32, {})
+    grad = torch.randn(5, 1).expand(5, 20)
+    want = input_gradient(grad.contiguous(), weight, scale, 0, 1)
+    for given in (grad, torch.full((5, 26), torch.nan)[:, 3:23].copy_(grad), grad.t().contiguous().t()):
+        for columns in (weight, weight.t().contiguous().t()):
+            assert torch.equal(input_gradient(given, columns, scale, 0, 1), want)
+    for shape in ((0, 8, 4), (3, 0, 4), (3, 8, 0)):
+        empty = input_gradient(
+            torch.ones(shape[0], shape[2]), torch.ones(shape[2], shape[1]).char(), torch.ones(shape[2]), 0, 1
+        )
+        assert empty.shape == shape[:2] and not empty.any()
+
+
+def test_gradient_that_is_infinite():
+    weight, scale, grad = torch.full((4, 6), 3, dtype=torch.int8), torch.ones(4), torch.ones(3, 4)
+    grad[0, 1], grad[1, 2] = torch.inf, torch.nan
+    for dtype in FLOATS:
+        got = input_gradient(grad.to(dtype), weight, scale, 0, 1)
+        assert (got[0] == torch.inf).all() and got[1].isnan().all() and (got[2] == 12).all()
+
+
+def test_autograd_asks_this_kernel(monkeypatch):
+    launches = []
+    serve(monkeypatch, lambda launch: (launches.append(launch.kernel), interpret(launch))[1])
+    x, weight, scale, bias = of_scheme((3, 64, 5), torch.float32, {})
+    (grad,) = torch.autograd.grad(op.int8_linear(x.requires_grad_(), weight, scale, bias, rotate=2).sum(), x)
+    assert launches[-2:] == ["gradient_kernel", "hadamard_kernel"]
+    torch.testing.assert_close(grad, reference.input_gradient(torch.ones(3, 5), weight, scale, 0, 2))

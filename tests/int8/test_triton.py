@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llmkern import backend
-from llmkern.int8 import op, reference, triton_launch
+from llmkern import triton as launches
+from llmkern.int8 import op, reference, triton_gradient_launch, triton_launch
 from llmkern.verify import verify
 from tests.emulation.triton_interpreter import run_tests
 from tests.int8.cases import QUANTIZATIONS, inputs, positional, quantized, with_outliers
@@ -31,21 +32,57 @@ def test_what_it_cannot_serve(monkeypatch):
     monkeypatch.setattr("llmkern.triton.unsupported", lambda x: None)
     refused = triton_launch.TRITON_INT8_LINEAR.unsupported
     assert refused(*arguments()) is None
-    assert "no Hadamard transform" in refused(*arguments(rotate=4))
+    assert refused(*arguments(rotate=4)) is None
+    assert "transform at most 256 elements" in refused(*arguments(rotate=512))
+    gradient = triton_gradient_launch.TRITON_INT8_LINEAR_BACKWARD.unsupported
+    x, weight, scale, *_ = arguments()
+    assert gradient(x, weight, scale, 0, 4) is None
+    assert "transform at most 256 elements" in gradient(x, weight, scale, 0, 512)
+    assert "grad is torch.float64" in gradient(x.double(), weight, scale, 0, 1)
     assert "x is torch.float64" in refused(torch.ones(3, 64).double(), *arguments()[1:])
     assert "bias is torch.float64" in refused(*arguments(bias=torch.zeros(5).double()))
     deep = torch.empty(1, 2**17, device="meta"), torch.empty(1, 2**17, dtype=torch.int8, device="meta")
     assert "int32 sums could overflow" in refused(*deep, *arguments()[2:])
 
 
+@pytest.mark.parametrize(
+    ("rows", "inputs", "group", "rotate"), [(8, "16bit", 0, 4), (512, "row", 0, 1), (512, "row", 128, 1)]
+)
+def test_compiles_for_amd(rows, inputs, group, rotate):
+    """No spills, and matrix instructions; waves of 64."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    x = torch.empty(rows, 4096, device="meta", dtype=torch.bfloat16)
+    weight = torch.empty(4096, 4096, device="meta", dtype=torch.int8)
+    scale = torch.empty((4096, 32) if group else (4096,), device="meta")
+    found: list[launches.Launch] = []
+    args = (x, weight, scale, None, None, None, inputs, group, rotate, "none")
+    triton_launch.plan(found.append, "gfx942", *args)(*args)
+    gradient = (x, weight, scale, group, rotate)
+    triton_gradient_launch.plan(found.append, *gradient)(*gradient)
+    for launch in found:
+        kernel, constants = launches.function(launch), launch.constants
+        types, divisible = launches.signature(launch)
+        names = kernel.arg_names
+        signature = {n: "constexpr" if n in constants else types[n] for n in names}
+        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
+        source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+        compiled = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=launch.options)
+        code = compiled.asm["amdgcn"]
+        assert re.findall(r"\.vgpr_spill_count: *(\d+)", code) == ["0"], launch.kernel
+        assert compiled.metadata.shared <= 64 << 10, launch.kernel
+        products = launch.kernel in ("linear_kernel", "split_kernel", "gradient_kernel")
+        assert ("v_mfma" in code) == products, launch.kernel
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_the_gpu(dtype):
     for name, kw in QUANTIZATIONS.items():
-        if "rotate" in kw:
-            continue
         options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in kw.items()}
-        for shape in ((1, 4096, 100), (9, 300, 70), (130, 1000, 400)):
+        for shape in ((1, 4096, 100), (9, 320, 70), (130, 1024, 400)):
             x, _, _, bias = (t.cuda() for t in inputs(shape, dtype))
             weight, scale = (t.cuda() for t in quantized(torch.randn(shape[2], shape[1]), **kw))
 

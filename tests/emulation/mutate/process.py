@@ -134,7 +134,8 @@ def _use(ptx: dict[tuple[str, str], str], launchers: dict[str, Path], tree: Path
         if family not in launchers:
             return built(folder, family)
         module, whole = cuda_launches.load(launchers[family], family)
-        names = [(str(s.relative_to(tree)), cuda_launches.ARCHITECTURE) for s in cuda_launches.sources_of(family)]
+        sources = cuda_launches.sources_of(family)
+        names = [(str(s.relative_to(tree)), cuda_launches.architecture_of(s)) for s in sources]
         return module, [ptx.get(name, text) for name, text in zip(names, whole, strict=True)]
 
     compilers.nvcc = nvcc  # type: ignore[assignment]

@@ -43,6 +43,7 @@ class Target:
 
 
 INT8, INT8_PTX = "tests/int8/test_cuda.py", "tests/emulation/test_ptx_int8.py"
+INT8_SM90 = "tests/emulation/test_ptx_int8_sm90.py"
 FORWARD, CACHE, DECODE, SM90 = (
     f"tests/emulation/test_ptx_{name}.py" for name in ("attention", "cache", "decode", "attention_sm90")
 )
@@ -86,6 +87,13 @@ TARGETS = (
             f"{INT8_PTX} -k 'schedules or tiles or high_digits'",
         ),
         host=(f"{INT8} -k 'schemes and (just or two or many) or both or follows and dtype1 and glu'",),
+        launchers="int8",
+    ),
+    Target(
+        "csrc/int8/cuda_sm90.cu",
+        ptx=(f"{INT8_SM90} -k 'widths or every_kind'", f"{INT8_SM90} -k 'not planted and not registers'"),
+        host=(f"{INT8_SM90} -k 'contract or widths'",),
+        architectures=("90a",),
         launchers="int8",
     ),
     Target(

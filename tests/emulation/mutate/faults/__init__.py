@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from tests.emulation.mutate.faults import attention_cached, attention_forward, attention_sm90, int8, positional
+from tests.emulation.mutate.faults import (
+    attention_cached,
+    attention_forward,
+    attention_sm90,
+    int8,
+    int8_sm90,
+    positional,
+)
 
 PLANTED = (
     *positional.PLANTED,
@@ -10,4 +17,5 @@ PLANTED = (
     *attention_forward.PLANTED,
     *attention_cached.PLANTED,
     *attention_sm90.PLANTED,
+    *int8_sm90.PLANTED,
 )

@@ -1,0 +1,172 @@
+"""The gradients of the keys and values of attention in Triton (triton_backward.py says how the gradients are made)."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from llmkern.attention.triton_backward import (
+    PLAIN,
+    gradients,
+    load_statistics,
+)
+from llmkern.attention.triton_rules import (
+    add_exactly,
+    all_finite,
+    load_rows,
+    multiply_exactly,
+    query_tiles,
+    sequence,
+    store_rows,
+)
+
+
+@triton.jit
+def _key_step(
+    state, k, v, start, first, query, grad_output, statistics, limits, numbers, dense, dropout, keep_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Adds to the gradients of the keys from `start` what the queries from `first` of one head give. state: (gradient
+    of the keys over the scale, gradient of the values)."""
+    dk, dv = state
+    queries = limits[0]
+    if EXACT:
+        s = multiply_exactly(k, query[0], query[1], first, queries, D, BLOCK_D, BLOCK_M)
+        dp = multiply_exactly(v, grad_output[0], grad_output[1], first, queries, DV, BLOCK_DV, BLOCK_M)
+    else:
+        q = load_rows(query[0], query[1], first, queries, D, BLOCK_D, BLOCK_M, True)
+        grad = load_rows(grad_output[0], grad_output[1], first, queries, DV, BLOCK_DV, BLOCK_M, True)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+    of_rows = load_statistics(statistics[0], statistics[1], first, queries, ADDED, BLOCK_M)
+    p, _, inner, seen, _ = gradients(
+        s, dp, of_rows, first, start, limits, numbers, dense, dropout, keep_scale, LEFT, RIGHT, MASK, SOFTCAP,
+        ALIBI, DROPOUT, BEND, ADDED, EDGE, k.dtype == tl.float32, True,
+    )  # fmt: skip
+    if EXACT:
+        dv = add_exactly(dv, p, seen, grad_output[0], grad_output[1], first, queries, DV, BLOCK_DV, BLOCK_M)
+        dk = add_exactly(dk, inner, seen, query[0], query[1], first, queries, D, BLOCK_D, BLOCK_M)
+    else:
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        dk = tl.dot(inner.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _key_rows(
+    start, query, key, value, grad_output, grad_key, grad_value, statistics, slopes, heads, first_head, group, all_keys,
+    limits, numbers, dense, dropout, keep_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr,
+    ADDED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Computes and stores the gradients of the keys and values from `start`; whether all of them are finite. The tuples
+    of the query, its gradient and what else differs by head are those of the group's first head, and their steps from
+    head to head."""
+    queries, keys = limits[0], limits[1]
+    scale, unit, softcap, _ = numbers
+    seed, drop_below = dropout
+    k = load_rows(key[0], key[1], start, keys, D, BLOCK_D, BLOCK_N, True)
+    v = load_rows(value[0], value[1], start, keys, DV, BLOCK_DV, BLOCK_N, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    last = tl.minimum(start + BLOCK_N, all_keys) - 1
+    begin, end = query_tiles(start, last, limits, LEFT, RIGHT, BLOCK_M)
+    if LENGTHS:
+        end = tl.where(start < keys, end, begin)
+    for member in range(group):
+        q = (query[0] + member * query[2], query[1])
+        g = (grad_output[0] + member * grad_output[2], grad_output[1])
+        of_rows = (statistics[0] + tl.cast(member, tl.int64) * queries, statistics[1])
+        mask = (dense[0] + member * dense[3], dense[1], dense[2])
+        drop = (seed, first_head + member, drop_below)
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes[0] + member * slopes[1])
+        of_head = (scale, unit, softcap, slope)
+        state = (dk, dv)
+        for first in range(begin, end, BLOCK_M):
+            state = _key_step(
+                state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV, BLOCK_D,
+                BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, PRECISION,
+                LEFT or RIGHT or EXACT, EXACT,
+            )  # fmt: skip
+        dk, dv = state
+    dk = dk * scale
+    if LENGTHS:
+        there = (start + tl.arange(0, BLOCK_N) < keys)[:, None]
+        dk, dv = tl.where(there, dk, 0.0), tl.where(there, dv, 0.0)
+    if UNIFORM:
+        # Queries that see no key attend to all values alike.
+        alike = tl.zeros((BLOCK_DV,), tl.float32)
+        for member in range(group):
+            for first in range(0, queries, BLOCK_M):
+                row = first + tl.arange(0, BLOCK_M)
+                of_row = statistics[0] + tl.cast(member, tl.int64) * queries + row
+                empty = tl.load(of_row, mask=row < queries, other=0.0) == float("inf")
+                if tl.max(tl.where(empty, 1, 0), 0) > 0:
+                    grad = load_rows(
+                        grad_output[0] + member * grad_output[2], grad_output[1], first, queries, DV, BLOCK_DV, BLOCK_M,
+                        True,
+                    )  # fmt: skip
+                    alike += tl.sum(tl.where(empty[:, None], grad.to(tl.float32), 0.0), 0)
+        dv += (alike / all_keys.to(tl.float32))[None, :]
+    store_rows(grad_key[0], grad_key[1], start, all_keys, dk, D, BLOCK_D, BLOCK_N)
+    store_rows(grad_value[0], grad_value[1], start, all_keys, dv, DV, BLOCK_DV, BLOCK_N)
+    return all_finite(dk) & all_finite(dv)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def attention_backward_key_kernel(
+    query, key, value, grad_output, statistics, grad_key, grad_value, mask, key_lengths, slopes, sink, seed,
+    rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s, m_b, m_h, m_q, m_k,
+    lengths_b, slopes_b, slopes_h,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
+    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr, ADDED: tl.constexpr,
+):  # fmt: skip
+    """The gradients of key (B, Hkv, Sk, D) and value (B, Hkv, Sk, DV). Grid: (B * Hkv * blocks of BLOCK_N keys,)."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(keys, BLOCK_N)
+    block, bh = program % blocks, program // blocks
+    kv_heads = heads // group
+    b, kv_h = (bh // kv_heads).to(tl.int64), (bh % kv_heads).to(tl.int64)
+    h = kv_h * group
+    first_head = bh * group
+    all_keys = keys
+    keys, diagonal = sequence(key_lengths, b, lengths_b, queries, keys, LENGTHS, BOTTOM_RIGHT)
+    limits = (queries, keys, diagonal, left, right)
+    numbers = (scale, unit, softcap, 0.0)
+    m_h = tl.cast(m_h, tl.int64)
+    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64), m_h)
+    dropout = (tl.cast(seed, tl.int64), drop_below)
+    q = (query + b * q_b + h * q_h, q_s, tl.cast(q_h, tl.int64))
+    k = (key + b * k_b + kv_h * k_h, k_s)
+    v = (value + b * v_b + kv_h * v_h, v_s)
+    g = (grad_output + b * g_b + h * g_h, g_s, tl.cast(g_h, tl.int64))
+    dk = (grad_key + b * dk_b + kv_h * dk_h, dk_s)
+    dv = (grad_value + b * dv_b + kv_h * dv_h, dv_s)
+    of_rows = (statistics + first_head.to(tl.int64) * queries, rows)
+    of_heads = (slopes + b * slopes_b + h * slopes_h, slopes_h)
+    start = block * BLOCK_N
+    finite = _key_rows(
+        start, q, k, v, g, dk, dv, of_rows, of_heads, heads, first_head, group, all_keys, limits, numbers, dense,
+        dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, LENGTHS, MASK, SOFTCAP, ALIBI,
+        DROPOUT, UNIFORM, BEND, ADDED, PRECISION, False,
+    )  # fmt: skip
+    if HIDES:  # noqa: SIM102 (known to the compiler)
+        if not finite:
+            tl.debug_barrier()  # the same elements are stored again
+            for again in range(start, tl.minimum(start + BLOCK_N, all_keys), 16):
+                _key_rows(
+                    again, q, k, v, g, dk, dv, of_rows, of_heads, heads, first_head, group, all_keys, limits, numbers,
+                    dense, dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, LENGTHS, MASK, SOFTCAP,
+                    ALIBI, DROPOUT, UNIFORM, BEND, ADDED, PRECISION, True,
+                )  # fmt: skip
