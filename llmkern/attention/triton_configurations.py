@@ -71,10 +71,8 @@ DECODE: dict[str, _Lines] = {
     "sm_100": ((64, _C(16, 64, 4, 3)), (128, _C(16, 64, 4, 3)), (256, _C(16, 32, 4, 3))),
     "gfx942": ((64, _C(16, 64, 4, 1)), (128, _C(16, 32, 4, 1)), (256, _C(16, 16, 4, 1))),
 }
-_DECODE_FLOAT32 = ((64, _C(16, 32, 4, 1)), (128, _C(16, 32, 4, 1)), (256, _C(16, 16, 4, 1)))
 
 
-def decode_configuration(family: str, itemsize: int, width: int) -> Configuration:
-    """Of queries of `itemsize` bytes an element and heads padded to `width`, a power of two up to 256."""
-    lines = _DECODE_FLOAT32 if itemsize == 4 else DECODE[family]
-    return next(found for widest, found in lines if width <= widest)
+def decode_configuration(family: str, width: int) -> Configuration:
+    """Of heads padded to `width`, a power of two up to 256."""
+    return next(found for widest, found in DECODE[family] if width <= widest)

