@@ -102,6 +102,11 @@ PREFERENCES: list[Preference] = [
         "attention_backward", (8, 0), NEWEST, "any", _any_shape, "triton",
         "there is no CUDA kernel of the gradients yet",
     ),
+    Preference(
+        "attention_kvcache", (8, 0), NEWEST, "any", _any_shape, "cuda",
+        "it reads keys and values straight into the operands of the matrix units, without shared memory, and its "
+        "machine code is in the library; Triton has float32, and GPUs of AMD besides",
+    ),
 ]  # fmt: skip
 
 

@@ -67,3 +67,17 @@ def configuration(kernel: str, family: str, itemsize: int, width: int, rules: bo
     if itemsize == 4 or rules:
         lines = _FLOAT32 if itemsize == 4 else RULES
     return next(found for widest, found in lines if width <= widest)
+
+
+#: Of the attention on a cache: 16 rows to a tile everywhere, and what many blocks of a processor can hold of keys.
+DECODE: dict[str, _Lines] = {
+    "sm_80": ((64, _C(16, 64, 4, 3)), (128, _C(16, 32, 4, 3)), (256, _C(16, 32, 4, 2))),
+    "sm_90": ((64, _C(16, 64, 4, 3)), (128, _C(16, 64, 4, 3)), (256, _C(16, 32, 4, 3))),
+    "sm_100": ((64, _C(16, 64, 4, 3)), (128, _C(16, 64, 4, 3)), (256, _C(16, 32, 4, 3))),
+    "gfx942": ((64, _C(16, 64, 4, 1)), (128, _C(16, 32, 4, 1)), (256, _C(16, 16, 4, 1))),
+}
+
+
+def decode_configuration(family: str, width: int) -> Configuration:
+    """Of heads padded to `width`, a power of two up to 256."""
+    return next(found for widest, found in DECODE[family] if width <= widest)

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 _WIDEST = 256
 #: Queries and keys are numbered in 32 bits, with room for the sum of a place and a window.
 _MOST_ROWS = 2**28
-_MOST_WINDOW = 2**29
+MOST_WINDOW = 2**29
 #: Offsets within a tile, of at most 256 rows or columns, have 32 bits.
 _MOST_APART = 2**23
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
 
 
-def _padded(n: int) -> int:
+def padded(n: int) -> int:
     """The power of two that is at least n, and 16, which a matrix instruction needs."""
     return max(triton.power_of_two(n), 16)
 
@@ -81,14 +81,14 @@ class Call:
             "HIDES": hides,
         }  # fmt: skip
         self.widths = {"D": width, "DV": value.size(3)}
-        self.widths |= {"BLOCK_D": _padded(width), "BLOCK_DV": _padded(value.size(3))}
+        self.widths |= {"BLOCK_D": padded(width), "BLOCK_DV": padded(value.size(3))}
         #: What decides about the tiles: the padded width, and whether rules need registers.
         self.shape = max(self.widths["BLOCK_D"], self.widths["BLOCK_DV"]), bends or kind > 0 or dropout
         below = drop_below(mask.dropout_p)
         keep = 0.0 if mask.dropout_p >= 1.0 else 1.0 / (1.0 - mask.dropout_p)
         sizes = (self.heads, self.group, self.queries, self.keys)
-        windows = tuple(min(max(x, 0), _MOST_WINDOW) for x in (left, right))
-        unit = _LOG2E * (1.0 if bends else scale)
+        windows = tuple(min(max(x, 0), MOST_WINDOW) for x in (left, right))
+        unit = LOG2E * (1.0 if bends else scale)
         # As a signed number of 32 bits, so that the kernel's type is the same for all.
         below -= 2**32 if below >= 2**31 else 0
         self.numbers = (*sizes, *windows, scale, unit, mask.softcap, below, keep)

@@ -1,6 +1,6 @@
 """Triton kernels, compiled ahead of time: those that the families' Triton launchers list.
 
-A family offers its own by a function `compilations()` in llmkern/<family>/triton_launch.py, which yields a Compilation
+A family offers its own by a function `compilations()` in llmkern/<family>/triton*_launch.py, which yields a Compilation
 for each kernel and configuration that its launcher uses. It may import triton; importing the launcher must not.
 """
 
@@ -67,8 +67,8 @@ def jobs(targets: list[str]) -> list[Job]:
         return []
     tools.cuobjdump()
     made = []
-    for launcher in sorted(PACKAGE.glob("*/triton_launch.py")):
-        module = importlib.import_module(f"llmkern.{launcher.parent.name}.triton_launch")
+    for launcher in sorted(PACKAGE.glob("*/triton*_launch.py")):
+        module = importlib.import_module(f"llmkern.{launcher.parent.name}.{launcher.stem}")
         listed = getattr(module, "compilations", None)
         if listed is None:
             raise InspectError(f"{module.__name__} has no compilations(), which lists its kernels for the inspector")

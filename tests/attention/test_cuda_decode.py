@@ -55,7 +55,7 @@ def test_why_it_cannot_serve_here():
 
 def test_it_is_the_first_on_cuda():
     listed = backend.Operator.all["attention_kvcache"].by_device["cuda"]
-    assert [b.name for b in listed] == ["cuda", "reference"]
+    assert [b.name for b in listed] == ["cuda", "triton", "reference"]
 
 
 def test_pieces():

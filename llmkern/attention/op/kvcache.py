@@ -12,6 +12,7 @@ from llmkern.attention import compiled, reference
 from llmkern.attention.cuda_decode import CUDA_KVCACHE
 from llmkern.attention.mask import window
 from llmkern.attention.op import checks
+from llmkern.attention.triton_decode_launch import TRITON_KVCACHE
 from llmkern.backend import Operator, reference_backend
 from llmkern.operator import check_types, define, is_compiling, is_plain, needs_grad, refuse_forward_ad
 
@@ -199,7 +200,7 @@ _KVCACHE = Operator(
     _check,
     _example,
     cpu=[compiled.CPU_KVCACHE, reference_backend(reference.attention_kvcache)],
-    cuda=[CUDA_KVCACHE, reference_backend(reference.attention_kvcache)],
+    cuda=[CUDA_KVCACHE, TRITON_KVCACHE, reference_backend(reference.attention_kvcache)],
     other=[reference_backend(reference.attention_kvcache)],
 )
 

@@ -181,6 +181,9 @@ def arithmetic(form: Form) -> Run:
         "min": np.minimum,
         "max": np.maximum,
     }
+    if t == "s32" and op in ("min", "max") and form.flag("relu"):
+        chosen = functions[op]
+        return elementwise(form, t, as_numbers(t, lambda a, b: np.maximum(chosen(a, b), 0)), 2)
     if t in ("u16x2", "s16x2"):
         return _in_halves(form, t, functions[op], 1 if op in ("neg", "abs") else 2)
     return elementwise(form, t, as_numbers(t, functions[op]), 1 if op in ("neg", "abs") else 2)
