@@ -8,7 +8,7 @@ import torch
 from llmkern import backend
 from llmkern.attention import reference
 from llmkern.functional import attention_with_kvcache
-from tests.attention.decode_on_triton import ONE_PIECE, PIECES, check, in_pages, inputs, ours, plain, serve
+from tests.attention.decode_on_triton import ONE_PIECE, PIECES, check, in_pages, inputs, ours, serve
 from tests.emulation.triton_interpreter import interpret, round_as_hardware
 
 round_as_hardware()

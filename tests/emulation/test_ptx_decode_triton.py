@@ -8,7 +8,7 @@ import torch
 from llmkern import backend, triton
 from llmkern.attention import reference, triton_decode_launch
 from llmkern.functional import attention_with_kvcache
-from tests.attention.decode_on_triton import ONE_PIECE, PIECES, check, in_pages, inputs, ours, plain, serve
+from tests.attention.decode_on_triton import ONE_PIECE, PIECES, check, in_pages, inputs, ours, serve
 
 pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
 from tests.emulation.ptx.launch import EmulationError

@@ -40,6 +40,9 @@ def test_arithmetic(t):
     check(f"add.{t} %d, %x, %y;", t, two(t), lambda a, b: a + b)
     check(f"sub.{t} %d, %x, %y;", t, two(t), lambda a, b: a - b)
     check(f"min.{t} %d, %x, %y;", t, two(t), min)
+    if t == "s32":
+        check("min.relu.s32 %d, %x, %y;", t, two(t), lambda a, b: max(min(a, b), 0))
+        check("max.relu.s32 %d, %x, %y;", t, two(t), lambda a, b: max(a, b, 0))
     check(f"max.{t} %d, %x, %y;", t, two(t), max)
     check(f"mul.lo.{t} %d, %x, %y;", t, two(t), lambda a, b: a * b)
     check(f"mul.hi.{t} %d, %x, %y;", t, two(t), lambda a, b: a * b >> w)
