@@ -147,15 +147,21 @@ def use(name: str | None) -> Iterator[None]:
 
     None goes back to the automatic choice. Holds for the whole process, not for the thread alone.
     """
-    global _forced
     before = _forced
-    _forced = None if name is None else _checked(name)
-    forget_plans()
+    force(name)
     try:
         yield
     finally:
-        _forced = before
-        forget_plans()
+        force(before)
+
+
+def force(name: str | None) -> None:
+    """As `use`, from here on. A name that is in force already stays so at no cost."""
+    global _forced
+    if name == _forced:
+        return
+    _forced = None if name is None else _checked(name)
+    forget_plans()
 
 
 def forget_plans() -> None:

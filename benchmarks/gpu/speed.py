@@ -30,12 +30,10 @@ def part(setting: Setting) -> Iterator[Step]:
 
 
 def _on(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
-    """function served by that backend alone. Entering `use` forgets plans, so one call is planned before."""
+    """function served by that backend alone, from then on: `use` would forget plans at its end too."""
 
     def run() -> Any:
-        if backend._forced != name:
-            backend._forced = name
-            backend.forget_plans()
+        backend.force(name)
         return function()
 
     return run
@@ -57,8 +55,7 @@ def report(
     try:
         result = timing.measure(found, setting.device, baseline, 3 if setting.quick or setting.tiny else 9, least)
     finally:
-        backend._forced = None
-        backend.forget_plans()
+        backend.force(None)
     result.failed.update(skipped)
     return {"status": "measured", "line": line(result), "flops": flops, "bytes": bytes, **result.to_json()}
 

@@ -86,7 +86,7 @@ def run_step(step: Step) -> tuple[dict[str, Any], bool]:
     except Exception as error:
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {_first_line(error)}"}
         row["traceback"] = traceback.format_exc()
-        lost = _context_lost(error)
+        lost = context_lost(error)
     return {**row, "wall_seconds": round(time.perf_counter() - begin, 3)}, lost
 
 
@@ -94,7 +94,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def _context_lost(error: BaseException) -> bool:
+def context_lost(error: BaseException) -> bool:
     """After an error within a kernel every later call of this process fails."""
     if not torch.cuda.is_available():
         return False

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.steps import context_lost
 from benchmarks.harness import Result
 
 #: Calls of a contestant in one round; the median over them is the round's sample.
@@ -59,7 +60,7 @@ def measure(
             if device == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # whatever a peer raises is its result
-            if _lost(device):
+            if context_lost(error):
                 raise
             result.failed[name] = f"{type(error).__name__}: {error}".split("\n", 1)[0]
             continue
@@ -74,13 +75,3 @@ def measure(
         if floor:
             result.floor.append(floor)
     return result
-
-
-def _lost(device: str) -> bool:
-    if device != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        return True
-    return False

@@ -16,7 +16,7 @@ from llmkern.int8.triton_kernels import round_to_even, usable
 
 @triton.jit
 def _turned(
-    x, row, there, c, position, cos, sin, WIDTH: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
+    x, row, there, c, position, cos, sin, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
 ):  # fmt: skip
     """(rows, columns) in float32, rounded as x's elements are, whose first 2 * HALF are turned by the angles of a
     position. cos, sin: (address, step of a position, positions); a position outside is NaN."""
@@ -38,7 +38,7 @@ def _turned(
 
 
 @triton.jit
-def _put(x, row, to, to_h, scales, scales_h, head, c, there, exists, QUANTISED: tl.constexpr):
+def _put(x, to, to_h, scales, scales_h, head, c, there, exists, QUANTISED: tl.constexpr):
     """Writes rows (heads, columns) of x into a cache at `to`, of which the heads lie to_h apart."""
     where = to + head[:, None] * to_h + c
     if QUANTISED:
@@ -94,15 +94,15 @@ def cache_append_kernel(
             exists = exists & (head * 0 + page >= 0) & (head * 0 + page < pages)
         there = inside[:, None] & (d < D)
         from_row = b * xk_b + step * xk_s + head[:, None] * xk_h
-        x = _turned(key, from_row, there, d, place, c, s, D, HALF, INTERLEAVED)
+        x = _turned(key, from_row, there, d, place, c, s, HALF, INTERLEAVED)
         ks = k_scale + page * ks_b + row * ks_s
-        _put(x, row, k_cache + page * k_b + row * k_s, k_h, ks, ks_h, head, d, there, exists, INT8)
+        _put(x, k_cache + page * k_b + row * k_s, k_h, ks, ks_h, head, d, there, exists, INT8)
         dv = tl.arange(0, BLOCK_DV)[None, :]
         there = inside[:, None] & (dv < DV)
         from_row = b * xv_b + step * xv_s + head[:, None] * xv_h
         x = tl.load(value + from_row + dv, mask=there, other=0.0)
         vs = v_scale + page * vs_b + row * vs_s
-        _put(x, row, v_cache + page * v_b + row * v_s, v_h, vs, vs_h, head, dv, there, exists, INT8)
+        _put(x, v_cache + page * v_b + row * v_s, v_h, vs, vs_h, head, dv, there, exists, INT8)
     else:
         program -= programs
         blocks = tl.cdiv(heads, HEADS)
@@ -113,5 +113,5 @@ def cache_append_kernel(
         if ORDERED:
             place += step
         there = (head < heads)[:, None] & (d < D)
-        x = _turned(query, b * q_b + step * q_s + head[:, None] * q_h, there, d, place, c, s, D, HALF, INTERLEAVED)
+        x = _turned(query, b * q_b + step * q_s + head[:, None] * q_h, there, d, place, c, s, HALF, INTERLEAVED)
         tl.store(rotated + ((b * queries + step) * heads + head[:, None]) * D + d, x, mask=there)

@@ -14,13 +14,12 @@ from llmkern.attention import cache
 from llmkern.attention.compiled.params import as_sink, plain, through_copies
 from llmkern.attention.cuda_decode import ROWS, pieces, processors
 from llmkern.attention.triton_configurations import decode_configuration
-from llmkern.attention.triton_launch import LOG2E, MOST_WINDOW, family_of, padded, unsupported
+from llmkern.attention.triton_launch import LOG2E, MOST_WINDOW, TARGETS, WIDEST, family_of, padded, unsupported
 from llmkern.backend import Backend
 
 if TYPE_CHECKING:
     from llmkern.inspect.triton_source import Compilation
 
-_WIDEST = 256
 #: Tokens are numbered in 32 bits, with room for the sum of a place, a window and the queries.
 _MOST_TOKENS = 2**28
 _DECODE, _CACHE = (f"llmkern.attention.triton_{name}" for name in ("decode", "cache"))
@@ -144,8 +143,8 @@ def limits(query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor | None
     if query.dtype == torch.float32:
         return "its kernels take bfloat16 and float16, not float32"
     width = max(query.shape[3], v_cache.shape[3])
-    if width > _WIDEST or not query.shape[3]:
-        return f"its kernels take heads of width 1 to {_WIDEST}, not {width if query.shape[3] else 0}"
+    if width > WIDEST or not query.shape[3]:
+        return f"its kernels take heads of width 1 to {WIDEST}, not {width if query.shape[3] else 0}"
     tokens = max(cache.capacity(k_cache, table), query.shape[1])
     if tokens > _MOST_TOKENS:
         return f"its kernels take up to 2^28 tokens of a sequence, not {tokens}"
@@ -163,9 +162,6 @@ TRITON_KVCACHE = Backend(
     lambda query, *args: decode(triton.run, family_of(query.device), processors(query.device), query, *args),
     lambda query, k_cache, v_cache, *rest: unsupported(query) or limits(query, k_cache, v_cache, rest[5]),
 )
-
-#: What a configuration of each family is compiled for by the inspector.
-_TARGETS = {"sm_80": ("sm_80", "sm_86", "sm_89", "sm_120"), "sm_90": ("sm_90",), "sm_100": ("sm_100",)}
 
 
 def examples(family: str, dtype: torch.dtype, width: int, int8: bool, paged: bool) -> Iterator[triton.Launch]:
@@ -190,15 +186,12 @@ def compilations() -> Iterator[Compilation]:
     from llmkern.inspect.triton_source import Compilation
 
     for (name, targets), (width, int8, paged) in itertools.product(
-        _TARGETS.items(), ((64, False, False), (128, False, False), (128, True, True), (256, False, False))
+        TARGETS.items(), ((64, False, False), (128, False, False), (128, True, True), (256, False, False))
     ):
         for launch in examples(name, torch.bfloat16, width, int8, paged):
             if launch.kernel == "attention_combine_kernel" and int8:
                 continue  # as of the other cache
-            types, divisible = triton.signature(launch)
             config = f"{'int8' if int8 else 'bf16'}, {'paged' if paged else 'static'}, D={width}"
             if launch.kernel == "attention_combine_kernel":
                 config = f"bf16, D={width}"
-            yield Compilation(
-                triton.function(launch), config, types, launch.constants, divisible, launch.options, targets
-            )  # fmt: skip
+            yield Compilation.of(launch, config, targets)

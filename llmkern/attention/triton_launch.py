@@ -25,7 +25,7 @@ from llmkern.random import drop_below
 if TYPE_CHECKING:
     from llmkern.inspect.triton_source import Compilation
 
-_WIDEST = 256
+WIDEST = 256
 #: Queries and keys are numbered in 32 bits, with room for the sum of a place and a window.
 _MOST_ROWS = 2**28
 MOST_WINDOW = 2**29
@@ -226,8 +226,8 @@ def backward(
 def limits(query: Tensor, key: Tensor, value: Tensor, rules: Sequence[Any]) -> str | None:
     """Why the kernels cannot take tensors (B, H, S, D) of these shapes, wherever they are."""
     width = max(query.shape[-1], value.shape[-1])
-    if width > _WIDEST:
-        return f"its kernels take heads of width 0 to {_WIDEST}, not {width}"
+    if width > WIDEST:
+        return f"its kernels take heads of width 0 to {WIDEST}, not {width}"
     rows = max(query.shape[2], key.shape[2])
     if rows > _MOST_ROWS:
         return f"its kernels take up to 2^28 queries and keys, not {rows}"
@@ -271,7 +271,7 @@ TRITON_ATTENTION_BACKWARD = Backend(
 
 
 #: What a configuration of each family is compiled for by the inspector.
-_TARGETS = {"sm_80": ("sm_80", "sm_86", "sm_89", "sm_120"), "sm_90": ("sm_90",), "sm_100": ("sm_100",)}
+TARGETS = {"sm_80": ("sm_80", "sm_86", "sm_89", "sm_120"), "sm_90": ("sm_90",), "sm_100": ("sm_100",)}
 
 
 def examples(family: str, dtype: torch.dtype, width: int, mask: Mask | None = None) -> Iterator[triton.Launch]:
@@ -290,13 +290,10 @@ def compilations() -> Iterator[Compilation]:
     """What `python -m llmkern inspect` compiles: causal calls in bfloat16 of heads of 64, 128 and 256."""
     from llmkern.inspect.triton_source import Compilation
 
-    for (name, targets), width in itertools.product(_TARGETS.items(), (64, 128, 256)):
+    for (name, targets), width in itertools.product(TARGETS.items(), (64, 128, 256)):
         for launch in examples(name, torch.bfloat16, width):
-            types, divisible = triton.signature(launch)
             tile = f"{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_N']}"
             config = (
                 f"bf16, D={width}, {tile}, {launch.options['num_warps']} warps, {launch.options['num_stages']} stages"
             )
-            yield Compilation(
-                triton.function(launch), config, types, launch.constants, divisible, launch.options, targets
-            )  # fmt: skip
+            yield Compilation.of(launch, config, targets)

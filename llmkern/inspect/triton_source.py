@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import llmkern
+from llmkern import triton
 from llmkern.inspect import sass, tools
 from llmkern.inspect.errors import InspectError
 from llmkern.inspect.limits import WARP
@@ -35,6 +36,12 @@ class Compilation:
     divisible: Sequence[str] = ()  # arguments that are multiples of 16
     options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, ...
     targets: Sequence[str] = ()  # that have this configuration; none listed: all
+
+    @classmethod
+    def of(cls, launch: triton.Launch, config: str, targets: Sequence[str] = ()) -> Compilation:
+        """What a launch would compile at its call."""
+        types, divisible = triton.signature(launch)
+        return cls(triton.function(launch), config, types, launch.constants, divisible, launch.options, targets)
 
     @property
     def name(self) -> str:
@@ -81,9 +88,9 @@ def jobs(targets: list[str]) -> list[Job]:
     return made
 
 
-def compile_one(compilation: Compilation, target: str) -> Row:
-    """One configuration for one target. Its arrays are in registers, so that a stack means spills."""
-    import triton
+def compiled(compilation: Compilation, target: str) -> Any:
+    """What Triton makes of one configuration for "sm_80" and so on, or for AMD's "gfx942" and so on."""
+    from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -92,20 +99,26 @@ def compile_one(compilation: Compilation, target: str) -> Row:
     signature = {n: "constexpr" if n in constants else compilation.types[n] for n in names}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in compilation.divisible}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    capability = int(target.removeprefix("sm_"))
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 2 * WARP) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), WARP)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=compilation.options)
+        return compile(source, target=gpu, options=compilation.options)
     except Exception as error:
         raise InspectError(
             f"{compilation.name} ({compilation.config}) for {target} does not compile:\n  {error}"
         ) from error
+
+
+def compile_one(compilation: Compilation, target: str) -> Row:
+    """One configuration for one target. Its arrays are in registers, so that a stack means spills."""
+    made = compiled(compilation, target)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{compilation.name}.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(made.asm["cubin"])
         used = dict(re.findall(r"(REG|STACK):(\d+)", tools.dump(cubin, "--dump-resource-usage")))
         code = sass.functions(tools.dump(cubin, "-sass"))
-    threads = WARP * compiled.metadata.num_warps
+    threads = WARP * made.metadata.num_warps
     return row(
         compilation.name, "triton", compilation.config, target, int(used["REG"]), int(used["STACK"]),
-        int(compiled.metadata.shared), threads, code[compiled.metadata.name],
+        int(made.metadata.shared), threads, code[made.metadata.name],
     )  # fmt: skip

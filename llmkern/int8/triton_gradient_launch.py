@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmkern import triton
+from llmkern import check, triton
 from llmkern.backend import Backend
 from llmkern.int8 import triton_configurations
 from llmkern.int8.compiled import row_distance
-from llmkern.int8.triton_launch import compilation, hadamard, rotation_refused
+from llmkern.int8.triton_launch import hadamard, rotation_refused
 
 if TYPE_CHECKING:
     from llmkern.inspect.triton_source import Compilation
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def _refused(grad: Tensor, weight: Tensor, weight_scale: Tensor, group: int, rotate: int) -> str | None:
     """Why the kernel cannot serve a call on a machine that runs it."""
-    if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if grad.dtype not in check.FLOATS:
         return f"grad is {grad.dtype}: the Triton kernel takes float32, bfloat16 and float16"
     return rotation_refused(rotate)
 
@@ -74,6 +74,8 @@ TRITON_INT8_LINEAR_BACKWARD = Backend("triton", _plan, _unsupported)
 
 def compilations() -> Iterator[Compilation]:
     """For the inspector: each line of the table of tiles, in bfloat16, and float32."""
+    from llmkern.inspect.triton_source import Compilation
+
     for rows, dtype, group in (
         (8, torch.bfloat16, 0), (512, torch.bfloat16, 0), (512, torch.bfloat16, 128), (512, torch.float32, 0),
     ):  # fmt: skip
@@ -83,4 +85,4 @@ def compilations() -> Iterator[Compilation]:
         launches: list[triton.Launch] = []
         plan(launches.append, grad, weight, scale, group, 1)(grad, weight, scale, group, 1)
         config = f"{str(dtype).removeprefix('torch.')}, {group or 'no groups'}, M={rows}"
-        yield compilation(launches[0], config, ())
+        yield Compilation.of(launches[0], config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,20 +159,11 @@ def _plan(x: Tensor, *args: Any) -> Callable[..., Tensor]:
 TRITON_INT8_LINEAR = Backend("triton", _plan, _unsupported)
 
 
-def compilation(launch: triton.Launch, config: str, targets: Sequence[str]) -> Compilation:
-    """A launch as the inspector compiles it; no targets: for all."""
-    from llmkern.inspect.triton_source import Compilation
-
-    types, divisible = triton.signature(launch)
-    return Compilation(
-        triton.function(launch), config, types, launch.constants, divisible, launch.options, targets
-    )  # fmt: skip
-
-
 def compilations() -> Iterator[Compilation]:
     """What `python -m llmkern inspect` compiles, with K = N = 4096 in bfloat16: each line of the table of tiles,
     quantisation, the rotation, and the gradient of the input."""
     from llmkern.inspect.limits import TARGETS
+    from llmkern.inspect.triton_source import Compilation
     from llmkern.int8 import triton_gradient_launch
 
     for rows, inputs, group, activation, rotate in (
@@ -198,5 +189,5 @@ def compilations() -> Iterator[Compilation]:
                 if rotate > 1 and launch.kernel != "hadamard_kernel":
                     continue
                 if not alike or targets[0] == TARGETS[0]:
-                    yield compilation(launch, config, () if alike else targets)
+                    yield Compilation.of(launch, config, () if alike else targets)
     yield from triton_gradient_launch.compilations()

@@ -8,7 +8,8 @@ import torch
 from llmkern import backend
 from llmkern.attention import reference
 from llmkern.functional import attention_with_kvcache
-from tests.attention.decode_on_triton import ONE_PIECE, PIECES, check, in_pages, inputs, ours, serve
+from tests.attention.decode_cases import ONE_PIECE, PIECES, RULES, check, in_pages, inputs, ours
+from tests.attention.decode_on_triton import serve
 from tests.emulation.triton_interpreter import interpret, round_as_hardware
 
 round_as_hardware()
@@ -42,16 +43,6 @@ def test_shapes(shape, dtype):
         check(*inputs(*shape, dtype))
     else:
         assert ours(*inputs(*shape, dtype))[0].numel() == 0
-
-
-RULES = {
-    "causal": {"causal": True},
-    "window": {"window_size": (4, 1)},
-    "cap": {"softcap": 1.5},
-    "slopes": {"slopes": torch.tensor([0.5, 0.1]), "causal": True},
-    "slopes of batches": {"slopes": torch.tensor([[0.5, 0.1], [0.2, 0.0], [1.0, 2.0]])},
-    "sink": {"sink": torch.tensor([0.3, -2.0])},
-}
 
 
 @pytest.mark.parametrize("processors", [ONE_PIECE, PIECES])

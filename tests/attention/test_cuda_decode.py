@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from llmkern import backend, extension
-from llmkern.attention import cuda_decode, reference
-from llmkern.functional import attention_with_kvcache
+from llmkern.attention import cuda_decode
+from tests.attention.decode_cases import on_the_gpu
 from tests.emulation import compilers
 
 
@@ -97,15 +97,6 @@ def test_compiled_by_nvcc(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [40, 3000])
 def test_on_the_gpu(tokens, dtype):
-    q, k, v = (torch.randn(2, 2, h, 128, dtype=dtype, device="cuda") for h in (8, 2, 2))
-    caches = [torch.randn(2, tokens, 2, 128, dtype=dtype, device="cuda") for _ in range(2)]
-    lengths = torch.tensor([tokens - 2, 5], device="cuda")
-    angle = torch.rand(tokens, 32, device="cuda")
-    others = [c.clone() for c in caches]
-    with backend.use("cuda"):
-        out = attention_with_kvcache(q, *caches, k, v, angle.cos(), angle.sin(), lengths, causal=True)
-    expected = reference.attention_kvcache(
-        q, *others, k, v, angle.cos(), angle.sin(), lengths, None, None, None, None, None, -1, 0, 0.0, 128**-0.5, True
-    )[0]  # fmt: skip
+    out, expected, caches, others = on_the_gpu("cuda", tokens, dtype)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(caches, others)

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from llmkern import backend
-from llmkern import triton as launches
 from llmkern.attention import triton_launch
 from llmkern.attention.mask import Mask
 from llmkern.attention.triton_configurations import FAMILIES, TABLE, configuration, family
 from llmkern.verify import verify
+from tests.amd import gfx942
 from tests.attention.cases import FEATURES, RULES, attend, rule, tensors
 from tests.emulation.triton_interpreter import run_tests
 
@@ -32,21 +32,8 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize("width", [64, 128])
 def test_compiled_for_amd(width):
     """No spills, and matrix instructions; waves of 64."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     for launch in triton_launch.examples("gfx942", torch.bfloat16, width):
-        kernel, constants = launches.function(launch), launch.constants
-        types, divisible = launches.signature(launch)
-        names = kernel.arg_names
-        signature = {n: "constexpr" if n in constants else types[n] for n in names}
-        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
-        source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-        compiled = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=launch.options)
-        code = compiled.asm["amdgcn"]
-        assert re.findall(r"\.vgpr_spill_count: *(\d+)", code) == ["0"], launch.kernel
-        assert compiled.metadata.shared <= 64 << 10
+        code = gfx942(launch)
         assert "v_mfma_f32" in code or launch.kernel == "attention_statistics_kernel"
 
 

@@ -11,11 +11,10 @@ import re
 import pytest
 import torch
 
-from llmkern import backend
-from llmkern import triton as launches
-from llmkern.attention import reference, triton_decode_launch
+from llmkern.attention import triton_decode_launch
 from llmkern.attention.triton_configurations import FAMILIES, decode_configuration
-from llmkern.functional import attention_with_kvcache
+from tests.amd import gfx942
+from tests.attention.decode_cases import on_the_gpu
 from tests.attention.test_cuda_decode import call
 from tests.emulation.triton_interpreter import run_tests
 
@@ -29,21 +28,8 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize(("width", "int8"), [(64, False), (128, True), (256, False)])
 def test_compiled_for_amd(width, int8):
     """No spills; waves of 64."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     for launch in triton_decode_launch.examples("gfx942", torch.bfloat16, width, int8, int8):
-        kernel, constants = launches.function(launch), launch.constants
-        types, divisible = launches.signature(launch)
-        names = kernel.arg_names
-        signature = {n: "constexpr" if n in constants else types[n] for n in names}
-        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
-        source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-        compiled = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=launch.options)
-        code = compiled.asm["amdgcn"]
-        assert re.findall(r"\.vgpr_spill_count: *(\d+)", code) == ["0"], launch.kernel
-        assert compiled.metadata.shared <= 64 << 10
+        code = gfx942(launch)
         assert "v_mfma_f32" in code or launch.kernel != "attention_decode_kernel"
 
 
@@ -86,15 +72,6 @@ def test_every_call_has_a_configuration():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [40, 3000])
 def test_on_the_gpu(tokens, dtype):
-    q, k, v = (torch.randn(2, 2, h, 128, dtype=dtype, device="cuda") for h in (8, 2, 2))
-    caches = [torch.randn(2, tokens, 2, 128, dtype=dtype, device="cuda") for _ in range(2)]
-    lengths = torch.tensor([tokens - 2, 5], device="cuda")
-    angle = torch.rand(tokens, 32, device="cuda")
-    others = [c.clone() for c in caches]
-    with backend.use("triton"):
-        out = attention_with_kvcache(q, *caches, k, v, angle.cos(), angle.sin(), lengths, causal=True)
-    expected = reference.attention_kvcache(
-        q, *others, k, v, angle.cos(), angle.sin(), lengths, None, None, None, None, None, -1, 0, 0.0, 128**-0.5, True
-    )[0]  # fmt: skip
+    out, expected, caches, others = on_the_gpu("triton", tokens, dtype)
     torch.testing.assert_close(out, expected)
     assert all(map(torch.equal, caches, others))

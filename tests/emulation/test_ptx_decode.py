@@ -11,12 +11,12 @@ from llmkern import backend
 from llmkern.attention import reference
 from llmkern.functional import attention_with_kvcache
 from llmkern.verify import verify
+from tests.attention.decode_cases import ONE_PIECE, PIECES, RULES, check, in_pages, inputs, ours
 from tests.emulation import compilers
 from tests.emulation.attention_on_ptx import DECODE, Emulated, serve
 
 pytestmark = pytest.mark.skipif(compilers.NVCC is None, reason=compilers.NO_NVCC)
 HALVES = [torch.float16, torch.bfloat16]
-ONE_PIECE, PIECES = 0, 64  # processors: what they make of a small call
 
 
 @pytest.fixture
@@ -25,32 +25,6 @@ def emulated(monkeypatch):
     serve(monkeypatch, found, ONE_PIECE)
     yield found
     backend.forget_plans()
-
-
-def plain(q, k_cache, v_cache, lengths=None, table=None, k_scale=None, v_scale=None, slopes=None, sink=None, **options):
-    left, right = options.get("window_size", (-1, -1))
-    right = 0 if options.get("causal") else right
-    return reference.attention_kvcache(
-        q, k_cache, v_cache, None, None, None, None, lengths, table, k_scale, v_scale, slopes, sink, left, right,
-        options.get("softcap", 0.0), q.size(3) ** -0.5, True,
-    )  # fmt: skip
-
-
-def ours(q, k_cache, v_cache, lengths=None, table=None, k_scale=None, v_scale=None, slopes=None, sink=None, **options):
-    return attention_with_kvcache(
-        q, k_cache, v_cache, cache_seqlens=lengths, block_table=table, k_scale=k_scale, v_scale=v_scale,
-        alibi_slopes=slopes, learnable_sink=sink, return_softmax_lse=True, **options,
-    )  # fmt: skip
-
-
-def check(*inputs, **options):
-    verify(ours, plain, inputs, options, gradients=False).raise_if_failed()
-
-
-def inputs(batch, queries, heads, kv_heads, width, value_width, keys, dtype):
-    torch.manual_seed(keys)
-    shapes = (queries, heads, width), (keys, kv_heads, width), (keys, kv_heads, value_width)
-    return [torch.randn(batch, *shape, dtype=dtype) for shape in shapes]
 
 
 SHAPES = {
@@ -68,16 +42,6 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes(shape, dtype, emulated):
     check(*inputs(*shape, dtype))
-
-
-RULES = {
-    "causal": {"causal": True},
-    "window": {"window_size": (4, 1)},
-    "cap": {"softcap": 1.5},
-    "slopes": {"slopes": torch.tensor([0.5, 0.1]), "causal": True},
-    "slopes of batches": {"slopes": torch.tensor([[0.5, 0.1], [0.2, 0.0], [1.0, 2.0]])},
-    "sink": {"sink": torch.tensor([0.3, -2.0])},
-}
 
 
 @pytest.mark.parametrize("processors", [ONE_PIECE, PIECES])
@@ -109,22 +73,6 @@ def test_keys_that_were_just_appended_are_seen(emulated):
 
     kernels = (functools.partial(function, kernel) for kernel in (True, False))
     verify(*kernels, (q, *caches, *new), gradients=False).raise_if_failed()
-
-
-def in_pages(size, *caches):
-    """The caches in pages of `size` tokens, in any order and among others, and the table."""
-    batch, tokens = caches[0].shape[:2]
-    pages = -(-tokens // size)
-    table = torch.randperm(batch * pages + 2)[: batch * pages].view(batch, pages)
-    pools = []
-    for x in caches:
-        pool = torch.full((batch * pages + 2, size, *x.shape[2:]), 99, dtype=x.dtype)
-        for b in range(batch):
-            for page in range(pages):
-                part = x[b, page * size : (page + 1) * size]
-                pool[table[b, page], : len(part)] = part
-        pools.append(pool)
-    return *pools, table
 
 
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64])

@@ -8,7 +8,8 @@ import torch
 from llmkern import backend, triton
 from llmkern.attention import reference, triton_decode_launch
 from llmkern.functional import attention_with_kvcache
-from tests.attention.decode_on_triton import ONE_PIECE, PIECES, check, in_pages, inputs, ours, serve
+from tests.attention.decode_cases import ONE_PIECE, PIECES, check, in_pages, inputs, ours
+from tests.attention.decode_on_triton import serve
 
 pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
 from tests.emulation.ptx.launch import EmulationError
