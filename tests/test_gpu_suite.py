@@ -73,7 +73,7 @@ def test_steps_that_are_done_or_late_do_not_run(tmp_path):
 
 
 def test_a_lost_context_ends_the_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "_context_lost", lambda error: True)
+    monkeypatch.setattr(steps, "context_lost", lambda error: True)
     status, rows = ran(named({"breaks": raises(RuntimeError("x")), "later": lambda: {}}), tmp_path)
     assert status == steps.CONTEXT_LOST and [r["step"] for r in rows] == ["breaks"]
 
@@ -97,7 +97,7 @@ parts = {
     "slow": {f"{i}": lambda: time.sleep(0.5) or {} for i in range(12)},
 }
 if name == "broken": raise ImportError("no such module")
-if name == "loses": steps._context_lost = lambda error: True
+if name == "loses": steps.context_lost = lambda error: True
 made = lambda setting: (Step(k, v) for k, v in parts[name].items())
 sys.exit(run_steps(made, Setting("cpu", True), rows, {r["step"] for r in read(rows)}, until))
 """
@@ -342,7 +342,7 @@ def test_what_is_written_is_read(tmp_path, monkeypatch):
     )
     assert configuration("forward", "sm_80", 2, 64, False) == configuration("forward", "sm_80", 2, 64, False)
     assert configuration("forward", "sm_90", 2, 128, False).queries == 128
-    assert tile("sm_90", 512, 0, False, False) == Tile(64, 128, 8, 2) != tile("sm_80", 512, 0, False, False)
+    assert tile("sm_90", 256, 0, False, False) == Tile(64, 128, 8, 2) != tile("sm_80", 256, 0, False, False)
 
 
 GOOD = {

@@ -6,9 +6,11 @@ import importlib.util
 
 import pytest
 
+from llmkern.attention.triton_configurations import TABLE
 from llmkern.inspect import sweep
 from llmkern.inspect.errors import InspectError
 from llmkern.inspect.row import Row
+from llmkern.int8.triton_configurations import TILES
 from llmkern.triton_table import Line
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -42,10 +44,18 @@ def test_what_it_rejects_and_how_it_ranks():
 
 
 def test_every_line_of_the_tables_can_be_asked_for():
-    for family, kernels in sweep._kernels():
+    for family, kernels in sweep.KERNELS.items():
         for kernel in kernels:
             found = sweep.candidates(family, kernel, "sm_90", 128)
             assert found and len({str(x) for x in found}) == len(found), kernel
+    assert set(sweep.INT8) == set(TILES) and set(sweep.ATTENTION) == set(TABLE)
+
+
+@needs_triton
+def test_a_call_takes_the_line_that_is_looked_at():
+    for kernel in sweep.INT8:
+        other = Line("int8", kernel, "sm_90", 0, {"rows": 32, "columns": 32, "warps": 2, "stages": 5})
+        assert sweep.launch(other).options["num_stages"] == 5, kernel
 
 
 @needs_triton

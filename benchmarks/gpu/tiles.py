@@ -81,7 +81,7 @@ def problems(families: Sequence[str], kernels: Sequence[str], setting: Setting) 
     device = torch.device("cuda")
     target = triton.family(device)
     for family in families:
-        for kernel in sweep.ATTENTION if family == "attention" else sweep.INT8:
+        for kernel in sweep.KERNELS[family]:
             if kernels and kernel not in kernels:
                 continue
             for width in sweep.WIDTHS if family == "attention" else (0,):

@@ -16,9 +16,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -41,8 +40,12 @@ ATTENTION = {
 INT8: dict[str, tuple[int, str, int, str]] = {
     "few": (8, "outliers", 0, "none"), "groups": (512, "row", 128, "none"), "pairs": (512, "outliers", 0, "swiglu"),
     "pairs of groups": (512, "row", 128, "swiglu"), "up to 64": (64, "row", 0, "none"),
-    "two": (512, "outliers", 0, "none"), "one": (512, "row", 0, "none"),
+    "two": (512, "outliers", 0, "none"), "one": (256, "row", 0, "none"), "many": (512, "row", 0, "none"),
 }  # fmt: skip
+#: What multiplies, of the launches of such a call.
+PRODUCTS = ("linear_kernel", "split_kernel")
+#: family -> its kernels.
+KERNELS: dict[str, list[str]] = {"attention": list(ATTENTION), "int8": list(INT8)}
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,13 @@ def launch(line: Line) -> triton.Launch:
         scale = torch.empty(4096, 4096 // group, device="meta") if group else torch.empty(4096, device="meta")
         arguments = (x, weight.to(torch.int8), scale, x[:, 0], None, None, inputs, group, 1, activation)
         plan(launches.append, line.architecture, *arguments)(*arguments)
-        return launches[-1]
+        return next(x for x in launches if x.kernel in PRODUCTS)
 
 
 def compile_one(line: Line, target: str) -> Row:
     made = launch(line)
-    types, divisible = triton.signature(made)
     config = ", ".join(f"{k}={v}" for k, v in line.tile.items())
-    return triton_source.compile_one(
-        triton_source.Compilation(triton.function(made), config, types, made.constants, divisible, made.options), target
-    )
+    return triton_source.compile_one(triton_source.Compilation.of(made, config), target)
 
 
 def traffic(line: Line, target: str) -> float:
@@ -184,24 +184,18 @@ def as_configured(best: Line, target: str) -> str:
     return f"_{best.kernel.upper()}_{number} = (({best.width}, _C({_tile(best)})),)"
 
 
-def _kernels() -> Iterator[tuple[str, Any]]:
-    yield "attention", ATTENTION
-    yield "int8", INT8
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m llmkern.inspect.sweep", description=(__doc__ or "").split("\n", 1)[0]
     )
-    known = dict(_kernels())
-    parser.add_argument("family", choices=known)
-    parser.add_argument("kernel", help="; ".join(f"{f}: {', '.join(k)}" for f, k in known.items()))
+    parser.add_argument("family", choices=KERNELS)
+    parser.add_argument("kernel", help="; ".join(f"{f}: {', '.join(k)}" for f, k in KERNELS.items()))
     parser.add_argument("--target", default="sm_90", choices=limits.TARGETS)
     parser.add_argument("--width", type=int, default=128, choices=WIDTHS, help="of attention's heads (default 128)")
     parser.add_argument("--most", type=int, help="only the first so many candidates")
     options = parser.parse_args(argv)
-    if options.kernel not in known[options.family]:
-        parser.error(f"kernel: expected one of {', '.join(known[options.family])}, got {options.kernel!r}")
+    if options.kernel not in KERNELS[options.family]:
+        parser.error(f"kernel: expected one of {', '.join(KERNELS[options.family])}, got {options.kernel!r}")
     if not triton_source.installed():
         print("llmkern.inspect.sweep: Triton is not installed: `pip install triton`", file=sys.stderr)
         return 1
