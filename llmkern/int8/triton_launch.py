@@ -168,6 +168,7 @@ def compilations() -> Iterator[Compilation]:
 
     for rows, inputs, group, activation, rotate in (
         (8, "outliers", 0, "none", 1), (8, "16bit", 0, "swiglu", 1), (8, "row", 128, "none", 1),
+        (64, "row", 0, "none", 1), (256, "row", 0, "none", 1),
         (512, "row", 0, "none", 1), (512, "outliers", 0, "none", 1), (512, "outliers", 0, "swiglu", 1),
         (512, "row", 128, "none", 1), (512, "row", 128, "swiglu", 1), (8, "row", 0, "none", 64),
     ):  # fmt: skip

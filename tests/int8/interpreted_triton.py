@@ -103,7 +103,7 @@ def test_rotations_of_every_size(rotate):
 
 
 @pytest.mark.parametrize("scheme", ["outliers", "16bit", "row", "static"])
-@pytest.mark.parametrize("shape", [(1, 513, 1), (16, 1100, 70), (5, 1536, 129)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 513, 1), (16, 1100, 70), (5, 1536, 129), (40, 1100, 70)], ids=str)
 def test_few_rows_split_along_k(shape, scheme, monkeypatch):
     launches = []
     serve(monkeypatch, lambda launch: (launches.append(launch), interpret(launch))[1])
