@@ -54,6 +54,41 @@ class Launch:
     changed: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Descriptor:
+    """An argument: a tensor of which a kernel reads blocks by the tensor memory accelerator (TMA)."""
+
+    tensor: Tensor
+    block: tuple[int, ...]
+
+    def made(self) -> Any:
+        """As Triton takes it at a launch. What it makes of it on the CPU goes by value, so that graphs hold it."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(self.tensor, list(self.tensor.shape), self.strides, list(self.block))
+
+    @property
+    def strides(self) -> list[int]:
+        """Those of dimensions of one element as a descriptor may have them."""
+        pairs = zip(self.tensor.shape, self.tensor.stride(), strict=True)
+        return [stride if size > 1 else 16 for size, stride in list(pairs)[:-1]] + [1]
+
+    @property
+    def type(self) -> str:
+        return f"tensordesc<{_POINTERS[self.tensor.dtype][1:]}{list(self.block)}>"
+
+
+def describable(x: Tensor) -> bool:
+    """Whether a tensor of these metadata may have a descriptor, where its address is `aligned`."""
+    steps = [s * x.element_size() for n, s in zip(x.shape, x.stride(), strict=True) if n > 1][:-1]
+    last = x.stride(-1) == 1 and x.shape[-1] > 1
+    return last and 0 not in x.shape and all(0 < s < 2**40 and s % 16 == 0 for s in steps)
+
+
+def aligned(*tensors: Tensor) -> bool:
+    return all(x.data_ptr() % 16 == 0 for x in tensors)
+
+
 Run = Callable[[Launch], None]
 
 
@@ -65,7 +100,12 @@ def function(launch: Launch) -> Any:
 def run(launch: Launch) -> None:
     """Runs a kernel on the device of its first argument, on torch's current stream there."""
     with torch.cuda.device(launch.arguments[0].device):  # Triton launches on the current device
-        function(launch)[launch.grid](*launch.arguments, **launch.constants, **launch.options)
+        function(launch)[launch.grid](*placed(launch), **launch.constants, **launch.options)
+
+
+def placed(launch: Launch) -> list[Any]:
+    """The arguments as Triton takes them."""
+    return [x.made() if isinstance(x, Descriptor) else x for x in launch.arguments]
 
 
 _POINTERS = {
@@ -84,6 +124,8 @@ def signature(launch: Launch) -> tuple[dict[str, str], list[str]]:
     for name, x in zip(names, launch.arguments, strict=True):
         if isinstance(x, Tensor):
             types[name], divides = _POINTERS[x.dtype], x.data_ptr() % 16 == 0
+        elif isinstance(x, Descriptor):
+            types[name], divides = x.type, False
         elif isinstance(x, float):
             types[name], divides = "fp32", False
         else:

@@ -29,17 +29,27 @@ PLAIN = [
 
 
 @triton.jit
-def load_statistics(statistics, rows, first, queries, ADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the rows from `first`: the exponent of 2 to subtract, in two parts; delta; the log-sum-exp's gradient."""
+def load_statistics(
+    statistics, rows, first, queries, ADDED: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr
+):  # fmt: skip
+    """Of the rows from `first`: the exponent of 2 to subtract, in two parts; delta; the log-sum-exp's gradient. CHECK:
+    some may lie behind the last query, and have weights 0."""
     row = first + tl.arange(0, BLOCK)
-    there = row < queries
     rows = tl.cast(rows, tl.int64)
-    high = tl.load(statistics + row, mask=there, other=float("inf"))  # so that weights are 0
-    low = tl.load(statistics + rows + row, mask=there, other=0.0)
-    delta = tl.load(statistics + 2 * rows + row, mask=there, other=0.0)
+    if CHECK:
+        there = row < queries
+        high = tl.load(statistics + row, mask=there, other=float("inf"))  # so that weights are 0
+        low = tl.load(statistics + rows + row, mask=there, other=0.0)
+        delta = tl.load(statistics + 2 * rows + row, mask=there, other=0.0)
+    else:
+        high, low = tl.load(statistics + row), tl.load(statistics + rows + row)
+        delta = tl.load(statistics + 2 * rows + row)
     added = delta
     if ADDED:
-        added = tl.load(statistics + 3 * rows + row, mask=there, other=0.0)
+        if CHECK:
+            added = tl.load(statistics + 3 * rows + row, mask=row < queries, other=0.0)
+        else:
+            added = tl.load(statistics + 3 * rows + row)
     return high, low, delta, added
 
 

@@ -14,7 +14,10 @@ from llmkern.attention.triton_backward import (
 from llmkern.attention.triton_rules import (
     add_exactly,
     all_finite,
+    edge_tile,
+    edge_tiles,
     load_rows,
+    load_tile,
     multiply_exactly,
     query_tiles,
     sequence,
@@ -28,21 +31,21 @@ def _key_step(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, EXACT: tl.constexpr,
+    EDGE: tl.constexpr, CHECK: tl.constexpr, EXACT: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Adds to the gradients of the keys from `start` what the queries from `first` of one head give. state: (gradient
-    of the keys over the scale, gradient of the values)."""
+    of the keys over the scale, gradient of the values). CHECK: some of the queries may lie behind the last."""
     dk, dv = state
     queries = limits[0]
     if EXACT:
         s = multiply_exactly(k, query[0], query[1], first, queries, D, BLOCK_D, BLOCK_M)
         dp = multiply_exactly(v, grad_output[0], grad_output[1], first, queries, DV, BLOCK_DV, BLOCK_M)
     else:
-        q = load_rows(query[0], query[1], first, queries, D, BLOCK_D, BLOCK_M, True)
-        grad = load_rows(grad_output[0], grad_output[1], first, queries, DV, BLOCK_DV, BLOCK_M, True)
+        q = load_tile(query, first, queries, D, BLOCK_D, BLOCK_M, CHECK, DESCRIBED)
+        grad = load_tile(grad_output, first, queries, DV, BLOCK_DV, BLOCK_M, CHECK, DESCRIBED)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-    of_rows = load_statistics(statistics[0], statistics[1], first, queries, ADDED, BLOCK_M)
+    of_rows = load_statistics(statistics[0], statistics[1], first, queries, ADDED, BLOCK_M, CHECK)
     p, _, inner, seen, _ = gradients(
         s, dp, of_rows, first, start, limits, numbers, dense, dropout, keep_scale, LEFT, RIGHT, MASK, SOFTCAP,
         ALIBI, DROPOUT, BEND, ADDED, EDGE, k.dtype == tl.float32, True,
@@ -63,7 +66,7 @@ def _key_rows(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr,
-    ADDED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    ADDED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Computes and stores the gradients of the keys and values from `start`; whether all of them are finite. The tuples
     of the query, its gradient and what else differs by head are those of the group's first head, and their steps from
@@ -76,12 +79,14 @@ def _key_rows(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     last = tl.minimum(start + BLOCK_N, all_keys) - 1
-    begin, end = query_tiles(start, last, limits, LEFT, RIGHT, BLOCK_M)
+    tiles = query_tiles(start, last, limits, LEFT, RIGHT, BLOCK_M)
     if LENGTHS:
-        end = tl.where(start < keys, end, begin)
+        begin, some = tiles[0], start < keys
+        inner = (tl.where(some, tiles[1], begin), tl.where(some, tiles[2], begin))
+        tiles = (begin, inner[0], inner[1], tl.where(some, tiles[3], begin))
     for member in range(group):
-        q = (query[0] + member * query[2], query[1])
-        g = (grad_output[0] + member * grad_output[2], grad_output[1])
+        q = (query[0] + member * query[5], query[1], query[2], query[3], query[4] + member)
+        g = (grad_output[0] + member * grad_output[5], grad_output[1], grad_output[2], grad_output[3], q[4])
         of_rows = (statistics[0] + tl.cast(member, tl.int64) * queries, statistics[1])
         mask = (dense[0] + member * dense[3], dense[1], dense[2])
         drop = (seed, first_head + member, drop_below)
@@ -90,15 +95,31 @@ def _key_rows(
             slope = tl.load(slopes[0] + member * slopes[1])
         of_head = (scale, unit, softcap, slope)
         state = (dk, dv)
-        for first in range(begin, end, BLOCK_M):
-            state = _key_step(
-                state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV, BLOCK_D,
-                BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, PRECISION,
-                LEFT or RIGHT or EXACT, EXACT,
-            )  # fmt: skip
+        # Two loops, for tiles at the edge and within, where descriptors leave the registers for it; else one.
+        if DESCRIBED:
+            for i in range(0, edge_tiles(tiles, BLOCK_M)):
+                state = _key_step(
+                    state, k, v, start, edge_tile(i, tiles, BLOCK_M), q, g, of_rows, limits, of_head, mask, drop,
+                    keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT,
+                    BEND, ADDED, PRECISION, LEFT or RIGHT, True, EXACT, DESCRIBED,
+                )  # fmt: skip
+            for first in range(tiles[1], tiles[2], BLOCK_M):
+                state = _key_step(
+                    state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV, BLOCK_D,
+                    BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, PRECISION,
+                    False, False, EXACT, DESCRIBED,
+                )  # fmt: skip
+        else:
+            for first in range(tiles[0], tiles[3], BLOCK_M):
+                state = _key_step(
+                    state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV, BLOCK_D,
+                    BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, PRECISION,
+                    LEFT or RIGHT or EXACT, True, EXACT, DESCRIBED,
+                )  # fmt: skip
         dk, dv = state
     dk = dk * scale
-    if LENGTHS:
+    if LENGTHS or DESCRIBED:
+        # Keys behind the last are zeros, whose weights may have become infinite.
         there = (start + tl.arange(0, BLOCK_N) < keys)[:, None]
         dk, dv = tl.where(there, dk, 0.0), tl.where(there, dv, 0.0)
     if UNIFORM:
@@ -111,7 +132,7 @@ def _key_rows(
                 empty = tl.load(of_row, mask=row < queries, other=0.0) == float("inf")
                 if tl.max(tl.where(empty, 1, 0), 0) > 0:
                     grad = load_rows(
-                        grad_output[0] + member * grad_output[2], grad_output[1], first, queries, DV, BLOCK_DV, BLOCK_M,
+                        grad_output[0] + member * grad_output[5], grad_output[1], first, queries, DV, BLOCK_DV, BLOCK_M,
                         True,
                     )  # fmt: skip
                     alike += tl.sum(tl.where(empty[:, None], grad.to(tl.float32), 0.0), 0)
@@ -123,7 +144,8 @@ def _key_rows(
 
 @triton.jit(do_not_specialize=PLAIN)
 def attention_backward_key_kernel(
-    query, key, value, grad_output, statistics, grad_key, grad_value, mask, key_lengths, slopes, sink, seed,
+    query, key, value, grad_output, query_rows, grad_rows, statistics, grad_key, grad_value, mask, key_lengths,
+    slopes, sink, seed,
     rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s, m_b, m_h, m_q, m_k,
     lengths_b, slopes_b, slopes_h,
@@ -131,8 +153,11 @@ def attention_backward_key_kernel(
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
     UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr, ADDED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of key (B, Hkv, Sk, D) and value (B, Hkv, Sk, DV). Grid: (B * Hkv * blocks of BLOCK_N keys,)."""
+    """The gradients of key (B, Hkv, Sk, D) and value (B, Hkv, Sk, DV). DESCRIBED: query_rows and grad_rows are
+    descriptors of query and grad_output with blocks of (1, 1, BLOCK_M, BLOCK_D) and (1, 1, BLOCK_M, BLOCK_DV). Grid:
+    (B * Hkv * blocks of BLOCK_N keys,)."""
     program = tl.program_id(0)
     blocks = tl.cdiv(keys, BLOCK_N)
     block, bh = program % blocks, program // blocks
@@ -147,10 +172,11 @@ def attention_backward_key_kernel(
     m_h = tl.cast(m_h, tl.int64)
     dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64), m_h)
     dropout = (tl.cast(seed, tl.int64), drop_below)
-    q = (query + b * q_b + h * q_h, q_s, tl.cast(q_h, tl.int64))
+    at = (b.to(tl.int32), h.to(tl.int32))
+    q = (query + b * q_b + h * q_h, q_s, query_rows, at[0], at[1], tl.cast(q_h, tl.int64))
     k = (key + b * k_b + kv_h * k_h, k_s)
     v = (value + b * v_b + kv_h * v_h, v_s)
-    g = (grad_output + b * g_b + h * g_h, g_s, tl.cast(g_h, tl.int64))
+    g = (grad_output + b * g_b + h * g_h, g_s, grad_rows, at[0], at[1], tl.cast(g_h, tl.int64))
     dk = (grad_key + b * dk_b + kv_h * dk_h, dk_s)
     dv = (grad_value + b * dv_b + kv_h * dv_h, dv_s)
     of_rows = (statistics + first_head.to(tl.int64) * queries, rows)
@@ -159,7 +185,7 @@ def attention_backward_key_kernel(
     finite = _key_rows(
         start, q, k, v, g, dk, dv, of_rows, of_heads, heads, first_head, group, all_keys, limits, numbers, dense,
         dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, LENGTHS, MASK, SOFTCAP, ALIBI,
-        DROPOUT, UNIFORM, BEND, ADDED, PRECISION, False,
+        DROPOUT, UNIFORM, BEND, ADDED, PRECISION, False, DESCRIBED,
     )  # fmt: skip
     if HIDES:  # noqa: SIM102 (known to the compiler)
         if not finite:
@@ -168,5 +194,5 @@ def attention_backward_key_kernel(
                 _key_rows(
                     again, q, k, v, g, dk, dv, of_rows, of_heads, heads, first_head, group, all_keys, limits, numbers,
                     dense, dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, LENGTHS, MASK, SOFTCAP,
-                    ALIBI, DROPOUT, UNIFORM, BEND, ADDED, PRECISION, True,
+                    ALIBI, DROPOUT, UNIFORM, BEND, ADDED, PRECISION, True, False,
                 )  # fmt: skip

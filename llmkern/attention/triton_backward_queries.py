@@ -14,9 +14,13 @@ from llmkern.attention.triton_backward import (
 from llmkern.attention.triton_rules import (
     add_exactly,
     all_finite,
+    edge_tile,
+    edge_tiles,
     key_tiles,
     load_rows,
+    load_tile,
     multiply_exactly,
+    row_sums,
     sequence,
     slope_of,
     store_rows,
@@ -31,16 +35,17 @@ def _query_step(
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr, MASK_GRAD: tl.constexpr,
     CENTRE: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr, EXACT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Adds to a block of queries' gradient what the keys from `first` give. state: (gradient over the scale, with
-    CENTRE the sum of the scores' gradients)."""
+    CENTRE the sums of the scores' gradients by `row_sums`)."""
     acc, rest = state
     if EXACT:
         s = multiply_exactly(q, key[0], key[1], first, limits[1], D, BLOCK_D, BLOCK_N)
         dp = multiply_exactly(grad, value[0], value[1], first, limits[1], DV, BLOCK_DV, BLOCK_N)
     else:
-        k = load_rows(key[0], key[1], first, limits[1], D, BLOCK_D, BLOCK_N, EDGE)
-        v = load_rows(value[0], value[1], first, limits[1], DV, BLOCK_DV, BLOCK_N, EDGE)
+        k = load_tile(key, first, limits[1], D, BLOCK_D, BLOCK_N, EDGE, DESCRIBED)
+        v = load_tile(value, first, limits[1], DV, BLOCK_DV, BLOCK_N, EDGE, DESCRIBED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     _, ds, inner, seen, through = gradients(
@@ -48,7 +53,7 @@ def _query_step(
         ALIBI, DROPOUT, BEND, ADDED, EDGE, q.dtype == tl.float32, False,
     )  # fmt: skip
     if CENTRE:
-        rest = rest + tl.sum(through, 1)
+        rest = rest + row_sums(through)
     if MASK_GRAD:
         row = start + tl.arange(0, BLOCK_M)[:, None]
         col = first + tl.arange(0, BLOCK_N)[None, :]
@@ -68,24 +73,38 @@ def _query_rows(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr, MASK_GRAD: tl.constexpr,
-    CENTRE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    CENTRE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Computes and stores the gradient of the queries from `start`; whether all of it is finite."""
     queries = limits[0]
     q = load_rows(query[0], query[1], start, queries, D, BLOCK_D, BLOCK_M, True)
     grad = load_rows(grad_output[0], grad_output[1], start, queries, DV, BLOCK_DV, BLOCK_M, True)
-    of_rows = load_statistics(statistics[0], statistics[1], start, queries, ADDED, BLOCK_M)
-    state = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M,), tl.float32))
+    of_rows = load_statistics(statistics[0], statistics[1], start, queries, ADDED, BLOCK_M, True)
+    state = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, 8), tl.float32))
     last = tl.minimum(start + BLOCK_M, queries) - 1
     tiles = key_tiles(start, last, limits, LEFT, RIGHT, BLOCK_N)
     begin = tiles[0]
-    # One loop for tiles at the edge and within: with two, registers spill.
-    for first in range(begin, tiles[3], BLOCK_N):
-        state = _query_step(
-            state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense, dropout,
-            keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND,
-            ADDED, MASK_GRAD, CENTRE, PRECISION, True, EXACT,
-        )  # fmt: skip
+    # Two loops, for tiles at the edge and within, where descriptors leave the registers for it; else one.
+    if DESCRIBED:
+        for i in range(0, edge_tiles(tiles, BLOCK_N)):
+            state = _query_step(
+                state, q, grad, of_rows, start, edge_tile(i, tiles, BLOCK_N), key, value, grad_scores, keys_apart,
+                limits, numbers, dense, dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT,
+                MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, True, EXACT, DESCRIBED,
+            )  # fmt: skip
+        for first in range(tiles[1], tiles[2], BLOCK_N):
+            state = _query_step(
+                state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense,
+                dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI,
+                DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, False, EXACT, DESCRIBED,
+            )  # fmt: skip
+    else:
+        for first in range(begin, tiles[3], BLOCK_N):
+            state = _query_step(
+                state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense,
+                dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI,
+                DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, True, EXACT, DESCRIBED,
+            )  # fmt: skip
     acc, rest = state
     if CENTRE:
         # The gradients of a row's scores add up to 0 but for the rounding of the output that delta comes from. That
@@ -93,7 +112,7 @@ def _query_rows(
         k = load_rows(key[0], key[1], begin, limits[1], D, BLOCK_D, BLOCK_N, True).to(tl.float32)
         centre = tl.sum(k, 0) / tl.maximum(tl.minimum(limits[1] - begin, BLOCK_N), 1).to(tl.float32)
         centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
-        acc = acc - rest[:, None] * centre[None, :]
+        acc = acc - tl.sum(rest, 1)[:, None] * centre[None, :]
     acc = acc * numbers[0]
     store_rows(grad_query[0], grad_query[1], start, queries, acc, D, BLOCK_D, BLOCK_M)
     return all_finite(acc)
@@ -101,7 +120,8 @@ def _query_rows(
 
 @triton.jit(do_not_specialize=PLAIN)
 def attention_backward_query_kernel(
-    query, key, value, grad_output, statistics, grad_query, grad_scores, mask, key_lengths, slopes, sink, seed,
+    query, key, value, grad_output, key_rows, value_rows, statistics, grad_query, grad_scores, mask, key_lengths,
+    slopes, sink, seed,
     rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dq_b, dq_h, dq_s, m_b, m_h, m_q, m_k,
     lengths_b, slopes_b, slopes_h,
@@ -109,11 +129,11 @@ def attention_backward_query_kernel(
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
     UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr, ADDED: tl.constexpr,
-    MASK_GRAD: tl.constexpr, CENTRE: tl.constexpr,
+    MASK_GRAD: tl.constexpr, CENTRE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of query (B, H, Sq, D) and, with MASK_GRAD, that of the scores, (B, H, Sq, Sk) float32, where a
-    query may see a key. CENTRE: delta comes from the rounded output, without sinks and soft cap. Grid: (B * H * blocks
-    of BLOCK_M queries,)."""
+    query may see a key. CENTRE: delta comes from the rounded output, without sinks and soft cap. DESCRIBED:
+    as of attention_forward_kernel. Grid: (B * H * blocks of BLOCK_M queries,)."""
     program = tl.program_id(0)
     blocks = tl.cdiv(queries, BLOCK_M)
     block, bh = program % blocks, program // blocks
@@ -130,8 +150,9 @@ def attention_backward_query_kernel(
     dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
     dropout = (tl.cast(seed, tl.int64), bh, drop_below)
     q = (query + b * q_b + h * q_h, q_s)
-    k = (key + b * k_b + kv_h * k_h, k_s)
-    v = (value + b * v_b + kv_h * v_h, v_s)
+    at = (b.to(tl.int32), kv_h.to(tl.int32))
+    k = (key + b * k_b + kv_h * k_h, k_s, key_rows, at[0], at[1])
+    v = (value + b * v_b + kv_h * v_h, v_s, value_rows, at[0], at[1])
     g = (grad_output + b * g_b + h * g_h, g_s)
     dq = (grad_query + b * dq_b + h * dq_h, dq_s)
     of_rows = (statistics + bh.to(tl.int64) * queries, rows)
@@ -139,7 +160,7 @@ def attention_backward_query_kernel(
     finite = _query_rows(
         start, q, g, dq, k, v, of_rows, of_head, keys_apart, limits, numbers, dense, dropout, keep_scale, D, DV,
         BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, MASK_GRAD,
-        CENTRE, PRECISION, False,
+        CENTRE, PRECISION, False, DESCRIBED,
     )  # fmt: skip
     if HIDES:  # noqa: SIM102 (known to the compiler)
         if not finite:
@@ -148,5 +169,5 @@ def attention_backward_query_kernel(
                 _query_rows(
                     again, q, g, dq, k, v, of_rows, of_head, keys_apart, limits, numbers, dense, dropout, keep_scale,
                     D, DV, BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED,
-                    MASK_GRAD, CENTRE, PRECISION, True,
+                    MASK_GRAD, CENTRE, PRECISION, True, False,
                 )  # fmt: skip

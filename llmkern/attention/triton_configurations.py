@@ -26,12 +26,19 @@ _Lines = tuple[tuple[int, Configuration], ...]
 _C = Configuration
 
 #: Multiprocessors alike in what decides here: sm_80, 86, 89 and 120 have mma.sync and at least 99 KB of shared memory
-#: for a block; sm_90 wgmma and 227; sm_100 tcgen05 and 227; gfx942 64 KB and waves of 64.
-FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
+#: for a block, and the compiler finds other registers on sm_120; sm_90 wgmma and 227; sm_100 tcgen05 and 227; gfx942
+#: 64 KB and waves of 64.
+FAMILIES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+#: Those whose kernels read through descriptors what goes by (triton.Descriptor): without addresses to make, there are
+#: registers for larger tiles.
+DESCRIBED = ("sm_90", "sm_100")
 
 _FORWARD_80 = ((64, _C(128, 64, 8, 3)), (128, _C(128, 32, 8, 3)), (256, _C(64, 32, 8, 2)))
 _QUERIES_80 = ((64, _C(64, 32, 8, 1)), (128, _C(64, 64, 8, 2)), (256, _C(32, 32, 8, 1)))
 _KEYS_80 = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 8, 1)), (256, _C(32, 32, 8, 1)))
+_FORWARD_HOPPER = ((64, _C(128, 128, 8, 3)), (128, _C(128, 128, 8, 2)), (256, _C(64, 64, 8, 2)))
+_QUERIES_HOPPER = ((64, _C(128, 64, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(64, 64, 8, 1)))
+_KEYS_HOPPER = ((64, _C(64, 128, 8, 2)), (128, _C(64, 128, 8, 2)), (256, _C(32, 64, 8, 1)))
 _FORWARD_90 = ((64, _C(128, 128, 8, 3)), (128, _C(128, 64, 8, 3)), (256, _C(64, 32, 8, 2)))
 _QUERIES_90 = ((64, _C(128, 64, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(32, 32, 8, 1)))
 _KEYS_90 = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 8, 1)), (256, _C(32, 32, 8, 1)))
@@ -41,9 +48,20 @@ _FLOAT32 = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8,
 
 #: By kernel ("queries" and "keys" are those of the gradients), family and width, for elements of 2 bytes.
 TABLE: dict[str, dict[str, _Lines]] = {
-    "forward": {"sm_80": _FORWARD_80, "sm_90": _FORWARD_90, "sm_100": _FORWARD_90, "gfx942": _FORWARD_80},
-    "queries": {"sm_80": _QUERIES_80, "sm_90": _QUERIES_90, "sm_100": _QUERIES_90, "gfx942": _QUERIES_AMD},
-    "keys": {"sm_80": _KEYS_80, "sm_90": _KEYS_90, "sm_100": _KEYS_90, "gfx942": _KEYS_AMD},
+    "forward": {
+        "sm_80": _FORWARD_80, "sm_90": _FORWARD_HOPPER, "sm_100": _FORWARD_90, "sm_120": _FORWARD_80, "gfx942": _FORWARD_80,
+    },
+    "queries": {
+        "sm_80": _QUERIES_80, "sm_90": _QUERIES_HOPPER, "sm_100": _QUERIES_90, "sm_120": _QUERIES_80,
+        "gfx942": _QUERIES_AMD,
+    },
+    "keys": {"sm_80": _KEYS_80, "sm_90": _KEYS_HOPPER, "sm_100": _KEYS_90, "sm_120": _KEYS_80, "gfx942": _KEYS_AMD},
+}  # fmt: skip
+#: The same for tensors that can have no descriptor (rows that do not begin at multiples of 16 bytes, broadcast ones).
+POINTERS: dict[str, dict[str, _Lines]] = {
+    "forward": {"sm_90": _FORWARD_90, "sm_100": _FORWARD_90},
+    "queries": {"sm_90": _QUERIES_90, "sm_100": _QUERIES_90},
+    "keys": {"sm_90": _KEYS_90, "sm_100": _KEYS_90},
 }
 #: With rules that need registers of their own (soft cap, slopes, dense masks, dropout), everywhere.
 RULES = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
@@ -53,15 +71,16 @@ def family(capability: tuple[int, int] | None) -> str:
     """The line of the table for a device of this compute capability; None for AMD's."""
     if capability is None:
         return "gfx942"
-    if capability[0] == 9:
-        return "sm_90"
-    return "sm_100" if capability[0] in (10, 11) else "sm_80"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(capability[0], "sm_80")
 
 
-def configuration(kernel: str, family: str, itemsize: int, width: int, rules: bool) -> Configuration:
-    """Of heads padded to `width`, a power of two up to 256. rules: some need registers of their own."""
+def configuration(
+    kernel: str, family: str, itemsize: int, width: int, rules: bool, described: bool = False
+) -> Configuration:
+    """Of heads padded to `width`, a power of two up to 256. rules: some need registers of their own. described: keys
+    and values, or queries, are read through descriptors."""
     kernel = "queries" if kernel == "statistics" else kernel
-    lines = TABLE[kernel][family]
+    lines = (TABLE if described or family not in DESCRIBED else POINTERS)[kernel][family]
     if itemsize == 2 and not rules and (own := triton_table.own("attention", kernel, family, width)):
         return Configuration(**own)
     if itemsize == 4 or rules:
@@ -74,6 +93,7 @@ DECODE: dict[str, _Lines] = {
     "sm_80": ((64, _C(16, 64, 4, 3)), (128, _C(16, 32, 4, 3)), (256, _C(16, 32, 4, 2))),
     "sm_90": ((64, _C(16, 64, 4, 3)), (128, _C(16, 64, 4, 3)), (256, _C(16, 32, 4, 3))),
     "sm_100": ((64, _C(16, 64, 4, 3)), (128, _C(16, 64, 4, 3)), (256, _C(16, 32, 4, 3))),
+    "sm_120": ((64, _C(16, 64, 4, 3)), (128, _C(16, 32, 4, 3)), (256, _C(16, 32, 4, 2))),
     "gfx942": ((64, _C(16, 64, 4, 1)), (128, _C(16, 32, 4, 1)), (256, _C(16, 16, 4, 1))),
 }
 

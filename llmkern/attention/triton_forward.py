@@ -11,11 +11,15 @@ from llmkern.attention.triton_rules import (
     add_exactly,
     all_finite,
     bend,
+    edge_tile,
+    edge_tiles,
     kept,
     key_tiles,
     load_rows,
+    load_tile,
     log2_in_parts,
     multiply_exactly,
+    row_sums,
     sequence,
     slope_of,
     store_rows,
@@ -28,10 +32,10 @@ def _step(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
-    EXACT: tl.constexpr,
+    EXACT: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Takes the queries from `start` through the keys from `first`. state: (values summed, sum of the weights, largest
-    exponent), (BLOCK_M, BLOCK_DV), (BLOCK_M,), (BLOCK_M,)."""
+    """Takes the queries from `start` through the keys from `first`. state: (values summed, sums of the weights, largest
+    exponent), (BLOCK_M, BLOCK_DV), (BLOCK_M, 8) by `row_sums`, (BLOCK_M,)."""
     acc, total, largest = state
     row = start + tl.arange(0, BLOCK_M)[:, None]
     col = first + tl.arange(0, BLOCK_N)[None, :]
@@ -39,7 +43,7 @@ def _step(
     if EXACT:
         s = multiply_exactly(q, key[0], key[1], first, keys, D, BLOCK_D, BLOCK_N)
     else:
-        k = load_rows(key[0], key[1], first, keys, D, BLOCK_D, BLOCK_N, EDGE)
+        k = load_tile(key, first, keys, D, BLOCK_D, BLOCK_N, EDGE, DESCRIBED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     s, _ = bend(
         s, row, col, (start, first), limits, numbers, dense, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, BEND, EDGE,
@@ -51,14 +55,14 @@ def _step(
         shift = tl.where(now == float("-inf"), 0.0, now)  # of a query that has seen no key yet
     p = tl.exp2(s * unit - shift[:, None])
     again = tl.exp2(largest - shift)
-    total = total * again + tl.sum(p, 1)
+    total = total * again[:, None] + row_sums(p)
     acc = acc * again[:, None]
     if DROPOUT:
         p = tl.where(kept(start, first, dropout, BLOCK_M, BLOCK_N), p, 0.0)
     if EXACT:
         acc = add_exactly(acc, p, s != float("-inf"), value[0], value[1], first, keys, DV, BLOCK_DV, BLOCK_N)
     else:
-        v = load_rows(value[0], value[1], first, keys, DV, BLOCK_DV, BLOCK_N, EDGE)
+        v = load_tile(value, first, keys, DV, BLOCK_DV, BLOCK_N, EDGE, DESCRIBED)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, now
 
@@ -69,42 +73,38 @@ def _rows(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Computes and stores the queries from `start` to start + BLOCK_M; whether all results are finite."""
     queries = limits[0]
     q = load_rows(query[0], query[1], start, queries, D, BLOCK_D, BLOCK_M, True)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M, 8), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if SINK:
         # The first of the logits, whose value is 0.
         exponent = tl.load(sink).to(tl.float32) * 1.4426950408889634
         largest = tl.zeros((BLOCK_M,), tl.float32) + exponent
-        total = tl.where(largest == float("-inf"), 0.0, 1.0)
+        total += tl.where(largest == float("-inf"), 0.0, 0.125)[:, None]
     state = (acc, total, largest)
     last = tl.minimum(start + BLOCK_M, queries) - 1
-    begin, inner_begin, inner_end, end = key_tiles(start, last, limits, LEFT, RIGHT, BLOCK_N)
+    tiles = key_tiles(start, last, limits, LEFT, RIGHT, BLOCK_N)
     if EXACT:
-        inner_begin, inner_end = begin, begin  # all at the edge: one loop is enough
-    else:
-        if LEFT:
-            for first in range(begin, inner_begin, BLOCK_N):
-                state = _step(
-                    state, q, start, first, key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D, BLOCK_DV,
-                    BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, True, EXACT,
-                )  # fmt: skip
-        for first in range(inner_begin, inner_end, BLOCK_N):
+        tiles = (tiles[0], tiles[0], tiles[0], tiles[3])  # all at the edge: one loop is enough
+    for i in range(0, edge_tiles(tiles, BLOCK_N)):
+        state = _step(
+            state, q, start, edge_tile(i, tiles, BLOCK_N), key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D,
+            BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, True, EXACT,
+            DESCRIBED,
+        )  # fmt: skip
+    if not EXACT:
+        for first in range(tiles[1], tiles[2], BLOCK_N):
             state = _step(
                 state, q, start, first, key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
-                BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, False, EXACT,
+                BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, False, EXACT, DESCRIBED,
             )  # fmt: skip
-    for first in range(inner_end, end, BLOCK_N):
-        state = _step(
-            state, q, start, first, key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
-            BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, True, EXACT,
-        )  # fmt: skip
     acc, total, largest = state
+    total = tl.sum(total, 1)
     empty = total == 0.0
     whole = tl.where(empty, 1.0, total)
     exponent = largest.to(tl.float64) + log2_in_parts(whole)
@@ -134,20 +134,22 @@ def _rows(
     ]
 )  # fmt: skip
 def attention_forward_kernel(
-    query, key, value, output, logsumexp, mask, key_lengths, slopes, sink, seed,
+    query, key, value, key_rows, value_rows, output, logsumexp, mask, key_lengths, slopes, sink, seed,
     heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, m_b, m_h, m_q, m_k, lengths_b, slopes_b, slopes_h,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
     UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The output (B, H, Sq, DV) and the log-sum-exp (B, H, Sq) float64 of attention.
 
     Grid: (B * H * blocks of BLOCK_M queries,), the blocks of a head side by side. Strides count elements; the last
     dimension of query, key, value and output is contiguous. unit: of `bend`, log2(e) with BEND and scale * log2(e)
     without. HIDES: some rule may hide a key from a query, so that results that are not
-    finite are made again without it.
+    finite are made again without it. DESCRIBED: key_rows and value_rows are descriptors of key and value with blocks of
+    (1, 1, BLOCK_N, BLOCK_D) and (1, 1, BLOCK_N, BLOCK_DV); else they are not looked at.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(queries, BLOCK_M)
@@ -164,14 +166,16 @@ def attention_forward_kernel(
     dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
     dropout = (tl.cast(seed, tl.int64), bh, drop_below)
     q = (query + b * q_b + h * q_h, q_s)
-    k = (key + b * k_b + kv_h * k_h, k_s)
-    v = (value + b * v_b + kv_h * v_h, v_s)
+    at = (b.to(tl.int32), kv_h.to(tl.int32))
+    k = (key + b * k_b + kv_h * k_h, k_s, key_rows, at[0], at[1])
+    v = (value + b * v_b + kv_h * v_h, v_s, value_rows, at[0], at[1])
     o = (output + b * o_b + h * o_h, o_s)
     lse = logsumexp + bh.to(tl.int64) * queries
     start = block * BLOCK_M
     finite = _rows(
         start, q, k, v, o, lse, sink + h, all_keys, limits, numbers, dense, dropout, keep_scale, D, DV, BLOCK_D,
         BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, SINK, DROPOUT, UNIFORM, BEND, PRECISION, False,
+        DESCRIBED,
     )  # fmt: skip
     if HIDES:  # noqa: SIM102 (known to the compiler)
         if not finite:
@@ -180,5 +184,5 @@ def attention_forward_kernel(
                 _rows(
                     again, q, k, v, o, lse, sink + h, all_keys, limits, numbers, dense, dropout, keep_scale, D, DV,
                     BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, SINK, DROPOUT, UNIFORM, BEND,
-                    PRECISION, True,
+                    PRECISION, True, False,
                 )  # fmt: skip

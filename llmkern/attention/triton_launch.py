@@ -18,7 +18,7 @@ from llmkern.attention.compiled.dense import as_rows, empty_grad_scores, mask_gr
 from llmkern.attention.compiled.params import as_sink, plain, through_copies
 from llmkern.attention.layout import empty_in_order
 from llmkern.attention.mask import Mask
-from llmkern.attention.triton_configurations import Configuration, configuration, family
+from llmkern.attention.triton_configurations import DESCRIBED, Configuration, configuration, family
 from llmkern.backend import Backend
 from llmkern.random import drop_below
 
@@ -113,9 +113,23 @@ class Call:
         tensors = (query if t is None else t for t in (mask, lengths, slopes, as_sink(sink)))
         return *tensors, 0 if seed is None else int(seed)
 
+    def descriptors(self, described: bool, block: int, *tensors: Tensor) -> list[Any]:
+        """For two tensors as wide as keys and values, blocks of `block` rows; what is not described stands for itself,
+        and is not looked at."""
+        if not described:
+            return [*tensors]
+        widths = (self.widths["BLOCK_D"], self.widths["BLOCK_DV"])
+        return [triton.Descriptor(t, (1, 1, block, width)) for t, width in zip(tensors, widths, strict=True)]
+
     def constants(self, tile: Configuration, dtype: torch.dtype, family: str) -> dict[str, Any]:
         of_tile = {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys}
         return {**self.widths, **of_tile, **self.rules, "PRECISION": precision(dtype, family)}
+
+
+def may_describe(family: str, call: Call, *tensors: Tensor) -> bool:
+    """Whether the kernels read these tensors through descriptors, where their addresses allow it."""
+    usual = family in DESCRIBED and tensors[0].element_size() == 2 and not call.shape[1]
+    return usual and all(map(triton.describable, tensors))
 
 
 def options(tile: Configuration) -> dict[str, Any]:
@@ -127,19 +141,22 @@ def forward(run: triton.Run, family: str, query: Tensor, key: Tensor, value: Ten
     if any(plain(t) is not t for t in (query, key, value)):
         return through_copies(lambda *args: forward(run, family, *args), 3)
     call = Call(query, key, value, rules)
-    tile = configuration("forward", family, query.element_size(), *call.shape)
-    programs = call.batch * call.heads * -(-call.queries // tile.queries)
+    may = may_describe(family, call, key, value)
+    tiles = {d: configuration("forward", family, query.element_size(), *call.shape, d) for d in {False, may}}
 
     def launch(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
         output = empty_in_order(query, value.size(3))
         logsumexp = torch.empty(query.shape[:3], dtype=torch.float64, device=query.device)
+        described = may and triton.aligned(key, value)
+        tile = tiles[described]
+        programs = call.batch * call.heads * -(-call.queries // tile.queries)
         if programs:
             strides = sum((t.stride()[:3] for t in (query, key, value, output)), ())
             arguments = (
-                query, key, value, output, logsumexp, *call.tensors(query, rules), *call.numbers, *strides,
+                query, key, value, *call.descriptors(described, tile.keys, key, value), output, logsumexp, *call.tensors(query, rules), *call.numbers, *strides,
                 *call.dense_steps, *call.steps,
             )  # fmt: skip
-            constants = call.constants(tile, query.dtype, family)
+            constants = {**call.constants(tile, query.dtype, family), "DESCRIBED": described}
             run(triton.Launch(
                 _FORWARD, "attention_forward_kernel", (programs,), arguments, constants, options(tile),
                 ("output", "logsumexp"),
@@ -166,13 +183,12 @@ def backward(
     *rules, mask_grad = rest
     mask_grad = bool(mask_grad and rules[0] is not None)
     call = Call(query, key, value, rules)
-    tiles = {k: configuration(k, family, query.element_size(), *call.shape) for k in ("statistics", "queries", "keys")}
+    may = {"queries": may_describe(family, call, key, value), "keys": may_describe(family, call, query, grad_output)}
+    tiles = {
+        (k, d): configuration(k, family, query.element_size(), *call.shape, d)
+        for k in _BACKWARD for d in {False, may.get(k, False)}
+    }  # fmt: skip
     rows, of_keys = call.batch * call.heads, call.batch * call.kv_heads
-    programs = {
-        "statistics": rows * -(-call.queries // tiles["statistics"].queries),
-        "queries": rows * -(-call.queries // tiles["queries"].queries),
-        "keys": of_keys * -(-call.keys // tiles["keys"].keys),
-    }
     added = {"ADDED": grad_logsumexp is not None}
     weighed = from_weights(query, key, call, mask_grad)
 
@@ -189,33 +205,44 @@ def backward(
         numbers = (statistics[0].numel(), *call.numbers)
 
         def launch_one(
-            which: str, name: str, before: Sequence[Tensor], strides: Sequence[Tensor], written: tuple[str, ...],
-            **constants: bool,
+            which: str, name: str, before: Sequence[Tensor], after: Sequence[Tensor], strides: Sequence[Tensor],
+            written: tuple[str, ...], read: Sequence[Tensor] = (), **constants: bool,
         ) -> None:  # fmt: skip
+            """read: what goes by in blocks, through descriptors where it can."""
+            described = may.get(which, False) and triton.aligned(*read)
+            tile = tiles[which, described]
+            if which == "keys":
+                programs, block = of_keys * -(-call.keys // tile.keys), tile.queries
+            else:
+                programs, block = rows * -(-call.queries // tile.queries), tile.keys
+            if read:
+                constants["DESCRIBED"] = described
             steps = sum((t.stride()[:3] for t in strides), ())
-            arguments = (*before, *tensors, *numbers, *steps, *call.dense_steps, *call.steps)
-            made = {**call.constants(tiles[which], query.dtype, family), **added, **constants}
+            rows_of = call.descriptors(described, block, *read)
+            arguments = (*before, *rows_of, *after, *tensors, *numbers, *steps, *call.dense_steps, *call.steps)
+            made = {**call.constants(tile, query.dtype, family), **added, **constants}
             changed = ("grad_scores",) if constants.get("MASK_GRAD") else ()
             run(triton.Launch(
-                _BACKWARD[which], name, (programs[which],), arguments, made, options(tiles[which]), written, changed,
+                _BACKWARD[which], name, (programs,), arguments, made, options(tile), written, changed,
             ))  # fmt: skip
 
-        if programs["statistics"]:
+        if rows * call.queries:
             launch_one(
                 "statistics", "attention_statistics_kernel",
                 (query, key, value, output, grad_output, logsumexp, logsumexp if of_sums is None else of_sums,
-                 statistics),
+                 statistics), (),
                 (query, key, value, output, grad_output), ("statistics",), FROM_WEIGHTS=weighed,
             )  # fmt: skip
             launch_one(
                 "queries", "attention_backward_query_kernel",
-                (query, key, value, grad_output, statistics, dquery, query if grad_scores is None else grad_scores),
-                (query, key, value, grad_output, dquery), ("grad_query",), MASK_GRAD=mask_grad, CENTRE=not weighed,
+                (query, key, value, grad_output),
+                (statistics, dquery, query if grad_scores is None else grad_scores),
+                (query, key, value, grad_output, dquery), ("grad_query",), (key, value), MASK_GRAD=mask_grad, CENTRE=not weighed,
             )  # fmt: skip
-        if programs["keys"]:
+        if of_keys * call.keys:
             launch_one(
-                "keys", "attention_backward_key_kernel", (query, key, value, grad_output, statistics, dkey, dvalue),
-                (query, key, value, grad_output, dkey, dvalue), ("grad_key", "grad_value"),
+                "keys", "attention_backward_key_kernel", (query, key, value, grad_output), (statistics, dkey, dvalue),
+                (query, key, value, grad_output, dkey, dvalue), ("grad_key", "grad_value"), (query, grad_output),
             )  # fmt: skip
         of_sink = sink_grad(sink, statistics[2], logsumexp, of_sums)
         return dquery, dkey, dvalue, mask_grad_of(query, mask, grad_scores), of_sink
@@ -271,7 +298,9 @@ TRITON_ATTENTION_BACKWARD = Backend(
 
 
 #: What a configuration of each family is compiled for by the inspector.
-TARGETS = {"sm_80": ("sm_80", "sm_86", "sm_89", "sm_120"), "sm_90": ("sm_90",), "sm_100": ("sm_100",)}
+TARGETS = {
+    "sm_80": ("sm_80", "sm_86", "sm_89"), "sm_90": ("sm_90",), "sm_100": ("sm_100",), "sm_120": ("sm_120",)
+}  # fmt: skip
 
 
 def examples(family: str, dtype: torch.dtype, width: int, mask: Mask | None = None) -> Iterator[triton.Launch]:

@@ -71,14 +71,35 @@ def key_tiles(first, last, limits, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOC
 
 @triton.jit
 def query_tiles(first, last, limits, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):
-    """(begin, end): no other queries see a key from `first` to `last`. Tiles begin at multiples of BLOCK."""
+    """(begin, inner begin, inner end, end): no queries but those from begin to end see a key from `first` to `last`,
+    and those of the tiles from inner begin to inner end, which are whole, see all of them. Tiles begin at multiples of
+    BLOCK."""
     queries, _, diagonal, left, right = limits
     begin, end = queries * 0, queries
+    inner_begin, inner_end = begin, queries
     if RIGHT:
         begin = tl.minimum(tl.maximum(first - diagonal - right, 0), queries) // BLOCK * BLOCK
+        inner_begin = tl.cdiv(tl.minimum(tl.maximum(last - diagonal - right, 0), queries), BLOCK) * BLOCK
     if LEFT:
         end = tl.minimum(tl.maximum(last - diagonal + left + 1, 0), queries)
-    return begin, end
+        inner_end = tl.minimum(tl.maximum(first - diagonal + left + 1, 0), queries)
+    inner_begin = tl.minimum(inner_begin, tl.cdiv(end, BLOCK) * BLOCK)
+    inner_begin = tl.maximum(inner_begin, begin)
+    inner_end = tl.maximum(inner_end // BLOCK * BLOCK, inner_begin)
+    return begin, inner_begin, inner_end, end
+
+
+@triton.jit
+def edge_tiles(tiles, BLOCK: tl.constexpr):
+    """How many of the tiles (begin, inner begin, inner end, end) lie outside of the inner ones."""
+    return tl.cdiv(tiles[1] - tiles[0], BLOCK) + tl.cdiv(tl.maximum(tiles[3] - tiles[2], 0), BLOCK)
+
+
+@triton.jit
+def edge_tile(i, tiles, BLOCK: tl.constexpr):
+    """Where the i-th of them begins."""
+    first = tiles[0] + i * BLOCK
+    return tl.where(first >= tiles[1], first + (tiles[2] - tiles[1]), first)
 
 
 @triton.jit
@@ -99,6 +120,29 @@ def load_rows(
     else:
         tile = tl.load(where)
     return tile
+
+
+@triton.jit
+def load_tile(
+    source, first, limit, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """As load_rows, of source (address, step, descriptor of (B, H, rows, width), batch, head). DESCRIBED: through the
+    descriptor, with zeros behind the tensor's end; rows from `limit` on that lie before it come as they are."""
+    if DESCRIBED:
+        tile = source[2].load([source[3], source[4], first, 0]).reshape(BLOCK, BLOCK_WIDTH)
+    else:
+        tile = load_rows(source[0], source[1], first, limit, WIDTH, BLOCK_WIDTH, BLOCK, CHECK)
+    return tile
+
+
+@triton.jit
+def row_sums(tile):
+    """(R, 8) of a tile (R, C): sums of each eighth column. In the matrix instructions' layout a thread forms them
+    alone; the sums of whole rows, which it shares with others, can wait for the end."""
+    R: tl.constexpr = tile.shape[0]
+    C: tl.constexpr = tile.shape[1]
+    return tl.sum(tl.reshape(tile, (R, C // 8, 8)), 1)
 
 
 @triton.jit

@@ -46,6 +46,8 @@ class Instruction:
     def pipe(self) -> str:
         """The one that executes it; `uniform` and `other` take a place in the issue of instructions alone."""
         op = self.opcode
+        if self.predicate == "@!PT":
+            return "branch"  # never executed: what ptxas puts behind fences
         if _TENSOR.match(op):
             return "tensor"
         if op in _FMA:
@@ -105,7 +107,8 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def _innermost(bodies: list[list[Instruction]], counts: Callable[[Instruction], int]) -> list[Instruction]:
-    """The body whose instructions count most, among those that hold no smaller one with some that count."""
+    """The body whose instructions count most, among those that hold no smaller one with some that count; of equals the
+    shortest, which goes through the tiles that are not masked."""
     holding = [b for b in bodies if any(map(counts, b))]
     ends = {id(b): (b[0].address, b[-1].address) for b in holding}
 
@@ -114,7 +117,7 @@ def _innermost(bodies: list[list[Instruction]], counts: Callable[[Instruction], 
         return (a, b) != (c, d) and c <= a and b <= d
 
     inner = [b for b in holding if not any(inside(other, b) for other in holding)]
-    return max(inner, key=lambda b: sum(map(counts, b)), default=[])
+    return max(inner, key=lambda b: (sum(map(counts, b)), -len(b)), default=[])
 
 
 def multiply_adds(x: Instruction) -> int | None:
