@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from llmkern import inspect as inspector
-from llmkern.inspect import budgets, cli, cuda_source, limits, mix, sass, tools, triton_source
+from llmkern.inspect import amd, budgets, cli, cuda_source, limits, mix, sass, tools, triton_source
 from llmkern.inspect.errors import InspectError
 from llmkern.inspect.row import Row, row
 from tests.emulation import compilers
@@ -21,7 +21,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 KEYS = [
     "kernel", "source", "config", "target", "registers", "spill_bytes", "shared_bytes", "occupancy",
-    "matrix_instructions", "bracket_serial", "bracket_bound",
+    "matrix_instructions", "bracket_serial", "bracket_bound", "bracket_turns",
 ]  # fmt: skip
 
 # Two nested loops, the inner one with matrix instructions; behind EXIT a second try of a barrier and the padding.
@@ -83,12 +83,28 @@ def test_the_bracket_by_hand():
         "tensor": 2.0, "fma": 0.25, "alu": 0.5, "mufu": 2.0, "lsu": 4.0, "issue": 1.75,
     }  # fmt: skip
     assert mix.bracket(loop, "sm_90") == pytest.approx((2 / 8.75, 2 / 4))
+    assert mix.turns(loop, "sm_90") == pytest.approx(2 / (2 + 4))  # while LDSM is the busiest of the others
+    assert mix.turns([*loop[:3], *loop[4:], *loop[4:]], "sm_90") == pytest.approx(2 / (2 + 4))
     assert mix.bracket(loop, "sm_80") == pytest.approx((4 / (4 + 0.5 + 0.5 + 2 + 4), 1.0))
     # Without matrix instructions: 2 instructions of memory, a cycle each, among 5 that issue in 1.25.
     straight = sass.main_loop(sass.functions(SASS)["straight"])
     assert mix.bracket(straight, "sm_90") == (1.0, 1.0)
     assert mix.bracket([x for x in straight if x.pipe != "lsu"], "sm_90") == (None, None)
     assert mix.bracket([], "sm_90") == (None, None)
+    assert mix.turns(straight, "sm_90") is mix.turns([], "sm_90") is None
+
+
+def test_of_loops_with_the_same_products_the_one_without_masks_counts():
+    """And what is never executed takes a place in the issue alone."""
+    text = SASS.replace("FFMA R1, R2, R3, R1", "FSEL R1, R2, R3, P1").replace("@!P2 BRA 0x10 ;  ", "@!P2 BRA 0x90 ;  ")
+    text = text.replace("STG.E.64 desc[UR4][R2.64], R4 ;     ", "HMMA.16816.F32.BF16 R12, R4, R8, R12 ;")
+    code = sass.functions(text)["matrix"]
+    short = [x for x in code if 0x90 <= x.address <= 0xA0]
+    assert sass.main_loop(code)[0].address == 0x20  # twice the products
+    one = [x for x in code if x.address != 0x40]
+    assert sass.main_loop(one) == short
+    dummy = sass.Instruction(0, "@!PT", "LDS", "RZ, [RZ]")
+    assert dummy.pipe == "branch" and mix.cycles([dummy], "sm_90")["lsu"] == 0
 
 
 @pytest.mark.parametrize(
@@ -151,6 +167,62 @@ def test_rates_of_matrix_instructions():
 def test_occupancy_by_hand(target, registers, shared, threads, blocks, share):
     assert limits.blocks_per_sm(target, registers, shared, threads) == blocks
     assert limits.occupancy(target, registers, shared, threads) == pytest.approx(share)
+
+
+# The end of an AMD assembly file, and three instructions of it.
+AMDGCN = """
+\tv_mfma_f32_32x32x8_bf16 v[2:17], v[144:145], v[146:147], v[2:17]
+\tv_mfma_f32_32x32x8_bf16 a[0:15], v[144:145], v[146:147], a[0:15]
+\tv_wmma_f32_16x16x16_bf16 v[0:7], v[8:15], v[16:23], v[0:7]
+\tv_mac_f32_e32 v0, v1, v2
+    .group_segment_fixed_size: 0
+    .private_segment_fixed_size: 36
+    .sgpr_count:     106
+    .sgpr_spill_count: 23
+    .vgpr_count:     200
+    .vgpr_spill_count: 7
+    .wavefront_size: 64
+"""
+
+
+def test_what_amds_metadata_say_is_read():
+    used = amd.resources(AMDGCN)
+    assert used == amd.Resources(200, 106, 36)
+    assert amd.resources(AMDGCN.replace(": 36", ": 0")).local_bytes == 28
+    assert amd.matrix_instructions(AMDGCN) == {"v_mfma_f32_32x32x8_bf16": 2, "v_wmma_f32_16x16x16_bf16": 1}
+    with pytest.raises(InspectError, match=r"\.vgpr_count 2 times"):
+        amd.resources(AMDGCN + "    .vgpr_count: 3\n")
+    made = amd.row("k", "x", "gfx942", 1024, 256, AMDGCN)
+    assert (made.registers, made.spill_bytes, made.bracket_serial, made.bracket_bound) == (200, 36, None, None)
+    told = budgets.over([made], {"k": {"triton": {"gfx942": {"registers": 192}}}})
+    assert [t.split(": ")[1] for t in told] == [
+        "200 registers, the budget is 192", "36 spill bytes, the budget is 0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "scalars", "shared", "threads", "share"),
+    [
+        ("gfx942", 64, 96, 0, 256, 1.0),  # 8 waves of each of 4 SIMDs
+        ("gfx942", 65, 96, 0, 256, 7 / 8),  # 72 of 512: 7
+        ("gfx942", 64, 106, 0, 256, 7 / 8),  # 112 of 800 scalar registers
+        ("gfx942", 266, 106, 0, 256, 1 / 8),  # 272 of 512
+        ("gfx942", 128, 96, 40960, 512, 8 / 32),  # one workgroup by its LDS
+        ("gfx942", 513, 96, 0, 256, 0.0),
+        ("gfx942", 64, 96, 65537, 256, 0.0),
+        ("gfx1100", 97, 106, 0, 256, 12 / 16),  # 120 of 1536: 12 waves of 32 lanes
+        ("gfx1100", 97, 106, 65536, 256, 16 / 64),  # two workgroups of 8 waves by their LDS
+        ("gfx1100", 257, 106, 0, 256, 0.0),
+    ],
+)
+def test_occupancy_of_amds_by_hand(target, registers, scalars, shared, threads, share):
+    assert amd.occupancy(target, amd.Resources(registers, scalars, 0), shared, threads) == pytest.approx(share)
+
+
+@needs_triton
+def test_a_kernel_is_inspected_for_amd():
+    (found,) = (r for r in inspector.inspect(["gfx942"], "attention_combine", ("triton",)) if "D=64" in r.config)
+    assert found.spill_bytes == 0 and found.registers > 8 and found.bracket_serial is None
 
 
 def test_what_ptxas_says_is_read():
@@ -240,7 +312,8 @@ def test_errors_are_one_sentence(monkeypatch, capsys, tmp_path):
         return err
 
     assert fails("--target", "sm_91") == (
-        "llmkern inspect: target: expected some of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_91'\n"
+        "llmkern inspect: target: expected some of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942, gfx1100, "
+        "got 'sm_91'\n"
     )
     assert "--json /nowhere/rows: No such file" in fails("--json", "/nowhere/rows")
     if compilers.NVCC:
@@ -316,16 +389,17 @@ def test_budgets_are_well_formed():
         for source, targets in sources.items():
             assert source in inspector.SOURCES
             for target, budget in targets.items():
-                assert target in limits.LIMITS and set(budget) - {"why"} == set(budgets.FIELDS), (kernel, target)
+                assert target in inspector.TARGETS and set(budget) - {"why"} == set(budgets.FIELDS), (kernel, target)
                 assert (budget["spill_bytes"] > 0) == bool(budget.get("why")), (kernel, target)
 
 
-ENFORCED = ["sm_80", "sm_90", "sm_120"]
+ENFORCED = ["sm_80", "sm_90", "sm_120", "gfx942"]
 
 
 def enforce(source: str) -> None:
     rows = inspector.inspect(ENFORCED, sources=(source,))
-    assert {limits.base(r.target) for r in rows} == set(ENFORCED)
+    of_source = {t for t in ENFORCED if source == "triton" or t in limits.LIMITS}
+    assert {r.target if r.target in amd.LIMITS else limits.base(r.target) for r in rows} == of_source
     assert budgets.over(rows, budgets.load()) == []
     names, listed = {r.kernel for r in rows}, budgets.load()
     gone = [k for k in listed if source in listed[k] and k not in names]

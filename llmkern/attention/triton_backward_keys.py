@@ -14,15 +14,13 @@ from llmkern.attention.triton_backward import (
 from llmkern.attention.triton_rules import (
     add_exactly,
     all_finite,
-    edge_tile,
-    edge_tiles,
     load_rows,
-    load_tile,
     multiply_exactly,
     query_tiles,
     sequence,
     store_rows,
 )
+from llmkern.attention.triton_tiles import edge_tile, edge_tiles, load_tile
 
 
 @triton.jit

@@ -14,17 +14,14 @@ from llmkern.attention.triton_backward import (
 from llmkern.attention.triton_rules import (
     add_exactly,
     all_finite,
-    edge_tile,
-    edge_tiles,
     key_tiles,
     load_rows,
-    load_tile,
     multiply_exactly,
-    row_sums,
     sequence,
     slope_of,
     store_rows,
 )
+from llmkern.attention.triton_tiles import edge_tile, edge_tiles, load_tile, row_sums
 
 
 @triton.jit

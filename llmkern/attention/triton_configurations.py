@@ -36,12 +36,13 @@ DESCRIBED = ("sm_90", "sm_100")
 _FORWARD_80 = ((64, _C(128, 64, 8, 3)), (128, _C(128, 32, 8, 3)), (256, _C(64, 32, 8, 2)))
 _QUERIES_80 = ((64, _C(64, 32, 8, 1)), (128, _C(64, 64, 8, 2)), (256, _C(32, 32, 8, 1)))
 _KEYS_80 = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 8, 1)), (256, _C(32, 32, 8, 1)))
-_FORWARD_HOPPER = ((64, _C(128, 128, 8, 3)), (128, _C(128, 128, 8, 2)), (256, _C(64, 64, 8, 2)))
-_QUERIES_HOPPER = ((64, _C(128, 64, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(64, 64, 8, 1)))
-_KEYS_HOPPER = ((64, _C(64, 128, 8, 2)), (128, _C(64, 128, 8, 2)), (256, _C(32, 64, 8, 1)))
-_FORWARD_90 = ((64, _C(128, 128, 8, 3)), (128, _C(128, 64, 8, 3)), (256, _C(64, 32, 8, 2)))
-_QUERIES_90 = ((64, _C(128, 64, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(32, 32, 8, 1)))
-_KEYS_90 = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 8, 1)), (256, _C(32, 32, 8, 1)))
+_FORWARD_90 = ((64, _C(128, 128, 8, 3)), (128, _C(128, 128, 8, 2)), (256, _C(128, 64, 8, 2)))
+_QUERIES_90 = ((64, _C(128, 128, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(64, 32, 8, 2)))
+_KEYS_90 = ((64, _C(64, 128, 8, 2)), (128, _C(64, 128, 8, 2)), (256, _C(32, 32, 8, 1)))
+_FORWARD_100 = (*_FORWARD_90[:2], (256, _C(64, 64, 8, 2)))
+_KEYS_100 = ((64, _C(64, 64, 8, 2)), (128, _C(32, 64, 8, 2)), (256, _C(32, 32, 8, 1)))
+_QUERIES_120 = ((64, _C(64, 64, 8, 2)), (128, _C(64, 32, 8, 2)), (256, _C(32, 32, 8, 1)))
+_KEYS_120 = ((64, _C(64, 64, 8, 2)), (128, _C(32, 64, 8, 2)), (256, _C(32, 32, 8, 1)))
 _QUERIES_AMD = ((64, _C(64, 32, 4, 1)), (128, _C(32, 32, 4, 1)), (256, _C(32, 16, 8, 1)))
 _KEYS_AMD = ((64, _C(32, 64, 4, 1)), (128, _C(32, 32, 4, 1)), (256, _C(16, 16, 8, 1)))
 _FLOAT32 = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
@@ -49,20 +50,26 @@ _FLOAT32 = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8,
 #: By kernel ("queries" and "keys" are those of the gradients), family and width, for elements of 2 bytes.
 TABLE: dict[str, dict[str, _Lines]] = {
     "forward": {
-        "sm_80": _FORWARD_80, "sm_90": _FORWARD_HOPPER, "sm_100": _FORWARD_90, "sm_120": _FORWARD_80, "gfx942": _FORWARD_80,
+        "sm_80": _FORWARD_80, "sm_90": _FORWARD_90, "sm_100": _FORWARD_100, "sm_120": _FORWARD_80,
+        "gfx942": _FORWARD_80,
     },
     "queries": {
-        "sm_80": _QUERIES_80, "sm_90": _QUERIES_HOPPER, "sm_100": _QUERIES_90, "sm_120": _QUERIES_80,
+        "sm_80": _QUERIES_80, "sm_90": _QUERIES_90, "sm_100": _QUERIES_90, "sm_120": _QUERIES_120,
         "gfx942": _QUERIES_AMD,
     },
-    "keys": {"sm_80": _KEYS_80, "sm_90": _KEYS_HOPPER, "sm_100": _KEYS_90, "sm_120": _KEYS_80, "gfx942": _KEYS_AMD},
+    "keys": {"sm_80": _KEYS_80, "sm_90": _KEYS_90, "sm_100": _KEYS_100, "sm_120": _KEYS_120, "gfx942": _KEYS_AMD},
 }  # fmt: skip
+_FORWARD_POINTERS = ((64, _C(128, 128, 8, 3)), (128, _C(128, 64, 8, 3)), (256, _C(64, 32, 8, 2)))
+_QUERIES_POINTERS = ((64, _C(128, 64, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(32, 32, 8, 1)))
+_KEYS_POINTERS = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 8, 1)), (256, _C(32, 32, 8, 1)))
 #: The same for tensors that can have no descriptor (rows that do not begin at multiples of 16 bytes, broadcast ones).
 POINTERS: dict[str, dict[str, _Lines]] = {
-    "forward": {"sm_90": _FORWARD_90, "sm_100": _FORWARD_90},
-    "queries": {"sm_90": _QUERIES_90, "sm_100": _QUERIES_90},
-    "keys": {"sm_90": _KEYS_90, "sm_100": _KEYS_90},
+    "forward": {"sm_90": _FORWARD_POINTERS, "sm_100": _FORWARD_POINTERS},
+    "queries": {"sm_90": _QUERIES_POINTERS, "sm_100": _QUERIES_POINTERS},
+    "keys": {"sm_90": _KEYS_POINTERS, "sm_100": ((64, _C(32, 64, 8, 1)), *_KEYS_POINTERS[1:])},
 }
+#: Of the rows' statistics, everywhere: they are read once.
+STATISTICS = ((128, _C(64, 32, 4, 1)), (256, _C(32, 32, 4, 1)))
 #: With rules that need registers of their own (soft cap, slopes, dense masks, dropout), everywhere.
 RULES = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
 
@@ -79,8 +86,10 @@ def configuration(
 ) -> Configuration:
     """Of heads padded to `width`, a power of two up to 256. rules: some need registers of their own. described: keys
     and values, or queries, are read through descriptors."""
-    kernel = "queries" if kernel == "statistics" else kernel
-    lines = (TABLE if described or family not in DESCRIBED else POINTERS)[kernel][family]
+    if kernel == "statistics":
+        lines: _Lines = STATISTICS
+    else:
+        lines = (TABLE if described or family not in DESCRIBED else POINTERS)[kernel][family]
     if itemsize == 2 and not rules and (own := triton_table.own("attention", kernel, family, width)):
         return Configuration(**own)
     if itemsize == 4 or rules:

@@ -11,19 +11,16 @@ from llmkern.attention.triton_rules import (
     add_exactly,
     all_finite,
     bend,
-    edge_tile,
-    edge_tiles,
     kept,
     key_tiles,
     load_rows,
-    load_tile,
     log2_in_parts,
     multiply_exactly,
-    row_sums,
     sequence,
     slope_of,
     store_rows,
 )
+from llmkern.attention.triton_tiles import edge_tile, edge_tiles, load_tile, row_sums
 
 
 @triton.jit

@@ -153,7 +153,8 @@ def forward(run: triton.Run, family: str, query: Tensor, key: Tensor, value: Ten
         if programs:
             strides = sum((t.stride()[:3] for t in (query, key, value, output)), ())
             arguments = (
-                query, key, value, *call.descriptors(described, tile.keys, key, value), output, logsumexp, *call.tensors(query, rules), *call.numbers, *strides,
+                query, key, value, *call.descriptors(described, tile.keys, key, value), output, logsumexp,
+                *call.tensors(query, rules), *call.numbers, *strides,
                 *call.dense_steps, *call.steps,
             )  # fmt: skip
             constants = {**call.constants(tile, query.dtype, family), "DESCRIBED": described}
@@ -237,7 +238,8 @@ def backward(
                 "queries", "attention_backward_query_kernel",
                 (query, key, value, grad_output),
                 (statistics, dquery, query if grad_scores is None else grad_scores),
-                (query, key, value, grad_output, dquery), ("grad_query",), (key, value), MASK_GRAD=mask_grad, CENTRE=not weighed,
+                (query, key, value, grad_output, dquery), ("grad_query",), (key, value),
+                MASK_GRAD=mask_grad, CENTRE=not weighed,
             )  # fmt: skip
         if of_keys * call.keys:
             launch_one(
@@ -299,14 +301,20 @@ TRITON_ATTENTION_BACKWARD = Backend(
 
 #: What a configuration of each family is compiled for by the inspector.
 TARGETS = {
-    "sm_80": ("sm_80", "sm_86", "sm_89"), "sm_90": ("sm_90",), "sm_100": ("sm_100",), "sm_120": ("sm_120",)
+    "sm_80": ("sm_80", "sm_86", "sm_89"), "sm_90": ("sm_90",), "sm_100": ("sm_100",), "sm_120": ("sm_120",),
+    "gfx942": ("gfx942",),
 }  # fmt: skip
 
 
-def examples(family: str, dtype: torch.dtype, width: int, mask: Mask | None = None) -> Iterator[triton.Launch]:
-    """The launches of a causal call, forward and backward, or of one with the rules of `mask`, without memory."""
+def examples(
+    family: str, dtype: torch.dtype, width: int, mask: Mask | None = None, pointers: bool = False
+) -> Iterator[triton.Launch]:
+    """The launches of a causal call, forward and backward, or of one with the rules of `mask`, without memory.
+    pointers: of tensors that can have no descriptor."""
     made: list[triton.Launch] = []
     x = torch.empty(1, 8, 256, width, dtype=dtype, device="meta")
+    if pointers:
+        x = x[:, :1].expand(-1, 8, -1, -1)
     sums = torch.empty(1, 8, 256, dtype=torch.float64, device="meta")
     rules = (*(mask or Mask(window_right=0)).arguments(), 0.125, False)
     forward(made.append, family, x, x, x, *rules)(x, x, x, *rules)
@@ -319,10 +327,15 @@ def compilations() -> Iterator[Compilation]:
     """What `python -m llmkern inspect` compiles: causal calls in bfloat16 of heads of 64, 128 and 256."""
     from llmkern.inspect.triton_source import Compilation
 
-    for (name, targets), width in itertools.product(TARGETS.items(), (64, 128, 256)):
-        for launch in examples(name, torch.bfloat16, width):
+    for (name, targets), width, pointers in itertools.product(TARGETS.items(), (64, 128, 256), (False, True)):
+        if pointers and name not in DESCRIBED:
+            continue
+        for launch in examples(name, torch.bfloat16, width, pointers=pointers):
+            if pointers and "DESCRIBED" not in launch.constants:
+                continue
             tile = f"{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_N']}"
             config = (
                 f"bf16, D={width}, {tile}, {launch.options['num_warps']} warps, {launch.options['num_stages']} stages"
             )
+            config += ", pointers" if pointers else ""
             yield Compilation.of(launch, config, targets)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llmkern.inspect import limits
+from llmkern.inspect import amd, limits
 from llmkern.inspect.row import Row
 
 FILE = Path(__file__).with_name("budgets.json")
@@ -29,11 +29,12 @@ def over(rows: Iterable[Row], budgets: dict[str, Any]) -> list[str]:
     """A sentence for each number that is larger than its budget."""
     told = []
     for r in rows:
-        target = limits.base(r.target)
+        target = r.target if r.target in amd.LIMITS else limits.base(r.target)
+        most = amd.LIMITS.get(target) or limits.LIMITS[target]
         budget = {
-            "registers": limits.REGISTERS_PER_THREAD,
+            "registers": most.registers_per_thread,
             "spill_bytes": 0,
-            "shared_bytes": limits.LIMITS[target].shared_block,
+            "shared_bytes": most.shared_block,
         } | budgets.get(r.kernel, {}).get(r.source, {}).get(target, {})
         name = f"{r.kernel} ({', '.join(filter(None, (r.source, r.config)))}) for {r.target}"
         for field in FIELDS:

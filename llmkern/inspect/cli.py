@@ -8,12 +8,23 @@ import json
 import sys
 from collections.abc import Iterable
 
-from llmkern.inspect import SOURCES, budgets, inspect, triton_source
+from llmkern.inspect import SOURCES, TARGETS, budgets, inspect, triton_source
 from llmkern.inspect.errors import InspectError
-from llmkern.inspect.limits import TARGETS
 from llmkern.inspect.row import Row
 
-HEAD = ("kernel", "source", "config", "target", "regs", "spill", "shared", "occup.", "share of peak", "matrix instr.")
+HEAD = (
+    "kernel",
+    "source",
+    "config",
+    "target",
+    "regs",
+    "spill",
+    "shared",
+    "occup.",
+    "share of peak",
+    "turns",
+    "matrix instr.",
+)
 
 
 def _percent(x: float | None) -> str:
@@ -30,7 +41,7 @@ def cells(r: Row) -> tuple[str, ...]:
     occupancy = "?" if r.occupancy is None else _percent(r.occupancy)
     return (
         r.kernel, r.source, r.config, r.target, str(r.registers), str(r.spill_bytes), shared, occupancy, share,
-        matrix or "-",
+        _percent(r.bracket_turns), matrix or "-",
     )  # fmt: skip
 
 
@@ -56,7 +67,7 @@ def main(arguments: list[str]) -> int:
         "Modelled from the code, not measured: docs/inspect.md.",
     )
     parser.add_argument(
-        "--target", nargs="+", default=list(TARGETS), metavar="SM", help=f"default: {' '.join(TARGETS)}"
+        "--target", nargs="+", default=list(TARGETS), metavar="TARGET", help=f"default: {' '.join(TARGETS)}"
     )
     parser.add_argument("--kernel", metavar="NAME", help="only kernels whose name holds NAME")
     parser.add_argument("--source", choices=SOURCES, help="only CUDA C++, or only Triton (default: both)")

@@ -30,6 +30,7 @@ class Limits:
     shared: int
     shared_block: int
     registers: int = 64 * KIB
+    registers_per_thread: int = REGISTERS_PER_THREAD
 
 
 #: Target -> limits. The default targets of the inspector, in order.

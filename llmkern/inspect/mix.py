@@ -85,3 +85,12 @@ def bracket(body: list[Instruction], target: str) -> tuple[float, float] | tuple
         return None, None
     pipes = sum(n for pipe, n in taken.items() if pipe != "issue")
     return busy / max(pipes, taken["issue"]), busy / max(taken.values())
+
+
+def turns(body: list[Instruction], target: str) -> float | None:
+    """The share of the matrix pipe's peak where products and all else take turns, and the other pipes overlap with one
+    another; None where `body` has no matrix instructions, or they do not tell their size."""
+    taken = cycles(body, target)
+    if taken is None or not taken["tensor"]:
+        return None
+    return taken["tensor"] / (taken["tensor"] + max(n for pipe, n in taken.items() if pipe != "tensor"))

@@ -22,6 +22,7 @@ class Row:
     matrix_instructions: dict[str, int]
     bracket_serial: float | None
     bracket_bound: float | None
+    bracket_turns: float | None = None
 
 
 def row(
@@ -32,8 +33,11 @@ def row(
     occupancy = None
     if shared_bytes is not None and threads is not None:
         occupancy = round(limits.occupancy(target, registers, shared_bytes, threads), 4)
-    serial, bound = mix.bracket(sass.main_loop(code), target)
+    loop = sass.main_loop(code)
+    serial, bound = mix.bracket(loop, target)
+    turns = mix.turns(loop, target)
     return Row(
         kernel, source, config, target, registers, spill_bytes, shared_bytes, occupancy,
         sass.matrix_instructions(code), serial and round(serial, 4), bound and round(bound, 4),
+        turns and round(turns, 4),
     )  # fmt: skip

@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("family", choices=KERNELS)
     parser.add_argument("kernel", help="; ".join(f"{f}: {', '.join(k)}" for f, k in KERNELS.items()))
-    parser.add_argument("--target", default="sm_90", choices=limits.TARGETS)
+    parser.add_argument("--target", default="sm_90", choices=tuple(limits.LIMITS))
     parser.add_argument("--width", type=int, default=128, choices=WIDTHS, help="of attention's heads (default 128)")
     parser.add_argument("--most", type=int, help="only the first so many candidates")
     options = parser.parse_args(argv)

@@ -17,7 +17,7 @@ from typing import Any
 
 import llmkern
 from llmkern import triton
-from llmkern.inspect import sass, tools
+from llmkern.inspect import amd, sass, tools
 from llmkern.inspect.errors import InspectError
 from llmkern.inspect.limits import WARP
 from llmkern.inspect.row import Row, row
@@ -72,7 +72,8 @@ def jobs(targets: list[str]) -> list[Job]:
     """Those of all families; none where Triton is not installed."""
     if not installed():
         return []
-    tools.cuobjdump()
+    if any(target not in amd.LIMITS for target in targets):
+        tools.cuobjdump()
     made = []
     for launcher in sorted(PACKAGE.glob("*/triton*_launch.py")):
         module = importlib.import_module(f"llmkern.{launcher.parent.name}.{launcher.stem}")
@@ -99,8 +100,10 @@ def compiled(compilation: Compilation, target: str) -> Any:
     signature = {n: "constexpr" if n in constants else compilation.types[n] for n in names}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in compilation.divisible}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    amd = target.startswith("gfx")
-    gpu = GPUTarget("hip", target, 2 * WARP) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), WARP)
+    if target in amd.LIMITS:
+        gpu = GPUTarget("hip", target, amd.LIMITS[target].lanes)
+    else:
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), WARP)
     try:
         return compile(source, target=gpu, options=compilation.options)
     except Exception as error:
@@ -110,15 +113,22 @@ def compiled(compilation: Compilation, target: str) -> Any:
 
 
 def compile_one(compilation: Compilation, target: str) -> Row:
-    """One configuration for one target. Its arrays are in registers, so that a stack means spills."""
+    """One configuration for one target. Its arrays are in registers, so that local memory means spills; ptxas leaves a
+    stack that nothing reads or writes in some kernels, which is none."""
     made = compiled(compilation, target)
+    if target in amd.LIMITS:
+        threads = amd.LIMITS[target].lanes * made.metadata.num_warps
+        return amd.row(
+            compilation.name, compilation.config, target, int(made.metadata.shared), threads, made.asm["amdgcn"]
+        )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{compilation.name}.cubin"
         cubin.write_bytes(made.asm["cubin"])
         used = dict(re.findall(r"(REG|STACK):(\d+)", tools.dump(cubin, "--dump-resource-usage")))
-        code = sass.functions(tools.dump(cubin, "-sass"))
+        code = sass.functions(tools.dump(cubin, "-sass"))[made.metadata.name]
     threads = WARP * made.metadata.num_warps
+    spilled = int(used["STACK"]) if any(x.opcode in ("LDL", "STL") for x in code) else 0
     return row(
-        compilation.name, "triton", compilation.config, target, int(used["REG"]), int(used["STACK"]),
-        int(made.metadata.shared), threads, code[made.metadata.name],
+        compilation.name, "triton", compilation.config, target, int(used["REG"]), spilled, int(made.metadata.shared),
+        threads, code,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmkern import backend
+from llmkern import backend, triton
 from llmkern.attention import op, reference, triton_launch
 from llmkern.attention.mask import Mask
 from llmkern.attention.triton_configurations import Configuration
@@ -69,6 +69,66 @@ def test_rules(name, dtype):
     sums = "sink" in rules or ("mask" not in rules and "key_lengths" not in rules and "window" not in rules)
     uniform = "dropout_p" not in rules and at // 2 % 2 == 0
     compare(shape, dtype, rules, uniform, logsumexp=sums)
+
+
+DESCRIBED = ["all", "causal", "lengths, bottom right", "window, bottom right", "window to the right", "sink"]
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_through_descriptors(name, monkeypatch):
+    """As sm_90 reads what goes by; the gradients have loops of their own for tiles at the edge and within."""
+    described = serve_described(monkeypatch)
+    at = DESCRIBED.index(name)
+    dtype = (torch.bfloat16, torch.float16)[at % 2]
+    shape = (2, 2, 1, 71, 70, 24, 40) if at % 3 else (2, 4, 2, 97, 50, 40, 16)
+    compare(shape, dtype, rule(name, shape, dtype), "sink" not in name)
+    assert described == {"attention_forward_kernel", "attention_backward_query_kernel", "attention_backward_key_kernel"}
+
+
+def serve_described(monkeypatch):
+    """The kernels that were given descriptors."""
+    described: set[str] = set()
+
+    def run(launch):
+        described.update([launch.kernel] * any(isinstance(x, triton.Descriptor) for x in launch.arguments))
+        interpret(launch)
+
+    serve(monkeypatch, run, "sm_90", TILE)
+    return described
+
+
+def test_what_can_have_no_descriptor_is_read_by_addresses(monkeypatch):
+    """Rows of odd lengths, broadcast heads, an address between multiples of 16 bytes: the same results."""
+    described = serve_described(monkeypatch)
+    q, k, v = tensors((1, 2, 2, 40, 37, 16, 16), torch.float16)
+    expected = op.attention(q, k, v, Mask(window_right=0), 0.2)[0]
+    assert described == {"attention_forward_kernel"}
+    described.clear()
+    off = torch.cat([k.new_zeros(1), k.flatten()])[1:].view_as(k)
+    odd = torch.nn.functional.pad(k, (0, 1))[..., :16]
+    for other in (off, odd):
+        torch.testing.assert_close(op.attention(q, other, v, Mask(window_right=0), 0.2)[0], expected)
+    alike = k[:, :1].expand(1, 2, 37, 16)
+    torch.testing.assert_close(
+        op.attention(q, alike, v, Mask(), 0.2)[0], op.attention(q, alike.clone(), v, Mask(), 0.2)[0]
+    )
+    assert described == {"attention_forward_kernel"}  # of the copy alone
+
+
+def test_what_is_masked_has_no_part_through_descriptors(monkeypatch):
+    """They do not leave out the keys behind a length."""
+    described = serve_described(monkeypatch)
+    q, k, v = tensors((2, 1, 1, 40, 70, 16, 16), torch.float16)
+    mask, results = Mask(key_lengths=torch.tensor([40, 33])), []
+    hidden = (torch.arange(70) >= torch.tensor([[40], [33]]))[:, None, :, None]
+    for of_keys, of_values in ((0.0, 0.0), (torch.nan, torch.inf)):
+        leaves = [q, k.masked_fill(hidden, of_keys), v.masked_fill(hidden, of_values)]
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        output = op.attention(*leaves, mask, 0.2)[0]
+        results.append([output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-3, atol=2e-3)
+    assert len(described) == 3
 
 
 @pytest.mark.parametrize("name", ["lengths", "rows"])

@@ -43,7 +43,7 @@ def test_the_forward_as_it_would_be_launched(capability, monkeypatch):
         monkeypatch, (1, 2, 1, 150, 141, 64, 64), torch.bfloat16, {"causal": True}, capability, logsumexp=True
     )  # fmt: skip
     assert ("wgmma.mma_async" if capability == 90 else "mma.sync.aligned.m16n8k16") in run.ptx[0]
-    assert "cp.async" in run.ptx[0]
+    assert ("cp.async.bulk.tensor.4d" if capability == 90 else "cp.async.cg") in run.ptx[0]
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -56,6 +56,18 @@ def test_the_gradients_as_they_would_be_launched(capability, monkeypatch):
         "attention_backward_key_kernel",
     ]  # fmt: skip
     assert ("wgmma.mma_async" if capability == 90 else "mma.sync.aligned.m16n8k16") in run.ptx[2]
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    ("window, bottom right", (1, 2, 1, 70, 150, 24, 40)), ("lengths", (2, 1, 1, 65, 130, 64, 64)),
+])  # fmt: skip
+def test_descriptors(name, shape, monkeypatch):
+    """Copies by the tensor memory accelerator: tails, widths between, tiles at both edges and within."""
+    dtype = torch.bfloat16
+    run = compare(
+        monkeypatch, shape, dtype, rule(name, shape, dtype), 90, Configuration(64, 64, 4, 2), gradients=True
+    )  # fmt: skip
+    assert ["cp.async.bulk.tensor.4d" in ptx for ptx in run.ptx] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("name", ["everything, additive", "rows"])

@@ -49,8 +49,8 @@ def _tensor_map(x: triton.Descriptor, told: dict[str, Any], address: int) -> lis
 
 
 def _left_out_by_triton(fault: Fault) -> bool:
-    """The fence behind an mbarrier's init, which PTX asks for before a copy uses it: Triton puts one for clusters alone,
-    in all of its kernels with descriptors, and nothing in a kernel's source could add it."""
+    """The fence behind an mbarrier's init, which PTX asks for before a copy uses it: Triton has one for clusters alone,
+    in none of its kernels for single blocks, and nothing in a kernel's source could add it."""
     return fault.kind == "missing fence" and fault.message.startswith("the mbarrier was initialised")
 
 
