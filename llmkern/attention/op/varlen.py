@@ -11,6 +11,7 @@ from llmkern import autocast, check
 from llmkern.attention import compiled, reference
 from llmkern.attention.mask import SCORE_RULES, window
 from llmkern.attention.op import checks, second
+from llmkern.attention.triton_varlen_launch import TRITON_VARLEN, TRITON_VARLEN_BACKWARD
 from llmkern.backend import Operator, reference_backend
 from llmkern.operator import check_types, define, is_compiling, refuse_forward_ad
 from llmkern.random import seed_tensor
@@ -138,6 +139,7 @@ _VARLEN = Operator(
     _check,
     _example,
     cpu=[compiled.CPU_VARLEN, reference_backend(reference.attention_varlen)],
+    cuda=[TRITON_VARLEN, reference_backend(reference.attention_varlen)],
     other=[reference_backend(reference.attention_varlen)],
 )
 _BACKWARD = Operator(
@@ -145,6 +147,7 @@ _BACKWARD = Operator(
     _check_backward,
     _example_backward,
     cpu=[compiled.CPU_VARLEN_BACKWARD, reference_backend(reference.attention_varlen_backward)],
+    cuda=[TRITON_VARLEN_BACKWARD, reference_backend(reference.attention_varlen_backward)],
     other=[reference_backend(reference.attention_varlen_backward)],
 )
 
