@@ -6,7 +6,7 @@ fits, then the most products for what is read. Nothing here was measured on a GP
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmkern import triton_table
 
@@ -60,7 +60,9 @@ def family(capability: tuple[int, int] | None) -> str:
 
 def configuration(kernel: str, family: str, itemsize: int, width: int, rules: bool) -> Configuration:
     """Of heads padded to `width`, a power of two up to 256. rules: some need registers of their own."""
-    kernel = "queries" if kernel == "statistics" else kernel
+    if kernel == "statistics":  # sums over the weights, of 32 keys of the widest heads, spill
+        tile = configuration("queries", family, itemsize, width, rules)
+        return replace(tile, keys=16) if width > 128 else tile
     lines = TABLE[kernel][family]
     if itemsize == 2 and not rules and (own := triton_table.own("attention", kernel, family, width)):
         return Configuration(**own)
