@@ -18,7 +18,7 @@ from llmkern.attention.compiled.dense import as_rows, empty_grad_scores, mask_gr
 from llmkern.attention.compiled.params import plain, through_copies
 from llmkern.attention.mask import Mask
 from llmkern.attention.triton_call import WIDEST, Call, options
-from llmkern.attention.triton_configurations import FEW_KEYS, FEW_QUERIES, Configuration, configuration, family
+from llmkern.attention.triton_configurations import FEW_KEYS, FEW_QUERIES, configuration, family
 from llmkern.backend import Backend
 
 if TYPE_CHECKING:

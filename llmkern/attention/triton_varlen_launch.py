@@ -99,7 +99,7 @@ def limits(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, rules:
         return "there are tokens but no sequences"
     if query.shape[1] * (rows // 16 + sequences + 1) >= 2**31:
         return f"its kernels take fewer than 2^31 tiles of 16 rows, not those of {sequences} sequences of {rows} tokens"
-    return triton_launch.limits(*map(_batch, (query, key, value)), _rules(rules))
+    return triton_launch.limits(_batch(query), _batch(key), _batch(value), _rules(rules))
 
 
 def _unsupported(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, *rest: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""The PTX that Triton makes of its attention of sequences end to end, through the operator and against the reference."""
+"""The PTX that Triton makes of its attention of sequences end to end, by the operator and against the reference."""
 
 from __future__ import annotations
 
