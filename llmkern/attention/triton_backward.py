@@ -16,6 +16,7 @@ from llmkern.attention.triton_configurations import FEW_KEYS, FEW_QUERIES
 from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
     bend,
+    exponents,
     kept,
     key_tiles,
     load_rows,
@@ -135,13 +136,7 @@ def attention_statistics_kernel(
     row = start + tl.arange(0, BLOCK_M)
     there = row < queries
     sums = tl.load(logsumexp + first_of_head + row, mask=there, other=0.0)
-    exponent = sums * 1.4426950408889634
-    high = exponent.to(tl.float32)
-    low = (exponent - high.to(tl.float64)).to(tl.float32)
-    # A row that saw nothing has weights 0, whatever its scores; one whose scores are infinite has NaN.
-    infinite = tl.abs(high) == float("inf")
-    high = tl.where(infinite, tl.where(high < 0.0, float("inf"), float("nan")), high)
-    low = tl.where(infinite, 0.0, low)
+    high, low = exponents(sums)
     place = statistics + first_of_head + row
     rows = tl.cast(rows, tl.int64)
     tl.store(place, high, mask=there)
