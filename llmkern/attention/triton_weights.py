@@ -1,5 +1,5 @@
-"""The weights of attention in Triton, and their sums over the queries, made again from the log-sum-exp (Dao et al. 2022,
-"FlashAttention", section 3.1)."""
+"""The weights of attention in Triton, and their sums over the queries, made again from the log-sum-exp (Dao et al.
+2022, "FlashAttention", section 3.1)."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -37,18 +37,19 @@ def attention_weights_kernel(
     heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, w_s, m_b, m_h, m_q, m_k, lengths_b, slopes_b, slopes_h,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPAN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     LENGTHS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr,
     DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """weights (B, H, Sq, Sk), contiguous, w_s = Sk, which is known to divide by 16 where `keys` is not.
+    """weights (B, H, Sq, Sk), contiguous. w_s = Sk, as `keys`, but for its multiples of 16 the kernel is compiled anew:
+    rows are then stored 16 bytes at a time.
 
-    Grid: (B * H * blocks of BLOCK_M queries * pieces of SPAN keys,). Every weight is written; tiles of keys that no
+    Grid: (B * H * blocks of BLOCK_M queries * pieces of TILES tiles of keys,). Every weight is written; tiles of keys that no
     query of the block sees are not read.
     """
     program = tl.program_id(0)
-    pieces, blocks = tl.cdiv(keys, SPAN), tl.cdiv(queries, BLOCK_M)
+    pieces, blocks = tl.cdiv(keys, TILES * BLOCK_N), tl.cdiv(queries, BLOCK_M)
     piece, block, bh = program % pieces, program // pieces % blocks, program // pieces // blocks
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     all_keys = keys
@@ -68,15 +69,17 @@ def attention_weights_kernel(
     q = load_rows(query + b * q_b + h * q_h, q_s, start, queries, D, BLOCK_D, BLOCK_M, True)
     to = weights + (bh.to(tl.int64) * queries + row[:, None]) * w_s
     tiles = key_tiles(start, tl.minimum(start + BLOCK_M, queries) - 1, limits, LEFT, RIGHT, BLOCK_N)
-    at = piece * SPAN
-    past = tl.minimum(at + SPAN, all_keys)
-    begin = tl.minimum(tl.maximum(tiles[0], at), past)
-    end = tl.minimum(tl.maximum(tiles[3], begin), past)
+    # Counted in tiles: of the product with BLOCK_N Triton knows what it divides by, and stores 16 bytes at a time.
+    at = piece * TILES
+    past = tl.minimum(at + TILES, tl.cdiv(all_keys, BLOCK_N))
+    begin = tl.minimum(tl.maximum(tiles[0] // BLOCK_N, at), past)
+    end = tl.minimum(tl.maximum(tl.cdiv(tiles[3], BLOCK_N), begin), past)
     hidden = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + alike[:, None]
-    for first in range(at, begin, BLOCK_N):
-        col = first + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(to + col, hidden.to(weights.dtype.element_ty), mask=(row[:, None] < queries) & (col < all_keys))
-    for first in range(begin, end, BLOCK_N):
+    for tile in range(at, begin):
+        col = tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(to + col, hidden.to(weights.dtype.element_ty), mask=(row[:, None] < queries) & (col < w_s))
+    for tile in range(begin, end):
+        first = tile * BLOCK_N
         col = first + tl.arange(0, BLOCK_N)[None, :]
         k = load_rows(of_key, k_s, first, keys, D, BLOCK_D, BLOCK_N, True)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -86,10 +89,10 @@ def attention_weights_kernel(
         )  # fmt: skip
         if UNIFORM:
             p = tl.where(sums[:, None] == float("-inf"), alike[:, None], p)
-        tl.store(to + col, p.to(weights.dtype.element_ty), mask=(row[:, None] < queries) & (col < all_keys))
-    for first in range(begin + tl.cdiv(end - begin, BLOCK_N) * BLOCK_N, past, BLOCK_N):
-        col = first + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(to + col, hidden.to(weights.dtype.element_ty), mask=(row[:, None] < queries) & (col < all_keys))
+        tl.store(to + col, p.to(weights.dtype.element_ty), mask=(row[:, None] < queries) & (col < w_s))
+    for tile in range(end, past):
+        col = tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(to + col, hidden.to(weights.dtype.element_ty), mask=(row[:, None] < queries) & (col < w_s))
 
 
 @triton.jit(do_not_specialize=PLAIN)

@@ -34,8 +34,7 @@ def weights(run: triton.Run, family: str, query: Tensor, key: Tensor, logsumexp:
         return through_copies(lambda *args: weights(run, family, *args), 2)
     call = Call(query, key, key, rules)
     tile = configuration("forward", family, query.element_size(), *call.shape)
-    span = _TILES * tile.keys
-    programs = call.programs(call.heads, call.queries, tile.queries) * -(-call.keys // span)
+    programs = call.programs(call.heads, call.queries, tile.queries) * -(-call.keys // (_TILES * tile.keys))
 
     def launch(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Tensor:
         made = query.new_empty((*query.shape[:3], key.size(2)))
@@ -46,7 +45,7 @@ def weights(run: triton.Run, family: str, query: Tensor, key: Tensor, logsumexp:
             )  # fmt: skip
             run(triton.Launch(
                 _MODULE, "attention_weights_kernel", (programs,), arguments,
-                {**call.constants(tile, query.dtype, family), "SPAN": span}, options(tile), ("weights",),
+                {**call.constants(tile, query.dtype, family), "TILES": _TILES}, options(tile), ("weights",),
             ))  # fmt: skip
         return made
 
