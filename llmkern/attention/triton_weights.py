@@ -45,7 +45,7 @@ def attention_weights_kernel(
     """weights (B, H, Sq, Sk), contiguous. w_s = Sk, as `keys`, but for its multiples of 16 the kernel is compiled anew:
     rows are then stored 16 bytes at a time.
 
-    Grid: (B * H * blocks of BLOCK_M queries * pieces of TILES tiles of keys,). Every weight is written; tiles of keys that no
+    Grid: (B * H * blocks of BLOCK_M queries * pieces of TILES tiles,). Every weight is written; tiles of keys that no
     query of the block sees are not read.
     """
     program = tl.program_id(0)

@@ -51,8 +51,9 @@ def attention_varlen(
     (N, H), "bottom_right" is the corner of the sequence, and dropout draws the numbers that the same sequences have as
     rows of a padded batch with causal_alignment "top_left".
 
-    Raises TypeError for a wrong type or dtype, ValueError for wrong shapes, devices, options or bounds. Names and
-    layout are those of flash-attention's flash_attn_varlen_func (Dao 2023).
+    Raises TypeError for a wrong type or dtype, ValueError for wrong shapes, devices, options or bounds. Triton's
+    kernels do not wait for bounds that lie on a GPU: wrong ones give wrong results there, and tokens behind the last
+    bound zeros. Names and layout are those of flash-attention's flash_attn_varlen_func (Dao 2023).
     """
     refuse_forward_ad("attention_varlen", query, key, value, learnable_sink)
     for name, t in (("query", query), ("key", key), ("value", value)):
