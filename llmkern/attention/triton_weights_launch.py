@@ -1,4 +1,4 @@
-"""Triton's attention weights and their column sums as backends.
+"""Triton's attention weights, their gradients and their column sums as backends.
 
 Triton is imported when a call comes, never with the package.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmkern import triton
+from llmkern.attention.compiled.dense import empty_grad_scores, mask_grad_of, sink_grad
 from llmkern.attention.compiled.params import plain, through_copies
 from llmkern.attention.mask import Mask
 from llmkern.attention.triton_call import Call, options
@@ -78,6 +79,54 @@ def column_sums(
     return launch
 
 
+def backward(
+    run: triton.Run, family: str, grad_weights: Tensor, query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any
+) -> Callable[..., tuple[Tensor, ...]]:
+    """As `weights`, for their gradients."""
+    if any(plain(t) is not t for t in (grad_weights, query, key)):
+        return through_copies(lambda *args: backward(run, family, *args), 3)
+    *rules, mask_grad = rest
+    mask_grad = bool(mask_grad and rules[0] is not None)
+    call = Call(query, key, key, rules)
+    tiles = {k: configuration(k, family, query.element_size(), *call.shape) for k in ("queries", "keys")}
+    programs = {
+        "queries": call.programs(call.heads, call.queries, tiles["queries"].queries),
+        "keys": call.programs(call.kv_heads, call.keys, tiles["keys"].keys),
+    }
+
+    def launch(grad_weights: Tensor, query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        dquery, dkey = (call.empty(t, t.size(3)) for t in (query, key))
+        mask, sink = rest[0], rest[3]
+        grad_scores = empty_grad_scores(query, key, mask_grad)
+        deltas = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        logsumexp = logsumexp.contiguous()
+        rules = (*call.tensors(query, rest), *call.numbers)
+
+        def launch_one(which: str, tensors: Sequence[Tensor], grad: Tensor, **more: Any) -> None:
+            steps = (*call.strides(query, key, grad_weights, grad), *call.dense_steps, *call.steps)
+            constants = call.constants(tiles[which], query.dtype, family)
+            written, changed = more.pop("written"), ("grad_scores",) if more.get("MASK_GRAD") else ()
+            run(triton.Launch(
+                f"{_MODULE}_backward", more.pop("kernel"), (programs[which],), (*tensors, *rules, *steps),
+                {**constants, **more}, options(tiles[which]), written, changed,
+            ))  # fmt: skip
+
+        if programs["queries"]:
+            launch_one(
+                "queries",
+                (query, key, grad_weights, logsumexp, dquery, deltas, query if grad_scores is None else grad_scores),
+                dquery, kernel="attention_weights_query_kernel", written=("grad_query", "deltas"), MASK_GRAD=mask_grad,
+            )  # fmt: skip
+        if programs["keys"]:
+            launch_one(
+                "keys", (query, key, grad_weights, logsumexp, deltas, dkey), dkey,
+                kernel="attention_weights_key_kernel", written=("grad_key",),
+            )  # fmt: skip
+        return dquery, dkey, mask_grad_of(query, mask, grad_scores), sink_grad(sink, deltas, logsumexp, None)
+
+    return launch
+
+
 def _weights_limits(query: Tensor, key: Tensor, rules: Sequence[Any]) -> str | None:
     tiles = query.shape[0] * query.shape[1] * -(-query.shape[2] // 16) * -(-key.shape[2] // (16 * _TILES))
     if tiles >= 2**31:
@@ -96,15 +145,23 @@ TRITON_COLUMN_SUMS = Backend(
     lambda query, key, logsumexp, *rules: unsupported(query) or limits(query, key, key, rules),
 )
 
+TRITON_WEIGHTS_BACKWARD = Backend(
+    "triton",
+    lambda grad, *args: backward(triton.run, family_of(grad.device), grad, *args),
+    lambda grad, query, key, logsumexp, *rest: unsupported(query) or limits(query, key, key, rest),
+)
+
 
 def examples(family: str, dtype: torch.dtype, width: int) -> Iterator[triton.Launch]:
-    """The launches of causal calls, without memory."""
+    """The launches of causal calls, with the gradients of the weights, without memory."""
     made: list[triton.Launch] = []
     x = torch.empty(1, 8, 256, width, dtype=dtype, device="meta")
     args = (x, x, torch.empty(1, 8, 256, dtype=torch.float64, device="meta"))
     rules = (*Mask(window_right=0).arguments(), 0.125, False)
     for plan in (weights, column_sums):
         plan(made.append, family, *args, *rules)(*args, *rules)
+    grad = torch.empty(1, 8, 256, 256, dtype=dtype, device="meta")
+    backward(made.append, family, grad, *args, *rules, False)(grad, *args, *rules, False)
     yield from made
 
 

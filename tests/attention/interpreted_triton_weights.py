@@ -40,10 +40,11 @@ def served(monkeypatch):
 
 
 def compare(shape, dtype, rules, uniform=False):
+    """The weights with their gradients, which those of the sums are too."""
     inputs = tensors(shape, dtype)[:2]
     for of in (weights, column_sums):
         functions = (of(uniform, plain) for plain in (False, True))
-        verify(*functions, inputs, rules, gradients=False).raise_if_failed()
+        verify(*functions, inputs, rules, gradients=of is weights).raise_if_failed()
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -78,10 +79,22 @@ def test_rows_without_keys_that_attend_to_all_alike(name):
     compare(shape, torch.float32, rule(name, shape), True)
 
 
+def test_gradient_of_the_sink():
+    shape = (2, 8, 4, 5, 20, 8, 1)
+    functions = (weights(plain=plain, sink_grad=True) for plain in (False, True))
+    verify(*functions, tensors(shape)[:2], rule("sink, rows", shape)).raise_if_failed()
+
+
 def test_what_is_masked_has_no_part_and_what_is_seen_passes_through():
     q, k, _ = tensors((1, 2, 1, 9, 20, 16, 1))
     args = (Mask(window_right=0), 0.25)
     sums = op.attention(q, k, k, *args)[1]
+    grad, gradients = torch.randn(1, 2, 9, 20), []
+    for x in (0.0, torch.nan):
+        leaves = [t.clone().requires_grad_() for t in (q, torch.cat([k[:, :, :9], torch.full_like(k[:, :, 9:], x)], 2))]
+        gradients.append(torch.autograd.grad(op.attention_weights(*leaves, sums, *args), leaves, grad))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-5, atol=2e-6)
     expected = op.attention_weights(q, k, sums, *args), op.attention_column_sums(q, k, sums, *args)
     k[:, :, 9:] = torch.nan
     found = op.attention_weights(q, k, sums, *args), op.attention_column_sums(q, k, sums, *args)
@@ -101,6 +114,7 @@ def test_strides():
     rules = (*Mask().arguments(), 0.2, False)
     sums = reference.attention(q, k, k, *rules)[1]
     expected = op.attention_weights(q, k, sums, Mask(), 0.2), op.attention_column_sums(q, k, sums, Mask(), 0.2)
+    leaves, grad = [t.clone().requires_grad_() for t in (q, k)], torch.randn(2, 2, 1, 37).expand(2, 2, 20, 37)
     for layout in (
         lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
         lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t),
@@ -110,3 +124,6 @@ def test_strides():
         args = layout(q), layout(k), sums.transpose(0, 1).contiguous().transpose(0, 1), Mask(), 0.2
         found = op.attention_weights(*args), op.attention_column_sums(*args)
         assert all(map(torch.equal, found, expected)) and found[0].is_contiguous()
+    of_columns = torch.autograd.grad(op.attention_column_sums(*leaves, sums, Mask(), 0.2), leaves, grad[:, :, 0])
+    of_weights = op.attention_weights(*leaves, sums, Mask(), 0.2)
+    assert all(map(torch.equal, of_columns, torch.autograd.grad(of_weights, leaves, grad)))

@@ -11,6 +11,7 @@ from llmkern.attention.triton_configurations import Configuration
 PLANS = {
     "attention": triton_launch.forward, "attention_backward": triton_launch.backward,
     "attention_weights": triton_weights_launch.weights, "attention_column_sums": triton_weights_launch.column_sums,
+    "attention_weights_backward": triton_weights_launch.backward,
     "attention_varlen": triton_varlen_launch.forward, "attention_varlen_backward": triton_varlen_launch.backward,
 }  # fmt: skip
 

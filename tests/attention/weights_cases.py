@@ -13,11 +13,15 @@ from llmkern.attention.mask import Mask
 from tests.attention.cases import differentiable
 
 
-def _function(uniform: bool, plain: Callable[[Tensor], Tensor] | None, made: Callable[..., Tensor]):
+def _function(
+    uniform: bool, plain: Callable[[Tensor], Tensor] | None, made: Callable[..., Tensor], sink_grad: bool = False
+) -> Any:  # fmt: skip
     def function(
         query, key, mask=None, key_lengths=None, causal=False, bottom_right=False, window=(-1, -1), softcap=0.0,
         slopes=None, sink=None, dropout_p=0.0, seed=None,
     ):  # fmt: skip
+        slopes = slopes if slopes is None else slopes.detach()  # they have no gradient
+        sink = sink if sink is None or sink_grad else sink.detach()
         described = Mask(
             mask, key_lengths, slopes, sink, seed, window[0], 0 if causal else window[1], bottom_right, softcap,
             dropout_p if not uniform else 0.0,
@@ -26,15 +30,16 @@ def _function(uniform: bool, plain: Callable[[Tensor], Tensor] | None, made: Cal
         value = query.new_zeros(*key.shape[:3], 1)
         if plain is not None:
             return plain(differentiable(query, key, value, described, scale, uniform)[2])
-        logsumexp = op.attention(query, key, value, described, scale, uniform)[1]
+        with torch.no_grad():  # the weights are functions of query, key, mask and sink alone
+            logsumexp = op.attention(query, key, value, described, scale, uniform)[1]
         return made(query, key, logsumexp, described, scale, uniform)
 
     return function
 
 
-def weights(uniform: bool = False, plain: bool = False) -> Any:
-    """Takes the keyword arguments of `cases.rule`. plain: by torch's own operations."""
-    return _function(uniform, (lambda w: w) if plain else None, op.attention_weights)
+def weights(uniform: bool = False, plain: bool = False, sink_grad: bool = False) -> Any:
+    """Takes what `cases.rule` gives, by keyword. plain: by torch's own operations. sink_grad: as of `cases.attend`."""
+    return _function(uniform, (lambda w: w) if plain else None, op.attention_weights, sink_grad)
 
 
 def column_sums(uniform: bool = False, plain: bool = False) -> Any:
