@@ -60,7 +60,9 @@ def column_sums(
     if any(plain(t) is not t for t in (query, key)):
         return through_copies(lambda *args: column_sums(run, family, *args), 2)
     call = Call(query, key, key, rules)
-    tile = configuration("forward", family, query.element_size(), *call.shape)
+    # Queries in stages of the forward's tiles would not fit into the 64 KB of AMD's blocks.
+    table = "keys" if family.startswith("gfx") else "forward"
+    tile = configuration(table, family, query.element_size(), *call.shape)
     programs = call.programs(call.heads, call.keys, tile.keys)
 
     def launch(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Tensor:

@@ -50,6 +50,20 @@ def test_as_they_would_be_launched(kernel, capability, monkeypatch):
     assert "st.global.v4" in run.ptx[0] or kernel != "attention_weights_kernel"
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_gradients(capability, monkeypatch):
+    """Of query and key, with grouped heads, odd lengths and hidden keys."""
+    run = Emulated(capability)
+    without_values(monkeypatch, run, f"sm_{capability}", SMALL)
+    shape = (1, 2, 1, 37, 51, 32, 1)
+    functions = (weights(plain=plain) for plain in (False, True))
+    rules = {"causal": True, "bottom_right": True}
+    verify(*functions, tensors(shape, torch.bfloat16)[:2], rules).raise_if_failed()
+    assert [name for _, name in run.launched[:3]] == [
+        "attention_weights_kernel", "attention_weights_query_kernel", "attention_weights_key_kernel",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rules(kernel, dtype, monkeypatch):
@@ -90,4 +104,4 @@ def test_the_launchers_name_the_kernels_arguments():
     for launch in launches:
         names = [n for n in triton.function(launch).arg_names if n not in launch.constants]
         assert len(names) == len(launch.arguments) and set(launch.written) <= set(names)
-    assert [x.kernel for x in launches] == list(KERNELS)
+    assert [x.kernel for x in launches] == [*KERNELS, "attention_weights_query_kernel", "attention_weights_key_kernel"]
