@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import peers
+from benchmarks.gpu.call import FLOATS, HALVES, Call, Case, random
+from benchmarks.gpu.packed_calls import packed_cases
 from benchmarks.gpu.steps import Setting
 from llmkern import functional
 from llmkern.attention import op as attention_op
@@ -18,41 +19,15 @@ from llmkern.attention.mask import Mask
 from llmkern.int8 import reference as int8_reference
 from llmkern.positional import reference as positional_reference
 
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FLOATS = {"fp32": torch.float32, **HALVES}
-
-
-@dataclass(frozen=True)
-class Call:
-    """function and plain take `args` and give the same; plain also in float64. gradients: also of the inputs."""
-
-    function: Callable[..., Any]
-    plain: Callable[..., Any]
-    args: tuple[Any, ...]
-    gradients: bool = False
-
-
-@dataclass(frozen=True)
-class Case:
-    """make: builds the tensors, when the case's turn has come."""
-
-    operator: str
-    name: str
-    make: Callable[[], Call]
-
 
 def cases(setting: Setting, small: bool = False) -> Iterator[Case]:
     """small: of compute-sanitizer, which slows a kernel down a hundred times."""
     small = small or setting.tiny
     yield from _attention(setting, small)
+    yield from packed_cases(setting, small)
     yield from _decode(setting, small)
     yield from _positional(setting, small)
     yield from _int8(setting, small)
-
-
-def _random(setting: Setting, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator(setting.device).manual_seed(setting.seed + sum(shape))
-    return torch.randn(shape, generator=generator, device=setting.device).to(dtype)
 
 
 def _attention(setting: Setting, small: bool) -> Iterator[Case]:
@@ -80,18 +55,18 @@ def _attention(setting: Setting, small: bool) -> Iterator[Case]:
 
 def attention(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, rule: str, gradients: bool) -> Call:
     b, h, hkv, sq, sk, d = shape
-    args = tuple(_random(setting, b, n, s, d, dtype=dtype) for n, s in ((h, sq), (hkv, sk), (hkv, sk)))
+    args = tuple(random(setting, b, n, s, d, dtype=dtype) for n, s in ((h, sq), (hkv, sk), (hkv, sk)))
     on = {"device": setting.device}
     described = {
         "all": lambda: Mask(),
         "causal": lambda: Mask(window_right=0),
         "window": lambda: Mask(window_left=100, window_right=0, bottom_right=True),
         "lengths": lambda: Mask(key_lengths=torch.tensor([sk - 3] * b, **on)),
-        "mask": lambda: Mask(_random(setting, 1, 1, sq, sk) > -1.0),
-        "bias": lambda: Mask(_random(setting, 1, h, sq, sk, dtype=dtype)),
+        "mask": lambda: Mask(random(setting, 1, 1, sq, sk) > -1.0),
+        "bias": lambda: Mask(random(setting, 1, h, sq, sk, dtype=dtype)),
         "softcap": lambda: Mask(softcap=20.0, window_right=0),
         "slopes": lambda: Mask(alibi_slopes=2.0 ** -torch.arange(1.0, h + 1, **on), window_right=0),
-        "sink": lambda: Mask(learnable_sink=_random(setting, h)),
+        "sink": lambda: Mask(learnable_sink=random(setting, h)),
         "dropout": lambda: Mask(dropout_p=0.1, dropout_seed=torch.tensor(7), window_right=0),
     }[rule]()
     scale = d**-0.5
@@ -122,7 +97,7 @@ def decode(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, kind: s
     b, h, hkv, size, d, new = shape
     page = 16
     places = (b * size // page, page) if "paged" in kind else (b, size)
-    caches = [_random(setting, *places, hkv, d, dtype=dtype) for _ in range(2)]
+    caches = [random(setting, *places, hkv, d, dtype=dtype) for _ in range(2)]
     scales: list[Tensor | None] = [None, None]
     if "int8" in kind:
         scales = [c.float().abs().amax(-1) / 127 for c in caches]
@@ -133,7 +108,7 @@ def decode(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, kind: s
         table = table.int().to(setting.device)
     lengths = torch.tensor([(size - new) * (i + 1) // b for i in range(b)], dtype=torch.int32, device=setting.device)
     cos, sin = (t.to(setting.device) for t in positional_reference.rotary_table(size, d, 10000.0))
-    q, k, v = (_random(setting, b, new, n, d, dtype=dtype) for n in (h, hkv, hkv))
+    q, k, v = (random(setting, b, new, n, d, dtype=dtype) for n in (h, hkv, hkv))
     scale, floating = d**-0.5, "int8" not in kind
 
     def ours(q: Tensor, kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *scales: Any) -> Any:
@@ -169,7 +144,7 @@ def _positional(setting: Setting, small: bool) -> Iterator[Case]:
 
 
 def rotary(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, interleaved: bool) -> Call:
-    q, k = _random(setting, *shape, dtype=dtype), _random(setting, *shape, dtype=dtype)
+    q, k = random(setting, *shape, dtype=dtype), random(setting, *shape, dtype=dtype)
     cos, sin = (t.to(setting.device) for t in positional_reference.rotary_table(shape[2], shape[3], 10000.0))
 
     def ours(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -182,7 +157,7 @@ def rotary(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, interle
 
 
 def sinusoidal(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, dropout_p: float) -> Call:
-    x = _random(setting, *shape, dtype=dtype)
+    x = random(setting, *shape, dtype=dtype)
     pe = positional_reference.sinusoidal_table(shape[0], shape[2]).to(setting.device)
 
     def ours(x: Tensor) -> Tensor:
@@ -223,10 +198,10 @@ def int8_linear(
     rows, depth, outputs = shape
     options = SCHEMES[scheme]
     group, rotate = options.get("group", 0), options.get("rotate", 1)
-    x = _random(setting, rows, depth, dtype=dtype)
+    x = random(setting, rows, depth, dtype=dtype)
     x[:, depth // 3] *= 20  # a channel of outliers
-    weight, scale = int8_reference.quantize_weight(_random(setting, outputs, depth) * depth**-0.5, group)
-    bias = _random(setting, outputs)
+    weight, scale = int8_reference.quantize_weight(random(setting, outputs, depth) * depth**-0.5, group)
+    bias = random(setting, outputs)
     static = torch.tensor([0.1, 3.0], device=setting.device) if scheme == "static" else None
 
     def ours(x: Tensor) -> Tensor:

@@ -12,8 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from llmkern.attention.triton_configurations import FEW_KEYS, FEW_QUERIES
+from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
     bend,
+    exponents,
     kept,
     key_tiles,
     load_rows,
@@ -24,8 +27,17 @@ from llmkern.attention.triton_rules import (
 #: Arguments for whose values no kernel is compiled anew.
 PLAIN = [
     "heads", "group", "queries", "keys", "left", "right", "seed", "drop_below", "m_b", "m_h", "m_q", "m_k", "lengths_b",
-    "slopes_b", "slopes_h", "rows",
+    "slopes_b", "slopes_h", "rows", "sequences",
 ]  # fmt: skip
+
+
+_FEW_QUERIES, _FEW_KEYS = tl.constexpr(FEW_QUERIES), tl.constexpr(FEW_KEYS)
+
+
+@triton.jit
+def few(queries, keys):
+    """Whether delta of a sequence is summed over the weights, as triton_launch.from_weights has it."""
+    return (queries <= _FEW_QUERIES) | (keys <= _FEW_KEYS)
 
 
 @triton.jit
@@ -109,34 +121,32 @@ def attention_statistics_kernel(
     query, key, value, output, grad_output, logsumexp, grad_logsumexp, statistics, mask, key_lengths, slopes,
     sink, seed, rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, g_b, g_h, g_s, m_b, m_h, m_q, m_k,
-    lengths_b, slopes_b, slopes_h,
+    lengths_b, slopes_b, slopes_h, query_bounds, key_bounds, sequences,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
-    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr, ADDED: tl.constexpr,
-    FROM_WEIGHTS: tl.constexpr,
+    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    ADDED: tl.constexpr, FROM_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """statistics (4, B, H, Sq) float32: the log-sum-exp as an exponent of 2, its part and the rest; delta, the sum of
     weight times gradient; the log-sum-exp's gradient (with ADDED).
 
-    delta is the product of output and gradient or, FROM_WEIGHTS, summed over the weights themselves, which the rounding
-    of the output does not reach. Grid: (B * H * blocks of BLOCK_M queries,).
+    delta is the product of output and gradient or, FROM_WEIGHTS and in PACKED sequences that are `few`, summed over the
+    weights themselves, which the rounding of the output does not reach. Grid: (B * H * blocks of BLOCK_M queries,).
     """
-    program = tl.program_id(0)
-    blocks = tl.cdiv(queries, BLOCK_M)
-    start, bh = program % blocks * BLOCK_M, program // blocks
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    first_of_head = bh.to(tl.int64) * queries
+    all_queries = queries
+    b, h, bh, line, block, blocks, first_query, first_key, queries, keys = locate(
+        queries, keys, heads, query_bounds, key_bounds, sequences, BLOCK_M, False, PACKED
+    )
+    if PACKED:  # noqa: SIM102 (known to the compiler)
+        if block >= blocks:
+            return
+    start = block * BLOCK_M
+    first_of_head = line.to(tl.int64) * all_queries + first_query
     row = start + tl.arange(0, BLOCK_M)
     there = row < queries
     sums = tl.load(logsumexp + first_of_head + row, mask=there, other=0.0)
-    exponent = sums * 1.4426950408889634
-    high = exponent.to(tl.float32)
-    low = (exponent - high.to(tl.float64)).to(tl.float32)
-    # A row that saw nothing has weights 0, whatever its scores; one whose scores are infinite has NaN.
-    infinite = tl.abs(high) == float("inf")
-    high = tl.where(infinite, tl.where(high < 0.0, float("inf"), float("nan")), high)
-    low = tl.where(infinite, 0.0, low)
+    high, low = exponents(sums)
     place = statistics + first_of_head + row
     rows = tl.cast(rows, tl.int64)
     tl.store(place, high, mask=there)
@@ -144,21 +154,27 @@ def attention_statistics_kernel(
     if ADDED:
         added = tl.load(grad_logsumexp + first_of_head + row, mask=there, other=0.0)
         tl.store(place + 3 * rows, added.to(tl.float32), mask=there)
-    grad = load_rows(grad_output + b * g_b + h * g_h, g_s, start, queries, DV, BLOCK_DV, BLOCK_M, True)
-    if FROM_WEIGHTS:
+    of_grad = grad_output + b * g_b + h * g_h + first_query * g_s
+    grad = load_rows(of_grad, g_s, start, queries, DV, BLOCK_DV, BLOCK_M, True)
+    weighed = FROM_WEIGHTS
+    if PACKED and not FROM_WEIGHTS:
+        weighed = few(queries, keys)
+    if weighed:
         keys, diagonal = sequence(key_lengths, b, lengths_b, queries, keys, LENGTHS, BOTTOM_RIGHT)
         slope = slope_of(slopes, b, h, slopes_b, slopes_h, ALIBI)
         limits = (queries, keys, diagonal, left, right)
         numbers = (scale, unit, softcap, slope)
         dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
-        q = load_rows(query + b * q_b + h * q_h, q_s, start, queries, D, BLOCK_D, BLOCK_M, True)
+        of_keys = key + b * k_b + h // group * k_h + first_key * k_s
+        of_values = value + b * v_b + h // group * v_h + first_key * v_s
+        q = load_rows(query + b * q_b + h * q_h + first_query * q_s, q_s, start, queries, D, BLOCK_D, BLOCK_M, True)
         last = tl.minimum(start + BLOCK_M, queries) - 1
         tiles = key_tiles(start, last, limits, LEFT, RIGHT, BLOCK_N)
         delta = tl.zeros((BLOCK_M,), tl.float32)
         nothing = tl.zeros((BLOCK_M,), tl.float32)
         for first in range(tiles[0], tiles[3], BLOCK_N):
-            k = load_rows(key + b * k_b + h // group * k_h, k_s, first, keys, D, BLOCK_D, BLOCK_N, True)
-            v = load_rows(value + b * v_b + h // group * v_h, v_s, first, keys, DV, BLOCK_DV, BLOCK_N, True)
+            k = load_rows(of_keys, k_s, first, keys, D, BLOCK_D, BLOCK_N, True)
+            v = load_rows(of_values, v_s, first, keys, DV, BLOCK_DV, BLOCK_N, True)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             found = gradients(
@@ -168,6 +184,7 @@ def attention_statistics_kernel(
             )  # fmt: skip
             delta += tl.sum(found[4], 1)
     else:
-        out = load_rows(output + b * o_b + h * o_h, o_s, start, queries, DV, BLOCK_DV, BLOCK_M, True)
+        of_out = output + b * o_b + h * o_h + first_query * o_s
+        out = load_rows(of_out, o_s, start, queries, DV, BLOCK_DV, BLOCK_M, True)
         delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     tl.store(place + 2 * rows, delta, mask=there)

@@ -11,6 +11,7 @@ from llmkern.attention.triton_backward import (
     gradients,
     load_statistics,
 )
+from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
     add_exactly,
     all_finite,
@@ -85,7 +86,7 @@ def _key_rows(
     for member in range(group):
         q = (query[0] + member * query[5], query[1], query[2], query[3], query[4] + member)
         g = (grad_output[0] + member * grad_output[5], grad_output[1], grad_output[2], grad_output[3], q[4])
-        of_rows = (statistics[0] + tl.cast(member, tl.int64) * queries, statistics[1])
+        of_rows = (statistics[0] + member * statistics[2], statistics[1])
         mask = (dense[0] + member * dense[3], dense[1], dense[2])
         drop = (seed, first_head + member, drop_below)
         slope = 0.0
@@ -126,7 +127,7 @@ def _key_rows(
         for member in range(group):
             for first in range(0, queries, BLOCK_M):
                 row = first + tl.arange(0, BLOCK_M)
-                of_row = statistics[0] + tl.cast(member, tl.int64) * queries + row
+                of_row = statistics[0] + member * statistics[2] + row
                 empty = tl.load(of_row, mask=row < queries, other=0.0) == float("inf")
                 if tl.max(tl.where(empty, 1, 0), 0) > 0:
                     grad = load_rows(
@@ -146,21 +147,23 @@ def attention_backward_key_kernel(
     slopes, sink, seed,
     rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s, m_b, m_h, m_q, m_k,
-    lengths_b, slopes_b, slopes_h,
+    lengths_b, slopes_b, slopes_h, query_bounds, key_bounds, sequences,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
-    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr, ADDED: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    ADDED: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The gradients of key (B, Hkv, Sk, D) and value (B, Hkv, Sk, DV). DESCRIBED: query_rows and grad_rows are
     descriptors of query and grad_output with blocks of (1, 1, BLOCK_M, BLOCK_D) and (1, 1, BLOCK_M, BLOCK_DV). Grid:
     (B * Hkv * blocks of BLOCK_N keys,)."""
-    program = tl.program_id(0)
-    blocks = tl.cdiv(keys, BLOCK_N)
-    block, bh = program % blocks, program // blocks
-    kv_heads = heads // group
-    b, kv_h = (bh // kv_heads).to(tl.int64), (bh % kv_heads).to(tl.int64)
+    all_queries = tl.cast(queries, tl.int64)
+    b, kv_h, bh, line, block, blocks, first_query, first_key, queries, keys = locate(
+        queries, keys, heads // group, query_bounds, key_bounds, sequences, BLOCK_N, True, PACKED
+    )
+    if PACKED:  # noqa: SIM102 (known to the compiler)
+        if block >= blocks:
+            return
     h = kv_h * group
     first_head = bh * group
     all_keys = keys
@@ -171,13 +174,13 @@ def attention_backward_key_kernel(
     dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64), m_h)
     dropout = (tl.cast(seed, tl.int64), drop_below)
     at = (b.to(tl.int32), h.to(tl.int32))
-    q = (query + b * q_b + h * q_h, q_s, query_rows, at[0], at[1], tl.cast(q_h, tl.int64))
-    k = (key + b * k_b + kv_h * k_h, k_s)
-    v = (value + b * v_b + kv_h * v_h, v_s)
-    g = (grad_output + b * g_b + h * g_h, g_s, grad_rows, at[0], at[1], tl.cast(g_h, tl.int64))
-    dk = (grad_key + b * dk_b + kv_h * dk_h, dk_s)
-    dv = (grad_value + b * dv_b + kv_h * dv_h, dv_s)
-    of_rows = (statistics + first_head.to(tl.int64) * queries, rows)
+    q = (query + b * q_b + h * q_h + first_query * q_s, q_s, query_rows, at[0], at[1], tl.cast(q_h, tl.int64))
+    k = (key + b * k_b + kv_h * k_h + first_key * k_s, k_s)
+    v = (value + b * v_b + kv_h * v_h + first_key * v_s, v_s)
+    g = (grad_output + b * g_b + h * g_h + first_query * g_s, g_s, grad_rows, at[0], at[1], tl.cast(g_h, tl.int64))
+    dk = (grad_key + b * dk_b + kv_h * dk_h + first_key * dk_s, dk_s)
+    dv = (grad_value + b * dv_b + kv_h * dv_h + first_key * dv_s, dv_s)
+    of_rows = (statistics + (line * group).to(tl.int64) * all_queries + first_query, rows, all_queries)
     of_heads = (slopes + b * slopes_b + h * slopes_h, slopes_h)
     start = block * BLOCK_N
     finite = _key_rows(

@@ -8,9 +8,11 @@ import triton.language as tl
 
 from llmkern.attention.triton_backward import (
     PLAIN,
+    few,
     gradients,
     load_statistics,
 )
+from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
     add_exactly,
     all_finite,
@@ -70,7 +72,8 @@ def _query_rows(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr, MASK_GRAD: tl.constexpr,
-    CENTRE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, DESCRIBED: tl.constexpr,
+    CENTRE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Computes and stores the gradient of the queries from `start`; whether all of it is finite."""
     queries = limits[0]
@@ -109,7 +112,8 @@ def _query_rows(
         k = load_rows(key[0], key[1], begin, limits[1], D, BLOCK_D, BLOCK_N, True).to(tl.float32)
         centre = tl.sum(k, 0) / tl.maximum(tl.minimum(limits[1] - begin, BLOCK_N), 1).to(tl.float32)
         centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
-        acc = acc - tl.sum(rest, 1)[:, None] * centre[None, :]
+        centred = acc - tl.sum(rest, 1)[:, None] * centre[None, :]
+        acc = tl.where(few(queries, limits[1]), acc, centred) if PACKED else centred
     acc = acc * numbers[0]
     store_rows(grad_query[0], grad_query[1], start, queries, acc, D, BLOCK_D, BLOCK_M)
     return all_finite(acc)
@@ -121,24 +125,26 @@ def attention_backward_query_kernel(
     slopes, sink, seed,
     rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dq_b, dq_h, dq_s, m_b, m_h, m_q, m_k,
-    lengths_b, slopes_b, slopes_h,
+    lengths_b, slopes_b, slopes_h, query_bounds, key_bounds, sequences,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
-    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr, ADDED: tl.constexpr,
-    MASK_GRAD: tl.constexpr, CENTRE: tl.constexpr, DESCRIBED: tl.constexpr,
+    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    ADDED: tl.constexpr, MASK_GRAD: tl.constexpr, CENTRE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of query (B, H, Sq, D) and, with MASK_GRAD, that of the scores, (B, H, Sq, Sk) float32, where a
-    query may see a key. CENTRE: delta comes from the rounded output, without sinks and soft cap. DESCRIBED:
-    as of attention_forward_kernel. Grid: (B * H * blocks of BLOCK_M queries,)."""
-    program = tl.program_id(0)
-    blocks = tl.cdiv(queries, BLOCK_M)
-    block, bh = program % blocks, program // blocks
+    query may see a key. CENTRE: delta comes from the rounded output, without sinks and soft cap; PACKED: of sequences
+    that are not `few`. DESCRIBED: as of attention_forward_kernel. Grid: (B * H * blocks of BLOCK_M queries,)."""
+    all_queries, keys_apart = queries, tl.cast(keys, tl.int64)
+    b, h, bh, line, block, blocks, first_query, first_key, queries, keys = locate(
+        queries, keys, heads, query_bounds, key_bounds, sequences, BLOCK_M, False, PACKED
+    )
+    if PACKED:  # noqa: SIM102 (known to the compiler)
+        if block >= blocks:
+            return
     if RIGHT:
         block = blocks - 1 - block  # the longest first
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     kv_h = h // group
-    keys_apart = tl.cast(keys, tl.int64)
     of_head = grad_scores + bh.to(tl.int64) * queries * keys_apart
     keys, diagonal = sequence(key_lengths, b, lengths_b, queries, keys, LENGTHS, BOTTOM_RIGHT)
     slope = slope_of(slopes, b, h, slopes_b, slopes_h, ALIBI)
@@ -146,18 +152,18 @@ def attention_backward_query_kernel(
     numbers = (scale, unit, softcap, slope)
     dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
     dropout = (tl.cast(seed, tl.int64), bh, drop_below)
-    q = (query + b * q_b + h * q_h, q_s)
+    q = (query + b * q_b + h * q_h + first_query * q_s, q_s)
     at = (b.to(tl.int32), kv_h.to(tl.int32))
-    k = (key + b * k_b + kv_h * k_h, k_s, key_rows, at[0], at[1])
-    v = (value + b * v_b + kv_h * v_h, v_s, value_rows, at[0], at[1])
-    g = (grad_output + b * g_b + h * g_h, g_s)
-    dq = (grad_query + b * dq_b + h * dq_h, dq_s)
-    of_rows = (statistics + bh.to(tl.int64) * queries, rows)
+    k = (key + b * k_b + kv_h * k_h + first_key * k_s, k_s, key_rows, at[0], at[1])
+    v = (value + b * v_b + kv_h * v_h + first_key * v_s, v_s, value_rows, at[0], at[1])
+    g = (grad_output + b * g_b + h * g_h + first_query * g_s, g_s)
+    dq = (grad_query + b * dq_b + h * dq_h + first_query * dq_s, dq_s)
+    of_rows = (statistics + line.to(tl.int64) * all_queries + first_query, rows)
     start = block * BLOCK_M
     finite = _query_rows(
         start, q, g, dq, k, v, of_rows, of_head, keys_apart, limits, numbers, dense, dropout, keep_scale, D, DV,
         BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, MASK_GRAD,
-        CENTRE, PRECISION, False, DESCRIBED,
+        CENTRE, PACKED, PRECISION, False, DESCRIBED,
     )  # fmt: skip
     if HIDES:  # noqa: SIM102 (known to the compiler)
         if not finite:
@@ -166,5 +172,5 @@ def attention_backward_query_kernel(
                 _query_rows(
                     again, q, g, dq, k, v, of_rows, of_head, keys_apart, limits, numbers, dense, dropout, keep_scale,
                     D, DV, BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED,
-                    MASK_GRAD, CENTRE, PRECISION, True, False,
+                    MASK_GRAD, CENTRE, PACKED, PRECISION, True, False,
                 )  # fmt: skip

@@ -68,8 +68,8 @@ POINTERS: dict[str, dict[str, _Lines]] = {
     "queries": {"sm_90": _QUERIES_POINTERS, "sm_100": _QUERIES_POINTERS},
     "keys": {"sm_90": _KEYS_POINTERS, "sm_100": (_KEYS_100[0], *_KEYS_POINTERS[1:])},
 }
-#: Of the rows' statistics, everywhere: they are read once.
-STATISTICS = ((128, _C(64, 32, 4, 1)), (256, _C(32, 32, 4, 1)))
+#: Of the rows' statistics, everywhere: they are read once. Sums over the weights, of 32 keys of the widest heads, spill.
+STATISTICS = ((128, _C(64, 32, 4, 1)), (256, _C(32, 16, 4, 1)))
 #: With rules that need registers of their own (soft cap, slopes, dense masks, dropout), everywhere.
 RULES = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
 
@@ -96,6 +96,9 @@ def configuration(
         lines = _FLOAT32 if itemsize == 4 else RULES
     return next(found for widest, found in lines if width <= widest)
 
+
+#: The gradients sum delta over the weights themselves for up to so many queries or keys, where that costs little.
+FEW_QUERIES, FEW_KEYS = 24, 128
 
 #: Of the attention on a cache: 16 rows to a tile everywhere, and what many blocks of a processor can hold of keys.
 DECODE: dict[str, _Lines] = {

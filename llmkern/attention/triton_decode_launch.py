@@ -13,8 +13,9 @@ from llmkern import overlap, triton
 from llmkern.attention import cache
 from llmkern.attention.compiled.params import as_sink, plain, through_copies
 from llmkern.attention.cuda_decode import ROWS, pieces, processors
+from llmkern.attention.triton_call import LOG2E, MOST_WINDOW, WIDEST, padded
 from llmkern.attention.triton_configurations import decode_configuration
-from llmkern.attention.triton_launch import LOG2E, MOST_WINDOW, TARGETS, WIDEST, family_of, padded, unsupported
+from llmkern.attention.triton_launch import TARGETS, family_of, unsupported
 from llmkern.backend import Backend
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
     add_exactly,
     all_finite,
@@ -126,18 +127,18 @@ def _rows(
 @triton.jit(
     do_not_specialize=[
         "heads", "group", "queries", "keys", "left", "right", "seed", "drop_below", "m_b", "m_h", "m_q", "m_k",
-        "lengths_b",
-        "slopes_b", "slopes_h",
+        "lengths_b", "slopes_b", "slopes_h", "sequences",
     ]
 )  # fmt: skip
 def attention_forward_kernel(
     query, key, value, key_rows, value_rows, output, logsumexp, mask, key_lengths, slopes, sink, seed,
     heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, m_b, m_h, m_q, m_k, lengths_b, slopes_b, slopes_h,
+    query_bounds, key_bounds, sequences,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
-    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr,
+    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The output (B, H, Sq, DV) and the log-sum-exp (B, H, Sq) float64 of attention.
@@ -146,14 +147,19 @@ def attention_forward_kernel(
     dimension of query, key, value and output is contiguous. unit: of `bend`, log2(e) with BEND and scale * log2(e)
     without. HIDES: some rule may hide a key from a query, so that results that are not
     finite are made again without it. DESCRIBED: key_rows and value_rows are descriptors of key and value with blocks of
-    (1, 1, BLOCK_N, BLOCK_D) and (1, 1, BLOCK_N, BLOCK_DV); else they are not looked at.
+    (1, 1, BLOCK_N, BLOCK_D) and (1, 1, BLOCK_N, BLOCK_DV); else they are not looked at. PACKED: sequences end to end,
+    never DESCRIBED, `queries` and `keys` those of all of them, the log-sum-exp (H, queries), the strides of batches 0
+    (triton_packed.py).
     """
-    program = tl.program_id(0)
-    blocks = tl.cdiv(queries, BLOCK_M)
-    block, bh = program % blocks, program // blocks
+    all_queries = queries
+    b, h, bh, line, block, blocks, first_query, first_key, queries, keys = locate(
+        queries, keys, heads, query_bounds, key_bounds, sequences, BLOCK_M, False, PACKED
+    )
+    if PACKED:  # noqa: SIM102 (known to the compiler)
+        if block >= blocks:
+            return
     if RIGHT:
         block = blocks - 1 - block  # the longest first
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     kv_h = h // group
     all_keys = keys
     keys, diagonal = sequence(key_lengths, b, lengths_b, queries, keys, LENGTHS, BOTTOM_RIGHT)
@@ -162,12 +168,12 @@ def attention_forward_kernel(
     numbers = (scale, unit, softcap, slope)
     dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
     dropout = (tl.cast(seed, tl.int64), bh, drop_below)
-    q = (query + b * q_b + h * q_h, q_s)
+    q = (query + b * q_b + h * q_h + first_query * q_s, q_s)
     at = (b.to(tl.int32), kv_h.to(tl.int32))
-    k = (key + b * k_b + kv_h * k_h, k_s, key_rows, at[0], at[1])
-    v = (value + b * v_b + kv_h * v_h, v_s, value_rows, at[0], at[1])
-    o = (output + b * o_b + h * o_h, o_s)
-    lse = logsumexp + bh.to(tl.int64) * queries
+    k = (key + b * k_b + kv_h * k_h + first_key * k_s, k_s, key_rows, at[0], at[1])
+    v = (value + b * v_b + kv_h * v_h + first_key * v_s, v_s, value_rows, at[0], at[1])
+    o = (output + b * o_b + h * o_h + first_query * o_s, o_s)
+    lse = logsumexp + line.to(tl.int64) * all_queries + first_query
     start = block * BLOCK_M
     finite = _rows(
         start, q, k, v, o, lse, sink + h, all_keys, limits, numbers, dense, dropout, keep_scale, D, DV, BLOCK_D,

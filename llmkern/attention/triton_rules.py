@@ -181,6 +181,20 @@ def bend(
 
 
 @triton.jit
+def exponents(sums):
+    """What to subtract from exponents of 2 for weights, of float64 log-sum-exps: a part in float32, and the rest.
+
+    A row that saw nothing has weights 0, whatever its scores; one whose scores are infinite has NaN.
+    """
+    exponent = sums * 1.4426950408889634
+    high = exponent.to(tl.float32)
+    low = (exponent - high.to(tl.float64)).to(tl.float32)
+    infinite = tl.abs(high) == float("inf")
+    high = tl.where(infinite, tl.where(high < 0.0, float("inf"), float("nan")), high)
+    return high, tl.where(infinite, 0.0, low)
+
+
+@triton.jit
 def kept(first_row, first_col, dropout, ROWS: tl.constexpr, COLS: tl.constexpr):
     """(ROWS, COLS): which weights stay. Weight (i, j) is word j % 4 of Philox4x32-10 at (j // 4, i, head, 0); first_col
     is a multiple of 4 (Salmon et al. 2011; llmkern/random.py)."""

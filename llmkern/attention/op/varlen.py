@@ -11,6 +11,7 @@ from llmkern import autocast, check
 from llmkern.attention import compiled, reference
 from llmkern.attention.mask import SCORE_RULES, window
 from llmkern.attention.op import checks, second
+from llmkern.attention.triton_varlen_launch import TRITON_VARLEN, TRITON_VARLEN_BACKWARD
 from llmkern.backend import Operator, reference_backend
 from llmkern.operator import check_types, define, is_compiling, refuse_forward_ad
 from llmkern.random import seed_tensor
@@ -50,8 +51,9 @@ def attention_varlen(
     (N, H), "bottom_right" is the corner of the sequence, and dropout draws the numbers that the same sequences have as
     rows of a padded batch with causal_alignment "top_left".
 
-    Raises TypeError for a wrong type or dtype, ValueError for wrong shapes, devices, options or bounds. Names and
-    layout are those of flash-attention's flash_attn_varlen_func (Dao 2023).
+    Raises TypeError for a wrong type or dtype, ValueError for wrong shapes, devices, options or bounds. Triton's
+    kernels do not wait for bounds that lie on a GPU: wrong ones give wrong results there, and tokens behind the last
+    bound zeros. Names and layout are those of flash-attention's flash_attn_varlen_func (Dao 2023).
     """
     refuse_forward_ad("attention_varlen", query, key, value, learnable_sink)
     for name, t in (("query", query), ("key", key), ("value", value)):
@@ -138,6 +140,7 @@ _VARLEN = Operator(
     _check,
     _example,
     cpu=[compiled.CPU_VARLEN, reference_backend(reference.attention_varlen)],
+    cuda=[TRITON_VARLEN, reference_backend(reference.attention_varlen)],
     other=[reference_backend(reference.attention_varlen)],
 )
 _BACKWARD = Operator(
@@ -145,6 +148,7 @@ _BACKWARD = Operator(
     _check_backward,
     _example_backward,
     cpu=[compiled.CPU_VARLEN_BACKWARD, reference_backend(reference.attention_varlen_backward)],
+    cuda=[TRITON_VARLEN_BACKWARD, reference_backend(reference.attention_varlen_backward)],
     other=[reference_backend(reference.attention_varlen_backward)],
 )
 

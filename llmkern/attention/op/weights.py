@@ -15,6 +15,7 @@ from llmkern.attention.layout import empty_in_order
 from llmkern.attention.mask import RULE_COUNT, RULES, Mask
 from llmkern.attention.op import checks, second
 from llmkern.attention.op.dense import CAUSAL, fake_mask_grad, fake_sink_grad
+from llmkern.attention.triton_weights_launch import TRITON_COLUMN_SUMS, TRITON_WEIGHTS, TRITON_WEIGHTS_BACKWARD
 from llmkern.backend import Operator, reference_backend
 from llmkern.operator import call_key, define, dispatch, is_compiling, is_plain, refuse_forward_ad, short_autograd
 
@@ -70,6 +71,7 @@ _WEIGHTS = Operator(
     _check_weights,
     _example,
     cpu=[compiled.CPU_ATTENTION_WEIGHTS, reference_backend(reference.attention_weights)],
+    cuda=[TRITON_WEIGHTS, reference_backend(reference.attention_weights)],
     other=[reference_backend(reference.attention_weights)],
 )
 _BACKWARD = Operator(
@@ -77,6 +79,7 @@ _BACKWARD = Operator(
     _check_weights_backward,
     _example_backward,
     cpu=[compiled.CPU_ATTENTION_WEIGHTS_BACKWARD, reference_backend(reference.attention_weights_backward)],
+    cuda=[TRITON_WEIGHTS_BACKWARD, reference_backend(reference.attention_weights_backward)],
     other=[reference_backend(reference.attention_weights_backward)],
 )
 _COLUMN_SUMS = Operator(
@@ -84,6 +87,7 @@ _COLUMN_SUMS = Operator(
     _check_weights,
     _example,
     cpu=[compiled.CPU_COLUMN_SUMS, reference_backend(reference.attention_column_sums)],
+    cuda=[TRITON_COLUMN_SUMS, reference_backend(reference.attention_column_sums)],
     other=[reference_backend(reference.attention_column_sums)],
 )
 
