@@ -66,7 +66,7 @@ _KEYS_POINTERS = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 8, 1)), (256, _C(32, 
 POINTERS: dict[str, dict[str, _Lines]] = {
     "forward": {"sm_90": _FORWARD_POINTERS, "sm_100": _FORWARD_POINTERS},
     "queries": {"sm_90": _QUERIES_POINTERS, "sm_100": _QUERIES_POINTERS},
-    "keys": {"sm_90": _KEYS_POINTERS, "sm_100": ((64, _C(32, 64, 8, 1)), *_KEYS_POINTERS[1:])},
+    "keys": {"sm_90": _KEYS_POINTERS, "sm_100": (_KEYS_100[0], *_KEYS_POINTERS[1:])},
 }
 #: Of the rows' statistics, everywhere: they are read once.
 STATISTICS = ((128, _C(64, 32, 4, 1)), (256, _C(32, 32, 4, 1)))
