@@ -129,8 +129,10 @@ class Call:
 
 
 def may_describe(family: str, call: Call, *tensors: Tensor) -> bool:
-    """Whether the kernels read these tensors through descriptors, where their addresses allow it. (Those of a batch know
-    nothing of where a sequence ends that lies in front of another.)"""
+    """Whether the kernels read these tensors through descriptors, where their addresses allow it.
+
+    A descriptor of all tokens knows nothing of where one of several sequences in it ends.
+    """
     usual = family in DESCRIBED and tensors[0].element_size() == 2 and not call.shape[1] and call.sequences is None
     return usual and all(map(triton.describable, tensors))
 

@@ -234,7 +234,7 @@ def examples(
     yield from made
 
 
-def described(launch: triton.Launch, width: int) -> str:
+def label(launch: triton.Launch, width: int) -> str:
     """What the inspector calls the configuration of a launch in bfloat16."""
     tile = f"{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_N']}"
     return f"bf16, D={width}, {tile}, {launch.options['num_warps']} warps, {launch.options['num_stages']} stages"
@@ -250,4 +250,4 @@ def compilations() -> Iterator[Compilation]:
         for launch in examples(name, torch.bfloat16, width, pointers=pointers):
             if pointers and "DESCRIBED" not in launch.constants:
                 continue
-            yield Compilation.of(launch, described(launch, width) + (", pointers" if pointers else ""), targets)
+            yield Compilation.of(launch, label(launch, width) + (", pointers" if pointers else ""), targets)

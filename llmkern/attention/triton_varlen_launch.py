@@ -135,4 +135,4 @@ def compilations() -> Iterator[Compilation]:
 
     for (name, targets), width in itertools.product(TARGETS.items(), (64, 128, 256)):
         for launch in examples(name, torch.bfloat16, width):
-            yield Compilation.of(launch, f"{triton_launch.described(launch, width)}, packed", targets)
+            yield Compilation.of(launch, f"{triton_launch.label(launch, width)}, packed", targets)

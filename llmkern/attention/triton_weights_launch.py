@@ -18,7 +18,7 @@ from llmkern.attention.compiled.params import plain, through_copies
 from llmkern.attention.mask import Mask
 from llmkern.attention.triton_call import Call, options
 from llmkern.attention.triton_configurations import configuration
-from llmkern.attention.triton_launch import TARGETS, described, family_of, limits, unsupported
+from llmkern.attention.triton_launch import TARGETS, family_of, label, limits, unsupported
 from llmkern.backend import Backend
 
 if TYPE_CHECKING:
@@ -173,4 +173,4 @@ def compilations() -> Iterator[Compilation]:
 
     for (name, targets), width in itertools.product(TARGETS.items(), (64, 128, 256)):
         for launch in examples(name, torch.bfloat16, width):
-            yield Compilation.of(launch, described(launch, width), targets)
+            yield Compilation.of(launch, label(launch, width), targets)
