@@ -68,7 +68,7 @@ POINTERS: dict[str, dict[str, _Lines]] = {
     "queries": {"sm_90": _QUERIES_POINTERS, "sm_100": _QUERIES_POINTERS},
     "keys": {"sm_90": _KEYS_POINTERS, "sm_100": (_KEYS_100[0], *_KEYS_POINTERS[1:])},
 }
-#: Of the rows' statistics, everywhere: they are read once. (Sums over the weights of 32 keys of the widest heads spill.)
+#: Of the rows' statistics, everywhere: they are read once. (Sums over weights of 32 keys of the widest heads spill.)
 STATISTICS = ((128, _C(64, 32, 4, 1)), (256, _C(32, 16, 4, 1)))
 #: With rules that need registers of their own (soft cap, slopes, dense masks, dropout), everywhere.
 RULES = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))

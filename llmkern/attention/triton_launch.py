@@ -59,7 +59,7 @@ def forward(
         logsumexp = torch.empty(query.shape[:3], dtype=torch.float64, device=query.device)
         described = may and triton.aligned(key, value)
         tile = tiles[described]
-        programs = call.batch * call.heads * -(-call.queries // tile.queries)
+        programs = call.programs(call.heads, call.queries, tile.queries)
         if programs:
             arguments = (
                 query, key, value, *call.descriptors(described, tile.keys, key, value), output, logsumexp,
