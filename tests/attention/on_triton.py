@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from llmkern import backend, triton
-from llmkern.attention import triton_launch
+from llmkern.attention import triton_int8_launch, triton_launch
 from llmkern.attention.triton_configurations import Configuration
+
+PLANS = {
+    "attention": triton_launch.forward, "attention_backward": triton_launch.backward,
+    "attention_int8": triton_int8_launch.attention,
+}  # fmt: skip
 
 
 def serve(monkeypatch: Any, run: triton.Run, family: str = "sm_80", tile: Configuration | None = None) -> None:
     """Calls of the operators on CPU tensors go through Triton's launchers to `run`. tile: instead of the table's."""
     if tile is not None:
-        monkeypatch.setattr(triton_launch, "configuration", lambda *args: tile)
-    for name, plan in (("attention", triton_launch.forward), ("attention_backward", triton_launch.backward)):
+        for launcher in (triton_launch, triton_int8_launch):
+            monkeypatch.setattr(launcher, "configuration", lambda *args: tile)
+    for name, plan in PLANS.items():
         stands = backend.Backend("triton", lambda *args, plan=plan: plan(run, family, *args), lambda *args: None)
         operator = backend.Operator.all[name]
         monkeypatch.setattr(operator, "by_device", {**operator.by_device, "cpu": [stands]})
