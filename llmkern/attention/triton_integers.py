@@ -46,7 +46,7 @@ def of_queries(
     """
     scale, unit, softcap, slope = numbers
     row = start + tl.arange(0, BLOCK_M)
-    of_row = tl.load(query[2] + row, mask=row < queries, other=0.0)
+    of_row = tl.load(query[2] + row, mask=row < queries, other=1.0)
     lift = tl.load(query[3] + row, mask=row < queries, other=0.0)
     added = lift
     if SOFTCAP:

@@ -11,9 +11,8 @@ from llmkern.attention import op, reference, triton_int8_launch
 from llmkern.attention.mask import Mask
 from llmkern.attention.reference import int8 as plain_int8
 from llmkern.attention.triton_configurations import Configuration
-from llmkern.verify import verify
 from tests.attention.cases import tensors
-from tests.attention.int8_cases import HALVES, NAMES, attend, rules_of, shifted
+from tests.attention.int8_cases import HALVES, NAMES, compare, rules_of, shifted
 from tests.attention.on_triton import serve
 from tests.emulation.triton_interpreter import interpret, round_as_hardware
 
@@ -42,24 +41,18 @@ def served(monkeypatch):
     backend.forget_plans()
 
 
-def compare(shape, dtype, rules, smooth=True):
-    functions = (attend(plain, smooth) for plain in (False, True))
-    verify(*functions, shifted(tensors(shape, dtype)), rules, gradients=False).raise_if_failed()
-
-
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes(shape):
-    for dtype in HALVES:
-        compare(shape, dtype, {"causal": True} if shape[4] else {})
+    compare(shape, HALVES[shape[3] % 2], {"causal": True} if shape[4] else {})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rules(name):
-    """Each in one of the dtypes, with and without the keys' average."""
+    """Each in one of the dtypes, with or without the keys' average."""
     at = NAMES.index(name)
     shape = (2, 2, 1, 37, 50, 24, 12) if at % 2 else (2, 2, 2, 41, 19, 12, 24)  # and rows that stay empty
-    for smooth in (True, False):
-        compare(shape, HALVES[at // 2 % 2], rules_of(name, shape, HALVES[at // 2 % 2]), smooth)
+    dtype = HALVES[at // 2 % 2]
+    compare(shape, dtype, rules_of(name, shape, dtype), smooth=at % 3 > 0)
 
 
 def integers(monkeypatch, q, k, v, mask):
@@ -67,9 +60,10 @@ def integers(monkeypatch, q, k, v, mask):
     found = {}
 
     def keep(launch):
-        interpret(launch)
-        if launch.kernel == "attention_int8_kernel":
+        if launch.kernel == "attention_int8_kernel":  # which need not run
             found["all"] = launch.arguments[:5]
+        else:
+            interpret(launch)
 
     serve(monkeypatch, keep, tile=TILE)
     op.attention_int8(q, k, v, mask, 0.25, True)
@@ -168,4 +162,4 @@ def test_planted_errors_are_found(monkeypatch):
     for fault in (shorter, level):
         serve(monkeypatch, fault, tile=TILE)
         with pytest.raises(AssertionError):
-            compare((1, 2, 1, 9, 33, 16, 16), torch.float16, {})
+            compare((1, 1, 1, 3, 20, 16, 16), torch.float16, {})
