@@ -80,10 +80,9 @@ def attention_quantize_kernel(
     if not KEYS:
         tl.store(lift + to, of_row, mask=row < rows)
     s = usable(tl.div_rn(tl.max(tl.abs(v), 1), 127.0))
-    scaled = v * tl.div_rn(1.0, s)[:, None]
-    scaled = tl.where(scaled == scaled, tl.minimum(tl.maximum(scaled, -127.0), 127.0), 0.0)
+    scaled = round_to_even(v * tl.div_rn(1.0, s)[:, None])  # of a finite row within 127, as its scale is
     s += tl.sum(v * 0.0, 1)  # NaN of a row that is not finite
-    integers = tl.where((s == s)[:, None], round_to_even(scaled), 0.0).to(tl.int8)
+    integers = tl.where((s == s)[:, None], scaled, 0.0).to(tl.int8)
     tl.store(digits + to[:, None] * PITCH + c[None, :], integers, mask=(row[:, None] < rows) & (c[None, :] < PITCH))
     tl.store(scale + to, s, mask=row < rows)
 
