@@ -37,6 +37,7 @@ _QUERIES_90 = ((64, _C(128, 64, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(32, 3
 _KEYS_90 = ((64, _C(32, 64, 4, 1)), (128, _C(32, 64, 8, 1)), (256, _C(32, 32, 8, 1)))
 #: Of quantised queries and keys: a byte of each, two of the values.
 _INT8_80 = ((64, _C(128, 64, 4, 3)), (128, _C(128, 64, 8, 3)), (256, _C(32, 64, 4, 2)))
+_INT8_100 = ((64, _C(128, 128, 8, 3)), (128, _C(128, 128, 8, 3)), (256, _C(128, 32, 8, 2)))
 _INT8_90 = ((64, _C(128, 128, 8, 3)), (128, _C(128, 128, 8, 3)), (256, _C(64, 64, 8, 2)))
 _INT8_AMD = ((64, _C(128, 64, 8, 1)), (128, _C(128, 64, 8, 1)), (256, _C(64, 32, 8, 1)))
 _QUERIES_AMD = ((64, _C(64, 32, 4, 1)), (128, _C(32, 32, 4, 1)), (256, _C(32, 16, 8, 1)))
@@ -48,7 +49,7 @@ TABLE: dict[str, dict[str, _Lines]] = {
     "forward": {"sm_80": _FORWARD_80, "sm_90": _FORWARD_90, "sm_100": _FORWARD_90, "gfx942": _FORWARD_80},
     "queries": {"sm_80": _QUERIES_80, "sm_90": _QUERIES_90, "sm_100": _QUERIES_90, "gfx942": _QUERIES_AMD},
     "keys": {"sm_80": _KEYS_80, "sm_90": _KEYS_90, "sm_100": _KEYS_90, "gfx942": _KEYS_AMD},
-    "int8": {"sm_80": _INT8_80, "sm_90": _INT8_90, "sm_100": _INT8_90, "gfx942": _INT8_AMD},
+    "int8": {"sm_80": _INT8_80, "sm_90": _INT8_90, "sm_100": _INT8_100, "gfx942": _INT8_AMD},
 }
 #: With rules that need registers of their own (soft cap, slopes, dense masks, dropout), everywhere.
 RULES = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))

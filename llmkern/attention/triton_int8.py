@@ -30,11 +30,10 @@ def attention_key_sums_kernel(
     takes the sums of the first. LANES sums in the order of the rows, then by halves: the reference's order, since the
     sum decides integers. What is not finite counts as 0.
     """
-    program = tl.program_id(0).to(tl.int64)
-    chunk, bh = program % chunks, program // chunks
-    b, h = bh // heads, bh % heads
+    program = tl.program_id(0)
+    first, bh = program % chunks * CHUNK, program // chunks
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     count, _ = sequence(key_lengths, b, lengths_b, keys, keys, LENGTHS, False)
-    first = (chunk * CHUNK).to(tl.int32)
     end = tl.minimum(tl.minimum(rows, count), first + CHUNK)
     base = x + b * x_b + h * x_h
     total = tl.zeros((LANES, BLOCK_D), tl.float32)
@@ -48,7 +47,7 @@ def attention_key_sums_kernel(
     if AVERAGE:
         result = tl.div_rn(result, (tl.maximum(count, 1) + tl.zeros((BLOCK_D,), tl.int32)).to(tl.float32))
     c = tl.arange(0, BLOCK_D)
-    tl.store(sums + program * D + c, result, mask=c < D)
+    tl.store(sums + program.to(tl.int64) * D + c, result, mask=c < D)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "rows"])
@@ -64,15 +63,15 @@ def attention_quantize_kernel(
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(rows, ROWS)
-    start, bh = program % blocks * ROWS, (program // blocks).to(tl.int64)
-    b, h = bh // heads, bh % heads
+    start, bh = program % blocks * ROWS, program // blocks
+    b, h, bh = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64), bh.to(tl.int64)
     v = load_rows(x + b * x_b + h * x_h, x_s, start, rows, D, BLOCK_D, ROWS, True).to(tl.float32)
     c = tl.arange(0, BLOCK_D)
     row = start + tl.arange(0, ROWS)
     to = bh * rows + row
     of_row = tl.zeros((ROWS,), tl.float32)
     if SMOOTH:
-        of_keys = tl.load(average + bh // group * D + c, mask=c < D, other=0.0)[None, :]
+        of_keys = tl.load(average + (b * (heads // group) + h // group) * D + c, mask=c < D, other=0.0)[None, :]
         if KEYS:
             v = v - of_keys
         else:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _KERNELS = "llmkern.attention.triton_int8"
 #: Divisions, products and sums round one by one, as the reference's do.
-_EXACTLY = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+_EXACTLY = {"num_stages": 3, "enable_fp_fusion": False}
 #: Integers of a row in memory: whole copies of 16 bytes.
 _PITCH = 16
 #: The most elements of a tile that is quantised.
@@ -50,6 +50,7 @@ def attention(
     constants = {
         **call.widths, "D": pitch, "BLOCK_D": block, "BLOCK_M": tile.queries, "BLOCK_N": tile.keys, **of_rules,
     }  # fmt: skip
+    exactly = {"num_warps": max(8, block // 16), **_EXACTLY}
     chunks = -(-call.keys // CHUNK)
 
     def average(key: Tensor, lengths: Tensor | None) -> Tensor:
@@ -64,7 +65,7 @@ def attention(
                 _KERNELS, "attention_key_sums_kernel", (call.batch * call.kv_heads * count,), arguments,
                 {"D": width, "BLOCK_D": block, "LENGTHS": lengths is not None, "CHUNK": chunk, "LANES": LANES,
                  "AVERAGE": last},
-                _EXACTLY, ("sums",),
+                exactly, ("sums",),
             ))  # fmt: skip
             made = sums
         return made
@@ -81,7 +82,7 @@ def attention(
             "D": width, "PITCH": pitch, "BLOCK_D": block, "ROWS": rows, "SMOOTH": of_keys is not None, "KEYS": keys,
         }  # fmt: skip
         run(triton.Launch(
-            _KERNELS, "attention_quantize_kernel", (batch * heads * -(-length // rows),), arguments, made, _EXACTLY,
+            _KERNELS, "attention_quantize_kernel", (batch * heads * -(-length // rows),), arguments, made, exactly,
             ("digits", "scale") if keys else ("digits", "scale", "lift"),
         ))  # fmt: skip
         return digits, scale, lift

@@ -122,9 +122,9 @@ def traffic(line: Line, target: str) -> float:
             read, products = a + 2 * b, 2 * a * b
     else:  # what moves past the tile that stays: two matrices of 2 bytes, and 2, 3 or 4 products of them
         stays = b if line.kernel == "keys" else a
-        read, products, rate = 4, {"forward": 2, "queries": 3, "keys": 4, "int8": 1.5}[line.kernel] * stays, rates.fp16
-        if line.kernel == "int8":  # keys of 1 byte, whose products take half the time
-            read = 3
+        read, products, rate = 4, {"forward": 2, "queries": 3, "keys": 4, "int8": 2}[line.kernel] * stays, rates.fp16
+        if line.kernel == "int8":  # keys of 1 byte, whose products take half the time of fp16's
+            return min(1.0, 1.5 * stays / 3 * L2_BYTES / rate)
     return min(1.0, products / read * L2_BYTES / rate)
 
 

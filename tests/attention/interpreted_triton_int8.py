@@ -73,8 +73,7 @@ def integers(monkeypatch, q, k, v, mask):
     return (q8[..., :width], q_scale), (k8[..., :width], k_scale), lift
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("keys", [1, 33, 1024, 2100])
+@pytest.mark.parametrize(("keys", "dtype"), [(1, HALVES[0]), (33, HALVES[1]), (1024, HALVES[0]), (1057, HALVES[1])])
 def test_the_integers_are_the_references(keys, dtype, monkeypatch):
     """Bit for bit, over one chunk of keys and over several; with lengths, zeros, tiny and infinite rows."""
     q, k, v = shifted(tensors((2, 2, 1, 5, keys, 24, 16), dtype))
@@ -130,7 +129,7 @@ def test_what_is_seen_passes_through():
 
 
 def test_strides():
-    q, k, v = tensors((2, 2, 2, 20, 37, 16, 16), torch.bfloat16)
+    q, k, v = tensors((1, 2, 2, 20, 37, 16, 16), torch.bfloat16)
     layouts = {
         "as they are": lambda t: t,
         "tokens first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
@@ -159,7 +158,9 @@ def test_planted_errors_are_found(monkeypatch):
         if launch.kernel == "attention_quantize_kernel" and not launch.constants["KEYS"]:
             launch.arguments[4].zero_()
 
-    for fault in (shorter, level):
+    inputs = shifted(tensors((1, 1, 1, 3, 20, 16, 16), torch.float16))
+    expected = reference.attention_int8(*inputs, None, None, None, None, -1, -1, False, 0.0, 0.25, True)[1]
+    for fault in (interpret, shorter, level):
         serve(monkeypatch, fault, tile=TILE)
-        with pytest.raises(AssertionError):
-            compare((1, 1, 1, 3, 20, 16, 16), torch.float16, {})
+        found = op.attention_int8(*inputs, Mask(), 0.25, True)[1]
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5) == (fault is interpret), fault

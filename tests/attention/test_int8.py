@@ -220,3 +220,20 @@ def test_all_rules_at_once_have_no_leak():
         given = {"is_causal": True, "causal_alignment": alignment, "key_lengths": torch.tensor([9, 4])}
         k[0, :, 9:], k[1, :, 4:], v[0, :, 9:], v[1, :, 4:] = (torch.nan,) * 4
         assert attention_int8(q, k, v, smooth_keys=smooth, **given).isfinite().all()
+
+
+def test_the_table_of_errors(capsys):
+    """What docs/attention_int8.md prints: the average matters where the keys have one, and nowhere else."""
+    from benchmarks import attention_int8 as table
+
+    assert table.main(["--shape", "1,2,96,32", "--causal"]) == 0
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    errors = {(line[0], line[1]): float(line[3]) for line in lines}
+    assert len(errors) == 6
+    assert errors["channels", "as they are"] > 1.5 * errors["channels", "less their average"]
+    for data in ("normal", "outliers"):
+        assert errors[data, "as they are"] < 1.3 * errors[data, "less their average"]
+    for wrong in ("1,2,3", "1,2,0,4", "a"):
+        with pytest.raises(SystemExit):
+            table.main(["--shape", wrong])
+    assert "expected B,H,S,D, positive integers, got 'a'" in capsys.readouterr().err

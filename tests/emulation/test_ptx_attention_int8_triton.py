@@ -109,7 +109,7 @@ def test_planted_faults_are_found(change, monkeypatch):
     """The launcher tells a kernel of one query, key or row more than there are."""
     run = served(monkeypatch)
     run.more = change
-    with pytest.raises(EmulationError, match="out of bounds|uninitialised|read"):
+    with pytest.raises(EmulationError, match=r"out of bounds|uninitialised|read"):
         op.attention_int8(*tensors((1, 1, 1, 33, 40, 32, 32), torch.float16), Mask(), 0.125, True)
 
 

@@ -48,8 +48,10 @@ def attention_int8(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tu
 
 def described(rules: Any) -> tuple[Mask, float, bool]:
     """The rules as the operator takes them: those between scores and softmax, the scale, smooth_keys."""
-    *tensors, left, right, bottom_right, softcap, scale, smooth_keys = rules
-    return Mask(*tensors, None, left, right, bottom_right, softcap), scale, smooth_keys
+    mask, key_lengths, alibi_slopes, learnable_sink, *places, softcap, scale, smooth_keys = rules
+    left, right, bottom_right = places
+    tensors = (mask, key_lengths, alibi_slopes, learnable_sink, None)
+    return Mask(*tensors, left, right, bottom_right, softcap), scale, smooth_keys
 
 
 def key_average(key: Tensor, key_lengths: Tensor | None = None) -> Tensor:
