@@ -5,7 +5,7 @@ average. No time: there is no kernel for CPUs, and the error is the same everywh
 
 - normal: queries, keys and values from a normal distribution.
 - channels: as normal, and to the keys an offset is added that all keys of a head share: 8 times as large as the rest in
-  4 of the channels, 1 in the others. So keys look in many models (Zhang et al. 2024, "SageAttention", figure 4).
+  4 of the channels, 1 in the others. So keys look in many models (Zhang et al. 2024, "SageAttention", section 4.2).
 - outliers: as normal, and 4 channels of queries and keys are 8 times as large, with either sign from key to key:
   what no average takes off.
 """

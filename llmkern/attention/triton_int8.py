@@ -22,13 +22,13 @@ from llmkern.int8.triton_kernels import round_to_even, usable
 def attention_key_sums_kernel(
     x, key_lengths, sums, heads, rows, keys, chunks, x_b, x_h, x_s, lengths_b,
     D: tl.constexpr, BLOCK_D: tl.constexpr, LENGTHS: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr,
-    AVERAGE: tl.constexpr,
+    HALVINGS: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     """sums (B, Hkv, chunks, D) float32: of each CHUNK rows of x (B, Hkv, rows, D), over the keys that exist.
 
     Grid: (B * Hkv * chunks,). AVERAGE: divides by how many keys there are. Of keys in several chunks a second launch
-    takes the sums of the first. LANES sums in the order of the rows, then by halves: the reference's order, since the
-    sum decides integers. What is not finite counts as 0.
+    takes the sums of the first. LANES = 2^HALVINGS sums in the order of the rows, then by halves: the reference's
+    order, since the sum decides integers. What is not finite counts as 0.
     """
     program = tl.program_id(0)
     first, bh = program % chunks * CHUNK, program // chunks
@@ -40,7 +40,7 @@ def attention_key_sums_kernel(
     for at in range(first, end, LANES):
         v = load_rows(base, x_s, at, end, D, BLOCK_D, LANES, True).to(tl.float32)
         total += tl.where(tl.abs(v) < float("inf"), v, 0.0)
-    for i in tl.static_range(LANES.bit_length() - 1):
+    for i in tl.static_range(HALVINGS):
         upper, lower = tl.split(tl.permute(tl.reshape(total, (2, LANES >> (i + 1), BLOCK_D)), (1, 2, 0)))
         total = upper + lower
     result = tl.reshape(total, (BLOCK_D,))

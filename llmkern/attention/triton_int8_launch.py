@@ -64,7 +64,7 @@ def attention(
             run(triton.Launch(
                 _KERNELS, "attention_key_sums_kernel", (call.batch * call.kv_heads * count,), arguments,
                 {"D": width, "BLOCK_D": block, "LENGTHS": lengths is not None, "CHUNK": chunk, "LANES": LANES,
-                 "AVERAGE": last},
+                 "HALVINGS": LANES.bit_length() - 1, "AVERAGE": last},
                 exactly, ("sums",),
             ))  # fmt: skip
             made = sums
