@@ -88,6 +88,7 @@ def _int8_linear(x: Tensor, weight: Tensor, *rest: Any) -> int:
 FORMULAS: dict[str, Callable[..., int]] = {
     "attention": _attention,
     "attention_backward": _attention_backward,
+    "attention_int8": _attention,
     "attention_weights": _weights,
     "attention_weights_backward": _weights_backward,
     "attention_column_sums": _weights,

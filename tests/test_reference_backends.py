@@ -54,6 +54,7 @@ def attention_arguments(name: str):
         "attention_column_sums": (q, k, logsumexp, *RULES),
         "attention_varlen": (*packed[:3], *lengths, *SCORE_RULES),
         "attention_varlen_backward": (packed[4], sums, *packed[:4], sums, *lengths, *SCORE_RULES),
+        "attention_int8": (q, k, v, RULES[0], RULES[1], *SCORE_RULES[:2], *SCORE_RULES[3:7], 0.3, True),
         "attention_kvcache": (
             cache[0], cache[1], cache[2], cache[3][:, :2], cache[4][:, :2], *angles, torch.tensor([7, 3]), SEED, SEED,
             SEED, torch.rand(4), torch.rand(4), 4, 1, 2.0, 0.3, True,
@@ -106,7 +107,22 @@ def results(found):
     return found if isinstance(found, tuple) else (found,)
 
 
-@pytest.mark.parametrize("name", list(Operator.all))
+#: attention_int8 has none: tests/attention/test_int8.py is about its plain version.
+WITH_A_KERNEL = [n for n, o in Operator.all.items() if any(b.name == "cpu" for b in o.by_device["cpu"])]
+
+
+def test_what_has_no_kernel_for_the_cpu_is_served_by_the_plain_version():
+    for name in set(Operator.all) - set(WITH_A_KERNEL):
+        operator, args = Operator.all[name], arguments(name)
+        with backend.use("reference"):
+            expected = operator.run(*args)
+        with pytest.warns(UserWarning, match=f"{name} runs on the plain PyTorch reference"):
+            backend._warned.clear()
+            backend.forget_plans()
+            assert all(map(torch.equal, operator.run(*args), expected))
+
+
+@pytest.mark.parametrize("name", WITH_A_KERNEL)
 def test_gives_what_the_kernel_gives(name):
     operator, args = Operator.all[name], arguments(name)
     assert not any(a is None for a in args), "every argument must be given here"

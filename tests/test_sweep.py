@@ -53,9 +53,20 @@ def test_every_line_of_the_tables_can_be_asked_for():
 
 @needs_triton
 def test_a_call_takes_the_line_that_is_looked_at():
+    for kernel, function in sweep.ATTENTION.items():
+        tile = {"queries": 16, "keys": 16, "warps": 2, "stages": 5}
+        made = sweep.launch(Line("attention", kernel, "sm_90", 64, tile))
+        assert made.options["num_stages"] == 5 and made.kernel == function
     for kernel in sweep.INT8:
         other = Line("int8", kernel, "sm_90", 0, {"rows": 32, "columns": 32, "warps": 2, "stages": 5})
         assert sweep.launch(other).options["num_stages"] == 5, kernel
+
+
+def test_the_traffic_of_integers():
+    """128 queries: a key's byte and a value's two for 128 products at the rate of bytes and 128 at that of fp16."""
+    tile = {"queries": 128, "keys": 64, "warps": 8, "stages": 2}
+    traffic = sweep.traffic(Line("attention", "int8", "sm_90", 128, tile), "sm_90")
+    assert traffic == pytest.approx(min(1.0, (128 / 2048 + 128 / 4096) / (3 / 32)))
 
 
 @needs_triton

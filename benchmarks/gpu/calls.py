@@ -25,6 +25,7 @@ def cases(setting: Setting, small: bool = False) -> Iterator[Case]:
     small = small or setting.tiny
     yield from _attention(setting, small)
     yield from packed_cases(setting, small)
+    yield from _attention_int8(setting, small)
     yield from _decode(setting, small)
     yield from _positional(setting, small)
     yield from _int8(setting, small)
@@ -54,6 +55,21 @@ def _attention(setting: Setting, small: bool) -> Iterator[Case]:
 
 
 def attention(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, rule: str, gradients: bool) -> Call:
+    args, described = _attention_arguments(setting, shape, dtype, rule)
+    scale = shape[-1] ** -0.5
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_op.attention(q, k, v, described, scale)[0]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_reference.attention(q, k, v, *described.arguments(), scale, False)[0]
+
+    return Call(ours, plain, args, gradients)
+
+
+def _attention_arguments(
+    setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, rule: str
+) -> tuple[tuple[Tensor, ...], Mask]:
     b, h, hkv, sq, sk, d = shape
     args = tuple(random(setting, b, n, s, d, dtype=dtype) for n, s in ((h, sq), (hkv, sk), (hkv, sk)))
     on = {"device": setting.device}
@@ -69,15 +85,31 @@ def attention(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, rule
         "sink": lambda: Mask(learnable_sink=random(setting, h)),
         "dropout": lambda: Mask(dropout_p=0.1, dropout_seed=torch.tensor(7), window_right=0),
     }[rule]()
-    scale = d**-0.5
+    return args, described
 
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention_op.attention(q, k, v, described, scale)[0]
+
+def _attention_int8(setting: Setting, small: bool) -> Iterator[Case]:
+    shapes = [(1, 2, 1, 33, 70, 64)] if small else [(1, 8, 2, 2047, 2113, 128), (2, 8, 8, 1000, 1531, 64)]
+    for shape in shapes:
+        for short, dtype in HALVES.items():
+            for rule in ("causal", "lengths", "softcap", "sink"):
+                yield Case(
+                    "attention int8", f"{','.join(map(str, shape))} {short} {rule}",
+                    lambda shape=shape, dtype=dtype, rule=rule: attention_int8(setting, shape, dtype, rule),
+                )  # fmt: skip
+
+
+def attention_int8(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, rule: str) -> Call:
+    """Keys with an average that is not zero."""
+    (q, k, v), described = _attention_arguments(setting, shape, dtype, rule)
+    k = k + _random(setting, shape[2], 1, shape[-1], dtype=dtype)
+    rules = described.arguments()
+    rest = (*rules[:4], *rules[5:9], shape[-1] ** -0.5, True)
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention_reference.attention(q, k, v, *described.arguments(), scale, False)[0]
+        return attention_reference.attention_int8(q, k, v, *rest)[0]
 
-    return Call(ours, plain, args, gradients)
+    return Call(lambda q, k, v: torch.ops.llmkern.attention_int8(q, k, v, *rest)[0], plain, (q, k, v))
 
 
 def _decode(setting: Setting, small: bool) -> Iterator[Case]:

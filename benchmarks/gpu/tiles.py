@@ -98,7 +98,9 @@ def _calls(setting: Setting, family: str, kernel: str, width: int) -> tuple[call
     if family == "attention":
         rows = (2, 16, 16, 2048, 2048, width), (1, 2, 1, 200, 333, width)
         timed, small = (
-            calls.attention(setting, s, torch.bfloat16, "causal", kernel != "forward") for s in rows
+            calls.attention_int8(setting, s, torch.bfloat16, "causal") if kernel == "int8"
+            else calls.attention(setting, s, torch.bfloat16, "causal", kernel != "forward")
+            for s in rows
         )  # fmt: skip
         return timed, small
     rows_, inputs, group, activation = sweep.INT8[kernel]

@@ -96,7 +96,7 @@ def scaled_dot_product_attention(
         ("return_logsumexp", return_logsumexp),
     ):  # fmt: skip
         check.flag(name, flag)
-    _check(query, key, value, attn_mask, is_causal, enable_gqa)
+    check_arguments(query, key, value, attn_mask, is_causal, enable_gqa)
     for name, given in (
         ("key_lengths", key_lengths), ("alibi_slopes", alibi_slopes), ("learnable_sink", learnable_sink),
     ):  # fmt: skip
@@ -127,7 +127,7 @@ def scaled_dot_product_attention(
     return (output, logsumexp) if return_logsumexp else output
 
 
-def _check(
+def check_arguments(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
 ) -> None:
     """Raises on what the operator would name by its own arguments' names, or not see."""

@@ -43,6 +43,11 @@ _FORWARD_100 = (*_FORWARD_90[:2], (256, _C(64, 64, 8, 2)))
 _KEYS_100 = ((64, _C(64, 64, 8, 2)), (128, _C(32, 64, 8, 2)), (256, _C(32, 32, 8, 1)))
 _QUERIES_120 = ((64, _C(64, 64, 8, 2)), (128, _C(64, 32, 8, 2)), (256, _C(32, 32, 8, 1)))
 _KEYS_120 = ((64, _C(64, 64, 8, 2)), (128, _C(32, 64, 8, 2)), (256, _C(32, 32, 8, 1)))
+#: Of quantised queries and keys: a byte of each, two of the values.
+_INT8_80 = ((64, _C(128, 64, 4, 3)), (128, _C(128, 64, 8, 3)), (256, _C(32, 64, 4, 2)))
+_INT8_100 = ((64, _C(128, 128, 8, 3)), (128, _C(128, 128, 8, 3)), (256, _C(128, 32, 8, 2)))
+_INT8_90 = ((64, _C(128, 128, 8, 3)), (128, _C(128, 128, 8, 3)), (256, _C(64, 64, 8, 2)))
+_INT8_AMD = ((64, _C(128, 64, 8, 1)), (128, _C(128, 64, 8, 1)), (256, _C(64, 32, 8, 1)))
 _QUERIES_AMD = ((64, _C(64, 32, 4, 1)), (128, _C(32, 32, 4, 1)), (256, _C(32, 16, 8, 1)))
 _KEYS_AMD = ((64, _C(32, 64, 4, 1)), (128, _C(32, 32, 4, 1)), (256, _C(16, 16, 8, 1)))
 _FLOAT32 = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
@@ -58,6 +63,7 @@ TABLE: dict[str, dict[str, _Lines]] = {
         "gfx942": _QUERIES_AMD,
     },
     "keys": {"sm_80": _KEYS_80, "sm_90": _KEYS_90, "sm_100": _KEYS_100, "sm_120": _KEYS_120, "gfx942": _KEYS_AMD},
+    "int8": {"sm_80": _INT8_80, "sm_90": _INT8_90, "sm_100": _INT8_100, "sm_120": _INT8_80, "gfx942": _INT8_AMD},
 }  # fmt: skip
 _FORWARD_POINTERS = ((64, _C(128, 128, 8, 3)), (128, _C(128, 64, 8, 3)), (256, _C(64, 32, 8, 2)))
 _QUERIES_POINTERS = ((64, _C(128, 64, 8, 2)), (128, _C(128, 64, 8, 2)), (256, _C(32, 32, 8, 1)))
@@ -89,7 +95,8 @@ def configuration(
     if kernel == "statistics":
         lines: _Lines = STATISTICS
     else:
-        lines = (TABLE if described or family not in DESCRIBED else POINTERS)[kernel][family]
+        by_pointers = not described and family in DESCRIBED and kernel in POINTERS
+        lines = (POINTERS if by_pointers else TABLE)[kernel][family]
     if itemsize == 2 and not rules and (own := triton_table.own("attention", kernel, family, width)):
         return Configuration(**own)
     if itemsize == 4 or rules:

@@ -114,7 +114,6 @@ def _finish(total, largest):
     empty = total == 0.0
     whole = tl.where(empty, 1.0, total)
     exponent = (largest.to(tl.float64) + log2_in_parts(whole)) * 0.6931471805599453
-    exponent = tl.where(whole == whole, exponent, float("nan"))
     return tl.where(empty, float("-inf"), exponent), tl.div_rn(whole * 0.0 + 1.0, whole)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from llmkern.attention.triton_integers import integer_products, of_keys, of_queries
 from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
     add_exactly,
@@ -42,12 +43,19 @@ def _step(
         s = multiply_exactly(q, key[0], key[1], first, keys, D, BLOCK_D, BLOCK_N)
     else:
         k = load_tile(key, first, keys, D, BLOCK_D, BLOCK_N, EDGE, DESCRIBED)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if q.dtype == tl.int8:
+            s = integer_products(q, k, BLOCK_M, BLOCK_N)
+        else:
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if q.dtype == tl.int8:
+        s = of_keys(s, key, first, keys, BLOCK_N, SOFTCAP, EDGE)
     s, _ = bend(
         s, row, col, (start, first), limits, numbers, dense, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, BEND, EDGE,
         q.dtype == tl.float32,
     )  # fmt: skip
     now = tl.maximum(largest, tl.max(s, 1) * unit)
+    if q.dtype == tl.int8:  # whose unit is another for each query
+        unit = unit[:, None]
     shift = now
     if EDGE or MASK > 0:
         shift = tl.where(now == float("-inf"), 0.0, now)  # of a query that has seen no key yet
@@ -79,10 +87,14 @@ def _rows(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total = tl.zeros((BLOCK_M, 8), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if q.dtype == tl.int8:
+        key, numbers, lift = of_queries(query, key, numbers, start, queries, BLOCK_M, SOFTCAP, BEND)
     if SINK:
         # The first of the logits, whose value is 0.
         exponent = tl.load(sink).to(tl.float32) * 1.4426950408889634
         largest = tl.zeros((BLOCK_M,), tl.float32) + exponent
+        if q.dtype == tl.int8:
+            largest = largest - lift * 1.4426950408889634
         total += tl.where(largest == float("-inf"), 0.0, 0.125)[:, None]
     state = (acc, total, largest)
     last = tl.minimum(start + BLOCK_M, queries) - 1
@@ -106,7 +118,10 @@ def _rows(
     empty = total == 0.0
     whole = tl.where(empty, 1.0, total)
     exponent = largest.to(tl.float64) + log2_in_parts(whole)
-    sums = tl.where(empty, float("-inf"), exponent * 0.6931471805599453)
+    exponent = exponent * 0.6931471805599453
+    if q.dtype == tl.int8:
+        exponent = exponent + lift.to(tl.float64)
+    sums = tl.where(empty, float("-inf"), exponent)
     row = start + tl.arange(0, BLOCK_M)
     tl.store(logsumexp + row, sums, mask=row < queries)
     factor = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), whole)

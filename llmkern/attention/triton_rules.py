@@ -255,7 +255,7 @@ def all_finite(tile):
 
 @triton.jit
 def log2_in_parts(x):
-    """log2 of positive finite float32 numbers in float64, to about 2^-31 absolutely.
+    """log2 of positive finite float32 numbers in float64, to about 2^-31 absolutely; NaN of NaN.
 
     x = 2^e f with f near 1; ln f = 2 artanh z, z = (f - 1) / (f + 1), by its series, z in two parts of float32, since
     few GPUs have many units for float64.
@@ -275,4 +275,4 @@ def log2_in_parts(x):
     tail = tail * y + 0.6666666666666666
     small = 2.0 * rest + z * y * tail
     ln = 2.0 * z.to(tl.float64) + small.to(tl.float64)
-    return e.to(tl.float64) + ln * 1.4426950408889634
+    return tl.where(x == x, e.to(tl.float64) + ln * 1.4426950408889634, float("nan"))

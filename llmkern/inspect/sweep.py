@@ -34,7 +34,7 @@ WIDTHS = (64, 128, 256)
 #: kernel of the table -> the Triton function of attention.
 ATTENTION = {
     "forward": "attention_forward_kernel", "queries": "attention_backward_query_kernel",
-    "keys": "attention_backward_key_kernel",
+    "keys": "attention_backward_key_kernel", "int8": "attention_int8_kernel",
 }  # fmt: skip
 #: kernel of the table -> rows, inputs, group, activation of a call that takes it.
 INT8: dict[str, tuple[int, str, int, str]] = {
@@ -89,9 +89,10 @@ def launch(line: Line) -> triton.Launch:
     launches: list[triton.Launch] = []
     with triton_table.using([line]):
         if line.family == "attention":
-            from llmkern.attention.triton_launch import examples
+            from llmkern.attention import triton_int8_launch, triton_launch
 
-            launches += examples(line.architecture, torch.bfloat16, line.width)
+            launcher = triton_int8_launch if line.kernel == "int8" else triton_launch
+            launches += launcher.examples(line.architecture, torch.bfloat16, line.width)
             return next(x for x in launches if x.kernel == ATTENTION[line.kernel])
         from llmkern.int8.triton_launch import plan
 
@@ -121,7 +122,9 @@ def traffic(line: Line, target: str) -> float:
             read, products = a + 2 * b, 2 * a * b
     else:  # what moves past the tile that stays: two matrices of 2 bytes, and 2, 3 or 4 products of them
         stays = b if line.kernel == "keys" else a
-        read, products, rate = 4, {"forward": 2, "queries": 3, "keys": 4}[line.kernel] * stays, rates.fp16
+        read, products, rate = 4, {"forward": 2, "queries": 3, "keys": 4, "int8": 2}[line.kernel] * stays, rates.fp16
+        if line.kernel == "int8":  # keys of 1 byte, whose products take half the time of fp16's
+            return min(1.0, 1.5 * stays / 3 * L2_BYTES / rate)
     return min(1.0, products / read * L2_BYTES / rate)
 
 

@@ -213,9 +213,11 @@ def test_what_is_seen_passes_through():
     q, k, v = tensors((1, 2, 2, 9, 20, 16, 16))
     v[0, 1, 3, 2], k[0, 0, 5], v[0, 0, 7, 1], v[0, 1, 8, 1] = torch.nan, torch.nan, torch.inf, -torch.inf
     for mask in (Mask(), Mask(window_right=0)):
-        got = op.attention(q, k, v, mask, 0.25)[0]
-        expected = reference.attention(q, k, v, *mask.arguments(), 0.25, False)[0]
-        torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+        results = op.attention(q, k, v, mask, 0.25)
+        expected = reference.attention(q, k, v, *mask.arguments(), 0.25, False)
+        for got, plain in zip(results, expected, strict=True):  # the log-sum-exp too
+            torch.testing.assert_close(got, plain, equal_nan=True, rtol=1e-5, atol=1e-5)
+        got = results[0]
         assert got.isnan().any() and got.isinf().any() and got.isfinite().any()
 
 

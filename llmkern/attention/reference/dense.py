@@ -105,15 +105,23 @@ def _described(rules: Any) -> tuple[Mask, float, bool]:
     return Mask(*mask), scale, uniform_empty_rows
 
 
-def _capped(query: Tensor, key: Tensor, mask: Mask, scale: float, rows: slice = _ALL) -> Tensor:
-    """The scaled scores under their soft cap."""
-    scores = torch.matmul(query[:, :, rows], _for_each_head(key, query).transpose(2, 3)) * scale
+def _products(query: Tensor, key: Tensor, scale: float, rows: slice = _ALL) -> Tensor:
+    """The scaled scores before any rule."""
+    return torch.matmul(query[:, :, rows], _for_each_head(key, query).transpose(2, 3)) * scale
+
+
+def _capped(scores: Tensor, mask: Mask) -> Tensor:
     return mask.softcap * torch.tanh(scores / mask.softcap) if mask.softcap > 0.0 else scores
 
 
 def _scores(query: Tensor, key: Tensor, mask: Mask, scale: float, rows: slice = _ALL) -> tuple[Tensor, Tensor | None]:
     """The scores of some rows as the softmax takes them, and which of them are seen (None: all)."""
-    scores, sizes = _capped(query, key, mask, scale, rows), (query.size(2), key.size(2), query.device, rows)
+    return _ruled(_capped(_products(query, key, scale, rows), mask), mask, query.size(2), rows)
+
+
+def _ruled(scores: Tensor, mask: Mask, queries: int, rows: slice = _ALL) -> tuple[Tensor, Tensor | None]:
+    """Capped scores under the rules that follow, and which of them are seen. queries: those that there are in all."""
+    sizes = (queries, scores.size(3), scores.device, rows)
     bias = mask.distance_bias(*sizes)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
@@ -178,7 +186,7 @@ def _through_softmax(
     if sink is not None:
         grad_sink = (sink.double() * (added - row_sum)).sum((0, 2, 3)).to(wide)
     if mask.softcap > 0.0:
-        slope = 1.0 - (_capped(query, key, mask, scale) / mask.softcap).square()
+        slope = 1.0 - (_capped(_products(query, key, scale), mask) / mask.softcap).square()
         grad_scores = grad_scores * (slope if seen is None else slope.masked_fill(~seen, 0.0))
     grad_query = _matmul(grad_scores, _for_each_head(key, query), seen) * scale
     grad_key = _matmul(grad_scores.transpose(2, 3), query, None if seen is None else seen.transpose(2, 3)) * scale
