@@ -277,24 +277,6 @@ class Unit:
         self.groups.append((at, mask))
         self.groups.sort(key=lambda g: -g[0])
 
-    def together(self, at: int, mask: Any, named: Any, size: int = 32) -> np.ndarray | None:
-        """Of threads at a collective instruction, those whose group of `size` is complete; the others wait for theirs.
-
-        named: which threads belong to it, None for all that have not ended. Returns None where nobody has to wait.
-        """
-        have = np.ones(self.count, bool) if mask is None else mask
-        waiting = self.waiting.pop(at, None)
-        if waiting is not None:
-            have = have | waiting
-        want = self.alive if named is None else self.alive & named
-        missing = (want & ~have).reshape(-1, size).any(1)
-        if waiting is None and not (missing & have.reshape(-1, size).any(1)).any():
-            return None
-        ready = have & ~np.repeat(missing, size)
-        if (have & ~ready).any():
-            self.waiting[at] = have & ~ready
-        return ready
-
     def run(self) -> bool:
         """Runs groups until none can go on, or the unit's turn is over (then True)."""
         handlers, predicates = self.code.handlers, self.code.predicates

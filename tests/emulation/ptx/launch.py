@@ -23,6 +23,7 @@ from tests.emulation.ptx import (  # noqa: F401  (each registers its instruction
     mbarrier,
     memory,
     publish,
+    registers,
     tensor_copy,
     wgmma,
 )

@@ -62,18 +62,20 @@ class Machine:
         #: Threads that wait for a phase of an mbarrier: (unit, instruction, mask).
         self.blocked: list[tuple[Unit, int, np.ndarray]] = []
         self.mbarriers = Mbarriers(self) if "mbarrier" in kinds else None
-        #: Registers of each warp's threads, and what a block's warps have given up: what setmaxnreg moves.
-        self.registers = np.full((self.block_count, self.clocks.warps), code.kernel.registers_of_thread or 0)
+        #: Registers of each warpgroup's threads, and what a block's have given up: what setmaxnreg moves.
+        groups = (self.clocks.warps + 3) // 4
+        self.registers = np.full((self.block_count, groups), code.kernel.registers_of_thread or 0)
         self.spare_registers = np.zeros(self.block_count, np.int64)
-        #: Warps that wait for registers: (unit, instruction, mask).
+        #: Warpgroups that wait for registers: (unit, instruction, mask).
         self.short: list[tuple[Unit, int, np.ndarray]] = []
         #: Looks at threads that end: asynchronous copies that nobody waits for.
         self.at_end = tensor_copy.check_end if "bulk" in kinds else None
         self.steps = 0
         warps = (self.threads + 31) // 32
-        # wgmma is executed by four warps together, which no schedule parts.
-        together = 4 if code.uses("wgmma") else warps if schedule == "lockstep" else 1
-        self.units = [Unit(self, range(w, min(w + together, warps))) for w in range(0, warps, together)]
+        # A warpgroup executes wgmma and setmaxnreg together: no schedule parts it, and its missing warps are looked at.
+        groups_work = code.uses("wgmma") or code.uses("setmaxnreg")
+        together = 4 if groups_work else warps if schedule == "lockstep" else 1
+        self.units = [Unit(self, range(w, w + together)) for w in range(0, warps, together)]
 
     def _spaces(self, memory: GlobalMemory) -> None:
         code, kernel = self.code, self.code.kernel
@@ -149,7 +151,7 @@ class Machine:
         return bool(blocked)
 
     def registers_were_given(self) -> None:
-        """Lets warps that wait for registers look again."""
+        """Lets warpgroups that wait for registers look again."""
         short, self.short = self.short, []
         for unit, at, mask in short:
             unit.add_group(at, mask)
@@ -202,9 +204,9 @@ class Machine:
         for unit, ins, mask, what in waiting:
             names = {
                 "barrier": "threads wait at a barrier that others never reach",
-                "collective": "threads wait for others of their warp that never come",
+                "collective": "threads wait for others of their warp or warpgroup that never come",
                 "mbarrier": "threads wait for a phase of an mbarrier that is never completed",
-                "registers": "warps wait for registers that the block has not",
+                "registers": "warpgroups wait for registers that the block has not",
                 "loop": "threads go round",
             }
             unit.fault("deadlock", f"{why}: {names[what]}", ins, int(mask.argmax()), int(mask.sum()))

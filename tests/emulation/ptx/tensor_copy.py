@@ -138,11 +138,12 @@ def check_end(unit: Any, mask: np.ndarray) -> None:
     if used is None:
         return
     clocks = unit.machine.clocks
-    known = clocks.known[unit.rows, clocks.first["bulk"] + unit.thread]
-    bad = mask & (used > known)
-    if bad.any():
+    ends = np.nonzero(mask)[0]
+    known = clocks.known[unit.rows[ends], clocks.first["bulk"] + unit.thread[ends]]
+    bad = ends[used[ends] > known]
+    if len(bad):
         message = "the thread ends while its bulk stores may still read shared memory"
-        unit.fault("missing wait", message, unit.last_bulk, int(bad.argmax()))
+        unit.fault("missing wait", message, unit.last_bulk, int(bad[0]))
 
 
 def _copy(form: Form) -> Run:

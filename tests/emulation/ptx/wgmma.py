@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tests.emulation.ptx.check import Access
-from tests.emulation.ptx.collective import gathered
+from tests.emulation.ptx.gather import WARPGROUP, gathered
 from tests.emulation.ptx.matrix import collect, exact
 from tests.emulation.ptx.memory import WRITTEN
 from tests.emulation.ptx.operands import Form, Mask, Run, full, instruction
@@ -21,8 +21,7 @@ from tests.emulation.ptx.parse import width_of
 from tests.emulation.ptx.tensor_copy import swizzled
 from tests.emulation.ptx.values import UNSIGNED, decode, encode
 
-GROUP = 128
-THREAD = np.arange(GROUP)
+THREAD = np.arange(WARPGROUP)
 ROW, QUARTER = 16 * (THREAD // 32) + THREAD % 32 // 4, THREAD % 4
 SPANS = {0: 0, 1: 128, 2: 64, 3: 32}  #: swizzle mode of a descriptor -> bytes
 
@@ -61,13 +60,13 @@ class Operand:
     def load(self, unit: Any, groups: np.ndarray, by_warp: bool) -> np.ndarray:
         """(warpgroups, rows, depth); zeros for those that do not take part. by_warp: a warp reads a quarter of it."""
         machine, space = unit.machine, unit.machine.spaces["shared"]
-        descriptors = full(self.read(unit), unit.count).reshape(-1, GROUP)
+        descriptors = full(self.read(unit), unit.count).reshape(-1, WARPGROUP)
         result = np.zeros((len(descriptors), self.rows, self.depth), UNSIGNED[8 * self.size])
         view = space.data.view(UNSIGNED[8 * self.size])
         known: dict[int, np.ndarray] = {}
         for g in np.nonzero(groups)[0]:
             d = int(descriptors[g, 0])
-            lane = int(g) * GROUP
+            lane = int(g) * WARPGROUP
             if (descriptors[g] != descriptors[g, 0]).any():
                 unit.fault("collective", "the threads' matrix descriptors differ", self.form.ins, lane)
             if d >> 49 & 7:
@@ -93,7 +92,7 @@ class Operand:
                 mine = index[16 * warp : 16 * warp + 16] if by_warp else index
                 chunks = np.unique(mine >> 4) << 4
             row = unit.rows[lane + 32 * warp : lane + 32 * warp + 1]
-            which, group = unit.thread[lane : lane + 1] // GROUP, unit.group["wgmma"][lane : lane + 1]
+            which, group = unit.thread[lane : lane + 1] // WARPGROUP, unit.group["wgmma"][lane : lane + 1]
             access = Access(unit.machine, unit.machine.spaces["shared"], self.form.ins, self.form.index, chunks, 16)
             stamp = clocks.actor_stamp(row, "wgmma", which, group)
             access.reads(np.broadcast_to(row, chunks.shape), np.broadcast_to(stamp, chunks.shape), proxy=True)
@@ -124,7 +123,7 @@ def wgmma(form: Form) -> Run:
     def wait(unit: Any, mask: Mask) -> None:
         clocks = unit.machine.clocks
         active = unit.exists if mask is None else mask
-        rows, column = unit.rows[active], clocks.first["wgmma"] + unit.thread[active] // GROUP
+        rows, column = unit.rows[active], clocks.first["wgmma"] + unit.thread[active] // WARPGROUP
         done = unit.group["wgmma"] - 1 - pending
         clocks.known[rows, column] = np.maximum(clocks.known[rows, column], done[active])
         for name, (threads, groups) in list(unit.pending.items()):
@@ -185,17 +184,17 @@ def _multiply(form: Form) -> Run:
 
     def run(unit: Any, mask: Mask) -> None:
         active = np.ones(unit.count, bool) if mask is None else mask
-        groups = active.reshape(-1, GROUP).any(1)
+        groups = active.reshape(-1, WARPGROUP).any(1)
         _check_fence(form, unit, active, own)
         if a is None:
-            x = exact(ta, collect(unit, a_reads, ta, GROUP)[:, place_a]).reshape(-1, 64, k)
+            x = exact(ta, collect(unit, a_reads, ta, WARPGROUP)[:, place_a]).reshape(-1, 64, k)
         else:
             x = exact(ta, a.load(unit, groups, True))
         y = exact(tb, b.load(unit, groups, False))
         product = np.matmul(x, y.transpose(0, 2, 1)) * (scale_a * scale_b)
-        adds = full(keep(unit), unit.count).reshape(-1, GROUP)
+        adds = full(keep(unit), unit.count).reshape(-1, WARPGROUP)
         for j in range(count):
-            words = full(starts[j](unit), unit.count).reshape(-1, GROUP)
+            words = full(starts[j](unit), unit.count).reshape(-1, WARPGROUP)
             if td == "f16":
                 row, column = ROW + 8 * (j % 2), 8 * (j // 2) + 2 * QUARTER
                 low, high = (
@@ -218,7 +217,7 @@ def _multiply(form: Form) -> Run:
             group = unit.group["wgmma"] if before is None else np.where(active, unit.group["wgmma"], before[1])
             unit.pending[name] = (threads.copy(), group)
 
-    return gathered(form, run, size=GROUP)
+    return gathered(form, run, size=WARPGROUP)
 
 
 def _half(words: np.ndarray, e: int) -> np.ndarray:
