@@ -296,6 +296,25 @@ def test_a_block_has_no_more_shared_memory_than_its_target():
         launch("sm_80", 49168, 0)
 
 
+def test_a_launch_has_a_shape_that_is_possible():
+    """What the runtime refuses, and what the kernel was not compiled for."""
+
+    def launch(grid, block, directive=""):
+        run(kernel("ret;").replace("entry k()", f"entry k()\n{directive}\n"), "k", grid, block, [])
+
+    for shape in ((1, 1024), (1, (32, 32)), ((1, 1, 3), (2, 2, 64)), (1, 128, ".maxntid 128"), (1, 64, ".maxntid 128"),
+                  (1, (2, 64), ".maxntid 32, 4"), (1, (32, 4), ".reqntid 32, 4"), (1, 128, ".reqntid 128")):  # fmt: skip
+        launch(*shape)
+    for words, *shape in (
+        ("a grid of", (1, 70000), 32), ("a grid of", (1, 1, 65536), 32), ("a grid of", 1 << 31, 32),
+        ("a grid of", 0, 32), ("a block of", 1, 2048), ("a block of", 1, (1, 1, 65)), ("a block of", 1, (4, 0)),
+        ("1088 threads in a block; at most 1024", 1, (34, 32)), ("256 threads .* 128", 1, 256, ".maxntid 128, 1, 1"),
+        (r"\.reqntid asks for \(128, 1, 1\)", 1, 64, ".reqntid 128"), (r"\.reqntid", 1, (4, 32), ".reqntid 32, 4"),
+    ):  # fmt: skip
+        with pytest.raises(PtxError, match=words):
+            launch(*shape)
+
+
 def test_a_launch_of_several_kernels_keeps_its_buffers():
     launch, x = Launch(), np.arange(4, dtype=np.uint32)
     address = launch.address(x, "x")

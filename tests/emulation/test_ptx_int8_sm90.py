@@ -232,6 +232,8 @@ FAULTS = {
     "the meeting before the stages are written over": ("one", "named_sync(kBoth, kConsumers * kWarpgroup);", "",
                                                        "missing wait|race"),
     "the warp's meeting before it reads": ("one", "    __syncwarp();\n    finish_rows", "    finish_rows", "race"),
+    "registers that one warp gives": ("one", "    registers_give<kProducerRegisters>();",
+                                      "    if (warp == 0) registers_give<kProducerRegisters>();", "collective|deadlock"),
     "the halves of pairs": ("one", "p.pairs ? first + outputs / 2", "p.pairs ? first", ""),
     "the fence of high digits": ("two", "      async_fence();\n      arrive_with_warp(control.full[behind]);",
                                  "      arrive_with_warp(control.full[behind]);", "missing fence"),

@@ -28,7 +28,8 @@ LANES = np.arange(32)
 #: Actors beside the threads of a block: how many there are for n threads, and what a thread calls to wait for them.
 ACTORS = {
     "cp.async": (lambda n: n, "cp.async.wait_group (or wait_all) of the thread that copied"),
-    "bulk": (lambda n: n, "cp.async.bulk.wait_group of the thread that copied"),
+    "bulk": (lambda n: n, "cp.async.bulk.wait_group of the thread that copied"),  # what its stores read
+    "bulk write": (lambda n: n, "cp.async.bulk.wait_group, without .read, of the thread that copied"),
     "wgmma": (lambda n: (n + 127) // 128, "wgmma.wait_group"),
     "mbarrier": (lambda n: 64, "a wait for the phase of its mbarrier"),
 }
@@ -185,7 +186,8 @@ class Clocks:
             return f"thread {actor} of block {int(epoch >> BLOCK_SHIFT) - 1}", None
         for kind, first in reversed(self.first.items()):
             if actor >= first:
-                what = {"cp.async": "cp.async of thread", "bulk": "bulk copy of thread", "wgmma": "wgmma of warpgroup"}
+                what = {"cp.async": "cp.async of thread", "wgmma": "wgmma of warpgroup"}
+                what |= {"bulk": "bulk copy of thread", "bulk write": "bulk copy of thread"}
                 return f"{what.get(kind, 'bulk copy to the mbarrier in slot')} {actor - first}", ACTORS[kind][1]
         raise AssertionError(actor)
 

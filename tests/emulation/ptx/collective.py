@@ -13,6 +13,7 @@ from tests.emulation.ptx.gather import LANES, active_of, by_warps, gathered
 from tests.emulation.ptx.operands import Form, Mask, Run, instruction
 from tests.emulation.ptx.values import UNSIGNED, decode
 
+
 @instruction("bra", "brx")
 def branch(form: Form) -> Run:
     """Executed by Unit, which knows the groups of threads."""

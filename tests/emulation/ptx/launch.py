@@ -30,7 +30,7 @@ from tests.emulation.ptx import (  # noqa: F401  (each registers its instruction
 from tests.emulation.ptx.check import Fault, Faults
 from tests.emulation.ptx.control import Code
 from tests.emulation.ptx.count import Counts, Summary
-from tests.emulation.ptx.machine import SCHEDULES, Machine
+from tests.emulation.ptx.machine import SCHEDULES, Machine, check_shape
 from tests.emulation.ptx.memory import GlobalMemory
 from tests.emulation.ptx.parse import Kernel, PtxError, Variable, parse
 from tests.emulation.ptx.tensor_copy import TensorMap
@@ -142,6 +142,7 @@ def run(
     name = find(ptx, kernel)
     code = _compiled(ptx, name)
     grid, block = (_three(x) for x in (grid, block))
+    check_shape(code.kernel, grid, block)
     launch = launch or Launch()
     parameters = _pack(code.kernel.parameters, args, launch)
     faults = Faults()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ SMALL_SHARED = 48 << 10
 #: KiB of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
 #: Capability"). Not taken from the library: what runs kernels imports nothing of it, so that mutants can be.
 MOST_SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+#: Of a grid and of a block in each dimension; a block has no more threads in all than in its first.
+MOST_BLOCKS, MOST_THREADS = ((1 << 31) - 1, 65535, 65535), (1024, 1024, 64)
 SCHEDULES = ("lockstep", "forward", "reverse", "random")
 
 
@@ -36,6 +39,20 @@ def check_shared_size(kernel: Kernel, static: int, dynamic: int, most_dynamic: i
         raise PtxError(f"{kernel.name} needs {size} bytes of shared memory; a block of {target} has at most {most}")
 
 
+def check_shape(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...]) -> None:
+    """Refuses a grid or a block that no launch may have (CUDA C++ Programming Guide, "Technical Specifications per
+    Compute Capability"), or that the kernel was not compiled for."""
+    for name, shape, limits in (("grid", grid, MOST_BLOCKS), ("block", block, MOST_THREADS)):
+        if any(not 1 <= n <= most for n, most in zip(shape, limits, strict=True)):
+            raise PtxError(f"{kernel.name} is launched with a {name} of {shape}; from 1 to {limits} are possible")
+    threads = math.prod(block)
+    most = min(MOST_THREADS[0], kernel.most_threads or MOST_THREADS[0])
+    if threads > most:
+        raise PtxError(f"{kernel.name} is launched with {threads} threads in a block; at most {most} are possible")
+    if kernel.block not in (None, block):
+        raise PtxError(f"{kernel.name} is launched with a block of {block}; its .reqntid asks for {kernel.block}")
+
+
 class Machine:
     def __init__(
         self, code: Code, memory: GlobalMemory, blocks: np.ndarray, grid: tuple[int, ...], block: tuple[int, ...],
@@ -50,11 +67,11 @@ class Machine:
         self.parameters = np.frombuffer(parameters.ljust((len(parameters) + 15) // 16 * 16, b"\0"), np.uint8)
         self.address_of = messages.address_of
         kinds = {kind for kind in ("cp.async", "wgmma") if code.uses(kind)}
-        if code.uses("cp.async.bulk"):
-            kinds |= {"bulk", "mbarrier"}
-        if code.uses("cp.reduce") or code.uses("mbarrier") or code.uses("cp.async.mbarrier"):
-            kinds |= {"mbarrier", "bulk"}
-        proxies = code.uses("wgmma") or code.uses("cp.async.bulk") or code.uses("cp.reduce")
+        if code.uses("cp.async.bulk") or code.uses("mbarrier") or code.uses("cp.async.mbarrier"):
+            kinds.add("mbarrier")
+        if any(opcode.startswith("cp.async.bulk") and "group" in opcode for opcode in code.opcodes):
+            kinds |= {"bulk", "bulk write"}
+        proxies = code.uses("wgmma") or code.uses("cp.async.bulk")
         self.clocks = Clocks(self, kinds, proxies)
         self._spaces(memory)
         self.alive = np.full(self.block_count, self.threads)

@@ -17,6 +17,7 @@ from tests.emulation.ptx.parse import PtxError, width_of
 from tests.emulation.ptx.values import UNSIGNED
 
 EXISTS, WRITTEN, READ_ONLY = 1, 2, 4
+MBARRIER = 8  #: a byte of an mbarrier that is in use, which its own instructions alone may access
 POISON = 0xFF
 GLOBAL_BASE, GUARD = 0x70000000000, 4096
 #: Where the other spaces begin among the generic addresses.
@@ -76,9 +77,11 @@ class Place:
     """How one instruction accesses memory: `size` bytes at once, aligned to them (or to `align`)."""
 
     def __init__(
-        self, form: Form, space: str, size: int, strong: bool = False, noncoherent: bool = False, align: int = 0
-    ) -> None:
+        self, form: Form, space: str, size: int, strong: bool = False, noncoherent: bool = False, align: int = 0,
+        mbarrier: bool = False,
+    ) -> None:  # fmt: skip
         self.ins, self.site, self.space, self.size = form.ins, form.index, space, size
+        self.forbidden = 0 if mbarrier else MBARRIER
         self.strong, self.noncoherent, self.align = strong, noncoherent, align or size
         form.code.note_access(space, size)
 
@@ -119,21 +122,21 @@ class Place:
         state = states[cells] if size <= 8 else states[cells + np.arange(size // 8)[:, None]]
         ones = int.from_bytes(bytes([1] * step), "little")
         need = (EXISTS | WRITTEN) if reads else EXISTS
-        wanted = UNSIGNED[8 * step](need * ones)
-        good = state & wanted == wanted
-        if writes:
-            good &= state & UNSIGNED[8 * step](READ_ONLY * ones) == 0
+        must_not = self.forbidden | (READ_ONLY if writes else 0)
+        good = state & UNSIGNED[8 * step]((need | must_not) * ones) == UNSIGNED[8 * step](need * ones)
         if not good.all():
-            lanes, index = self._explain(unit, space, lanes, index, good if good.ndim == 1 else good.all(0), reads)
+            lanes, index = self._explain(unit, space, lanes, index, good if good.ndim == 1 else good.all(0), writes)
         return space, lanes, index
 
-    def _explain(self, unit: Any, space: Space, lanes: Any, index: np.ndarray, good: np.ndarray, reads: bool):
+    def _explain(self, unit: Any, space: Space, lanes: Any, index: np.ndarray, good: np.ndarray, writes: bool):
         """Reports accesses to bytes that do not exist, were not written or must not be; drops the first and last."""
         state = space.state[index[:, None] + np.arange(self.size)]
         missing = (state & EXISTS == 0).any(1)
-        readonly = ~missing & (not reads) & (state & READ_ONLY != 0).any(1)
-        unwritten = ~good & ~missing & ~readonly
-        for kind, bad in (("uninitialised", unwritten), ("out of bounds", missing), ("read-only", readonly)):
+        readonly = ~missing & writes & (state & READ_ONLY != 0).any(1)
+        barrier = ~missing & (state & self.forbidden != 0).any(1)
+        unwritten = ~good & ~missing & ~readonly & ~barrier
+        faults = {"uninitialised": unwritten, "out of bounds": missing, "read-only": readonly, "mbarrier": barrier}
+        for kind, bad in faults.items():
             if bad.any():
                 self._report(unit, space, kind, bad, lanes, index)
         keep = ~(missing | readonly)
@@ -143,7 +146,7 @@ class Place:
         first = int(bad.argmax())
         lane = first if lanes is None else int(lanes[first])
         where = space.describe(int(index[first]))
-        message = f"{self.size} bytes at {where}"
+        message = f"{self.size} bytes at {where}" + (", of an mbarrier in use" if kind == "mbarrier" else "")
         unit.fault(kind, message, self.ins, lane, int(bad.sum()))
 
     def _drop(self, unit: Any, space: Space, kind: str, bad: np.ndarray, lanes: Any, relative: Any, offset: Any):

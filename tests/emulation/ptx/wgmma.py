@@ -2,7 +2,7 @@
 
 The product is computed when it is issued. That it runs on by itself is kept in mind: it reads shared memory as an actor
 of the asynchronous proxy, and a register of it that is used before wgmma.wait_group, or was written behind the last
-wgmma.fence, is a fault. A mov only renames registers here, as it does in the machine code.
+wgmma.fence, is a fault. A mov between registers only renames them here, as it does in the machine code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from tests.emulation.ptx.check import Access
 from tests.emulation.ptx.gather import WARPGROUP, gathered
 from tests.emulation.ptx.matrix import collect, exact
-from tests.emulation.ptx.memory import WRITTEN
+from tests.emulation.ptx.memory import MBARRIER, WRITTEN
 from tests.emulation.ptx.operands import Form, Mask, Run, full, instruction
 from tests.emulation.ptx.parse import width_of
 from tests.emulation.ptx.tensor_copy import swizzled
@@ -79,8 +79,11 @@ class Operand:
                 unit.fault("out of bounds", message, self.form.ins, lane)
                 continue
             index = address + int(unit.shared_offset[lane])
-            if (space.state[index] & WRITTEN == 0).any():
+            state = space.state[index]
+            if (state & WRITTEN == 0).any():
                 unit.fault("uninitialised", "a matrix in shared memory", self.form.ins, lane)
+            if (state & MBARRIER != 0).any():
+                unit.fault("mbarrier", "a matrix with bytes of an mbarrier in use", self.form.ins, lane)
             self._order(unit, lane, index, by_warp)
             result[g] = view[index >> (self.size - 1).bit_length()]
         return result
@@ -248,12 +251,12 @@ def watch(form: Form, run: Run, registers: set[str]) -> Run:
     used, written = registers & set(form.used), registers & set(form.written)
     if not used and not written:
         return run
-    renames = form.ins.opcode == "mov"
+    renames = _renames(form)
 
     def watched(unit: Any, mask: Mask) -> Any:
         active = unit.exists if mask is None else mask
         if renames:
-            _rename(unit, form)
+            _rename(unit, form, active)
             return run(unit, mask)
         for name in (used | written) & set(unit.pending):
             bad = unit.pending[name][0] & active
@@ -268,15 +271,21 @@ def watch(form: Form, run: Run, registers: set[str]) -> Run:
     return watched
 
 
-def _rename(unit: Any, form: Form) -> None:
-    if not form.used or not form.written:
-        return
-    source, target = form.used[0], form.written[0]
-    for table in (unit.pending, unit.unfenced):
-        if source in table:
-            table[target] = table[source]
-        else:
-            table.pop(target, None)
+def _renames(form: Form) -> bool:
+    """A mov of one register to another; that of a number or of a special register writes it."""
+    known = form.kernel.registers
+    return form.ins.opcode == "mov" and all(operand in known for operand in form.operands)
+
+
+def _rename(unit: Any, form: Form, active: np.ndarray) -> None:
+    target, source = form.operands
+    nobody = np.zeros(unit.count, bool)
+    if source in unit.unfenced or target in unit.unfenced:
+        before, new = (unit.unfenced.get(name, nobody) for name in (target, source))
+        unit.unfenced[target] = np.where(active, new, before)
+    if source in unit.pending or target in unit.pending:
+        before, new = (unit.pending.get(name, (nobody, unit.group["wgmma"])) for name in (target, source))
+        unit.pending[target] = np.where(active, new[0], before[0]), np.where(active, new[1], before[1])
 
 
 def registers_of(forms: list[Form]) -> set[str]:
@@ -285,9 +294,9 @@ def registers_of(forms: list[Form]) -> set[str]:
     for form in forms:
         if form.ins.opcode == "wgmma":
             names |= {n for n in (*form.used, *form.written) if form.kernel.registers[n] == 32}
-    moves = [f for f in forms if f.ins.opcode == "mov" and len(f.used) == len(f.written) == 1]
+    moves = [f for f in forms if _renames(f)]
     while True:
-        more = {n for f in moves for n in (f.used[0], f.written[0]) if names & {f.used[0], f.written[0]}} - names
+        more = {n for f in moves for n in f.operands if names & set(f.operands)} - names
         if not more:
             return names
         names |= more
