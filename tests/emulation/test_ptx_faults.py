@@ -167,26 +167,6 @@ def test_races_between_blocks():
     assert found("red.global.add.u32 [%a0], 1; ld.global.b32 %v, [%a0]; ret;") == {"race"}
 
 
-def message(fence1, fence2, schedule="lockstep"):
-    """Block 0 leaves a value and raises a flag; block 1 waits for the flag and takes the value."""
-    value, flag, out = empty(1, np.uint32), np.zeros(1, np.uint32), empty(1, np.uint32)
-    body = f"""
-    .reg .b32 %v; .reg .pred %p; setp.ne.u32 %p, %b, 0; @%p bra take; mov.u32 %v, 77; st.global.b32 [%a0], %v; {fence1}
-    st.relaxed.gpu.global.b32 [%a1], 1; ret;
-    take: ld.relaxed.gpu.global.b32 %v, [%a1]; setp.eq.u32 %p, %v, 0; @%p bra take; {fence2}
-    ld.global.b32 %v, [%a0]; st.global.b32 [%a2], %v; ret;
-    """.replace("[%a1], 1;", "[%a1], %v;")
-    return out, execute(body, [value, flag, out], 1, 2, schedule=schedule)
-
-
-@ALL
-def test_messages_through_flags(schedule):
-    for fence in ("fence.acq_rel.gpu;", "membar.gl;", "fence.sc.gpu;"):
-        out, report = message(fence, fence, schedule)
-        assert report.faults == [] and out.data[0] == 77
-    assert kinds(message("", "membar.gl;", schedule)[1]) == {"race"} == kinds(message("membar.gl;", "", schedule)[1])
-
-
 @ALL
 def test_barrier_divergence_and_deadlock(schedule):
     def found(body, threads=64):
@@ -303,7 +283,8 @@ def test_a_launch_has_a_shape_that_is_possible():
         run(kernel("ret;").replace("entry k()", f"entry k()\n{directive}\n"), "k", grid, block, [])
 
     for shape in ((1, 1024), (1, (32, 32)), ((1, 1, 3), (2, 2, 64)), (1, 128, ".maxntid 128"), (1, 64, ".maxntid 128"),
-                  (1, (2, 64), ".maxntid 32, 4"), (1, (32, 4), ".reqntid 32, 4"), (1, 128, ".reqntid 128")):  # fmt: skip
+                  (1, (2, 64), ".maxntid 32, 4"), (1, (32, 4), ".reqntid 32, 4"),
+                  (1, 128, ".reqntid 128")):  # fmt: skip
         launch(*shape)
     for words, *shape in (
         ("a grid of", (1, 70000), 32), ("a grid of", (1, 1, 65536), 32), ("a grid of", 1 << 31, 32),

@@ -42,6 +42,8 @@ class Code:
         self.granules = {"global": 16, "shared": 16}
         self.opcodes = {i.opcode + "." + ".".join(i.modifiers) for i in kernel.instructions}
         self.instructions, self.target_of = layout(kernel)
+        #: Strong accesses whose scope is the block: to other blocks they are weak ones.
+        self.near = np.zeros(len(self.instructions), bool)
         self.forms = [Form(kernel, self, ins, at) for at, ins in enumerate(self.instructions)]
         self.handlers = [self._compile(form) for form in self.forms]
         if self.uses("wgmma"):

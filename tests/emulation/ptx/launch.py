@@ -147,7 +147,9 @@ def run(
     parameters = _pack(code.kernel.parameters, args, launch)
     faults = Faults()
     orders = any(part in o for o in code.opcodes for part in ("membar", "fence.", "acq", "release"))
-    messages = publish.Messages(orders)
+    messages = publish.Messages(
+        orders, any("cta" in i.modifiers or "cluster" in i.modifiers for i in code.instructions)
+    )
     for variable in code.kernel.module:
         where = launch.memory.allocate(variable.size or 0, variable.name)
         launch.memory.put(where, variable.data or bytes(variable.size or 0))

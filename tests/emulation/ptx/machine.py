@@ -13,6 +13,7 @@ from tests.emulation.ptx.check import Clocks, Faults, Shadow
 from tests.emulation.ptx.control import LONG_TURN, Code, Unit
 from tests.emulation.ptx.mbarrier import Mbarriers
 from tests.emulation.ptx.memory import EXISTS, WINDOWS, WRITTEN, GlobalMemory, Space
+from tests.emulation.ptx.operands import full
 from tests.emulation.ptx.parse import Kernel, PtxError
 from tests.emulation.ptx.publish import Messages
 
@@ -173,11 +174,21 @@ class Machine:
         for unit, at, mask in short:
             unit.add_group(at, mask)
 
-    def heard(self, unit: Any, address: np.ndarray, mask: Any, acquires: bool) -> None:
-        self.messages.heard(self, unit, address, mask, acquires)
+    def heard(self, unit: Any, place: Any, address: np.ndarray, mask: Any, acquires: bool) -> None:
+        if self.messages.active:
+            near = bool(self.code.near[place.site])
+            self.messages.heard(self, unit, self._flags(unit, place, address), mask, acquires, near)
 
-    def told(self, unit: Any, address: np.ndarray, mask: Any, releases: bool) -> None:
-        self.messages.told(self, unit, address, mask, releases)
+    def told(self, unit: Any, place: Any, address: np.ndarray, mask: Any, releases: bool) -> None:
+        if self.messages.active:
+            near = bool(self.code.near[place.site])
+            self.messages.told(self, unit, self._flags(unit, place, address), mask, releases, near)
+
+    def _flags(self, unit: Any, place: Any, address: np.ndarray) -> np.ndarray:
+        """Addresses of flags, different ones where blocks have the same shared address."""
+        address = full(address, unit.count) + WINDOWS[place.space]
+        block = self.blocks[unit.block].astype(np.int64) + 1
+        return np.where(address >> 44 == WINDOWS["shared"] >> 44, address + (block << 48), address)
 
     def run(self) -> None:
         order = self.units[::-1] if self.schedule == "reverse" else list(self.units)

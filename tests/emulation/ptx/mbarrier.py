@@ -1,8 +1,8 @@
 """mbarrier: barriers in shared memory that also count the bytes of copies. PTX ISA 9.7.13.15.
 
 A phase is complete when all expected arrivals have come and no bytes are outstanding; the next one begins at once. The
-bytes of the object itself stay opaque; its state is kept here, by block and address. From its init to its inval they are
-marked, so that any other access to them is found.
+bytes of the object itself stay opaque; its state is kept here, by block and address. From its init to its inval they
+are marked, so that any other access to them is found.
 """
 
 from __future__ import annotations

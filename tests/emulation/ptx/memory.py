@@ -22,6 +22,7 @@ POISON = 0xFF
 GLOBAL_BASE, GUARD = 0x70000000000, 4096
 #: Where the other spaces begin among the generic addresses.
 WINDOWS = {"global": 0, "shared": 1 << 44, "local": 2 << 44, "const": 3 << 44, "param": 4 << 44, "generic": 0}
+SHARED_BY_THREADS = ("global", "shared", "generic")
 
 
 class Space:
@@ -223,7 +224,7 @@ def _ordering(form: Form) -> bool:
     order = form.one_of("weak", "relaxed", "acquire", "release", default="")
     if order in ("relaxed", "acquire", "release"):
         strong = True
-        form.one_of("cta", "cluster", "gpu", "sys")
+        form.code.near[form.index] = form.scope("gpu", "sys")
     form.flag("ca", "cg", "cs", "lu", "cv", "wb", "wt")
     for name in [m for m in form.left if m.startswith(("L1::", "L2::"))]:
         form.left.remove(name)
@@ -248,15 +249,15 @@ def load(form: Form) -> Run:
         raise form.error(f"expected {count} registers")
     place = Place(form, space, width * count, strong, nc)
     address = form.address(form.operands[1])
-    acquires = form.order == "acquire"
+    acquires, hears = form.order == "acquire", strong and space in SHARED_BY_THREADS
 
     def run(unit, mask):
         at = address(unit)
         values = place.load(unit, at, mask, width)
         for put, value in zip(puts, values, strict=True):
             put(unit, value, mask)
-        if strong and (space == "global" or space == "generic"):
-            unit.machine.heard(unit, full(at, unit.count), mask, acquires)
+        if hears:
+            unit.machine.heard(unit, place, at, mask, acquires)
 
     def uniform(unit, mask):
         """One value for all, as all threads read the same parameter."""
@@ -289,12 +290,12 @@ def store(form: Form) -> Run:
     if len(reads) != count:
         raise form.error(f"expected {count} registers")
     place, address = Place(form, space, width * count, strong), form.address(form.operands[0])
-    releases = form.order == "release"
+    releases, tells = form.order == "release", strong and space in SHARED_BY_THREADS
 
     def run(unit, mask):
         at = address(unit)
-        if strong and (space == "global" or space == "generic"):
-            unit.machine.told(unit, full(at, unit.count), mask, releases)
+        if tells:
+            unit.machine.told(unit, place, at, mask, releases)
         place.store(unit, at, mask, [read(unit) for read in reads], width)
 
     return run
