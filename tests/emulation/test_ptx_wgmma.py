@@ -226,3 +226,13 @@ def test_operands_outside_of_shared_memory_are_found():
     )
     report = run_wgmma(32, 16, "f32", "f16", "f16", *arguments)[1]
     assert "out of bounds" in kinds(report)
+
+
+def test_a_matrix_that_nobody_wrote_is_found():
+    fill = FILL.replace("st.shared", "@%full st.shared")
+    assert "uninitialised" in kinds(plain_case(fill=f".reg .pred %full; setp.ne.u32 %full, %t, 5; {fill}")[1])
+
+
+def test_threads_name_the_same_matrix():
+    differs = "wgmma.fence.sync.aligned; .reg .pred %e; setp.eq.u32 %e, %t, 70; @%e add.u64 %da, %da, 1;"
+    assert kinds(plain_case(wgmma_fence=differs)[1]) == {"collective"}
