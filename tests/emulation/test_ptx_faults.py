@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from tests.emulation.ptx.launch import Buffer, EmulationError, Launch, empty, find, run, run_schedules
 from tests.emulation.ptx.machine import SCHEDULES
-from tests.emulation.ptx.operands import HANDLERS
 from tests.emulation.ptx.parse import PtxError, parse
 from tests.emulation.snippets import execute, kernel, kinds
 
@@ -328,12 +324,6 @@ def test_a_launch_of_several_kernels_keeps_its_buffers():
 def test_what_is_not_known_is_an_error(instruction, words):
     with pytest.raises(PtxError, match=words):
         run(kernel(f".reg .b32 %r; .reg .pred %p; ret; {instruction}"), "k", 1, 1, [])
-
-
-def test_every_instruction_is_named_by_a_test():
-    """None may be executed that no test in this folder so much as names."""
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_ptx_*.py"))
-    assert [name for name in HANDLERS if not re.search(rf"\b{name}\b", tests)] == []
 
 
 def test_parsing():
