@@ -38,7 +38,8 @@ def gathered(form: Form, run: Callable[[Any, Mask], Any], members: Any = None, s
     def collective(unit: Any, mask: Mask) -> str | None:
         bits = None if members is None else members(unit)
         waited = unit.waiting.pop(form.index, None)
-        if mask is None and not unit.waiting and (bits is None or (bits == EVERYONE).all()):
+        everyone = bits is None or (bits == EVERYONE).all()
+        if mask is None and not unit.waiting and everyone:
             kept = run(unit, None)
             return None if kept is None else _part(form, unit, unit.exists & ~kept, None)
         here = active_of(unit, mask, size)
@@ -46,7 +47,9 @@ def gathered(form: Form, run: Callable[[Any, Mask], Any], members: Any = None, s
             here = here | waited.reshape(-1, size)
         gone, kept = np.zeros_like(here), None
         alive = unit.alive.reshape(-1, size)
-        for threads, named in _aligned(form, unit, here, alive) if bits is None else _sets(form, unit, here, bits):
+        if bits is None:
+            _want_all(form, unit, here, alive)
+        for threads, named in [(here, np.ones_like(here))] if everyone else _sets(form, unit, here, bits):
             ready = threads & ~(named & alive & ~here).any(1, keepdims=True)
             if ready.any():
                 kept = run(unit, None if ready.all() else ready.reshape(-1))
@@ -67,12 +70,12 @@ def _part(form: Form, unit: Any, goes_on: np.ndarray, waits: Any) -> str:
     return "wait"
 
 
-def _aligned(form: Form, unit: Any, here: np.ndarray, alive: np.ndarray) -> Iterator[Set]:
+def _want_all(form: Form, unit: Any, here: np.ndarray, alive: np.ndarray) -> None:
+    """What an .aligned instruction asks for."""
     alone = here & ~alive.all(1, keepdims=True)
     if alone.any():
         message = f"{form.ins.opcode} is .aligned, and threads of its {'warp' if here.shape[1] == 32 else 'warpgroup'} "
         unit.fault("collective", message + "have ended, or were never there", form.ins, int(alone.argmax()))
-    yield here, np.ones_like(here)
 
 
 def _sets(form: Form, unit: Any, here: np.ndarray, bits: np.ndarray) -> Iterator[Set]:
