@@ -106,7 +106,10 @@ struct Consumer {
   // The products of a tile run while those of the next are issued.
   LLMKERN_DEVICE void multiply(int tiles) {
     await_tile();
-    if constexpr (T::kTwo) multiply_high(0);
+    if constexpr (T::kTwo) {
+      wgmma_sums(high);  // else the compiler writes their zeros behind the fence
+      multiply_high(0);
+    }
     issue<false>();
     for (int t = 1; t < tiles; t++) {
       const int before = ring.stage;

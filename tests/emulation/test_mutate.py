@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -170,6 +171,23 @@ def test_half_of_a_sample_is_written_by_hand_where_there_are_as_many(everything)
     for few in (by_hand[:3] + list(set(everything) - set(by_hand))[:30], by_hand[:30]):
         assert len(command.draw(few, 20, seed=1)) == 20
     assert len(command.draw(by_hand[:5], 20, seed=1)) == 5
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--kernel", "nosuch"], "--kernel: no device function's name contains 'nosuch'; there are .*decode_kernel"),
+    (["--file", "nosuch"], "--file: no path contains 'nosuch'; there are .*csrc/int8/cuda_tiles.cu"),
+    (["--file", "int8", "--file", "nosuch"], "--file: no path contains 'nosuch'"),
+    (["--sample", "-3"], "--sample: expected a number from 0 on, got -3"),
+    (["--jobs", "0"], "--jobs: expected a number from 1 on, got 0"),
+    (["--minutes", "-1"], "--minutes: expected a number from 0 on"),
+])  # fmt: skip
+def test_arguments_that_choose_nothing_are_errors(arguments, words, tmp_path, capsys):
+    for more in (["--list"], ["--json", str(tmp_path / "result.json")]):
+        with pytest.raises(SystemExit) as error:
+            command.main([*arguments, *more])
+        assert error.value.code == 2
+        assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_ptx_is_the_same_whatever_its_lines_and_path_are():

@@ -195,6 +195,10 @@ ONE_KERNEL = (
 FAULTS = {
     "the fence of the barriers": ("barrier_init_fence();", "", "missing fence"),
     "registers that nobody gives": ("registers_give<kProducerRegisters>();", "", "deadlock"),
+    "registers that one lane of each warp gives": (
+        "registers_give<kProducerRegisters>();", "if (threadIdx.x % 32 == 0) registers_give<kProducerRegisters>();",
+        "collective",
+    ),
     "more registers than there are": ("registers_take<kConsumerRegisters>();", "registers_take<256>();", "deadlock"),
     "the turn": ("if (which == 1 && block.tiles > 1) pass_turn();", "", "deadlock"),
     "the bytes of a tile": ("kTileBytes = kKeys * kWidth * 2", "kTileBytes = kKeys * kWidth * 2 + 16", "deadlock"),

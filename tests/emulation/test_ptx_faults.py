@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from tests.emulation.ptx.launch import Buffer, EmulationError, Launch, empty, find, run, run_schedules
 from tests.emulation.ptx.machine import SCHEDULES
-from tests.emulation.ptx.operands import HANDLERS
 from tests.emulation.ptx.parse import PtxError, parse
 from tests.emulation.snippets import execute, kernel, kinds
 
@@ -167,26 +163,6 @@ def test_races_between_blocks():
     assert found("red.global.add.u32 [%a0], 1; ld.global.b32 %v, [%a0]; ret;") == {"race"}
 
 
-def message(fence1, fence2, schedule="lockstep"):
-    """Block 0 leaves a value and raises a flag; block 1 waits for the flag and takes the value."""
-    value, flag, out = empty(1, np.uint32), np.zeros(1, np.uint32), empty(1, np.uint32)
-    body = f"""
-    .reg .b32 %v; .reg .pred %p; setp.ne.u32 %p, %b, 0; @%p bra take; mov.u32 %v, 77; st.global.b32 [%a0], %v; {fence1}
-    st.relaxed.gpu.global.b32 [%a1], 1; ret;
-    take: ld.relaxed.gpu.global.b32 %v, [%a1]; setp.eq.u32 %p, %v, 0; @%p bra take; {fence2}
-    ld.global.b32 %v, [%a0]; st.global.b32 [%a2], %v; ret;
-    """.replace("[%a1], 1;", "[%a1], %v;")
-    return out, execute(body, [value, flag, out], 1, 2, schedule=schedule)
-
-
-@ALL
-def test_messages_through_flags(schedule):
-    for fence in ("fence.acq_rel.gpu;", "membar.gl;", "fence.sc.gpu;"):
-        out, report = message(fence, fence, schedule)
-        assert report.faults == [] and out.data[0] == 77
-    assert kinds(message("", "membar.gl;", schedule)[1]) == {"race"} == kinds(message("membar.gl;", "", schedule)[1])
-
-
 @ALL
 def test_barrier_divergence_and_deadlock(schedule):
     def found(body, threads=64):
@@ -296,6 +272,26 @@ def test_a_block_has_no_more_shared_memory_than_its_target():
         launch("sm_80", 49168, 0)
 
 
+def test_a_launch_has_a_shape_that_is_possible():
+    """What the runtime refuses, and what the kernel was not compiled for."""
+
+    def launch(grid, block, directive=""):
+        run(kernel("ret;").replace("entry k()", f"entry k()\n{directive}\n"), "k", grid, block, [])
+
+    for shape in ((1, 1024), (1, (32, 32)), ((1, 1, 3), (2, 2, 64)), (1, 128, ".maxntid 128"), (1, 64, ".maxntid 128"),
+                  (1, (2, 64), ".maxntid 32, 4"), (1, (32, 4), ".reqntid 32, 4"),
+                  (1, 128, ".reqntid 128")):  # fmt: skip
+        launch(*shape)
+    for words, *shape in (
+        ("a grid of", (1, 70000), 32), ("a grid of", (1, 1, 65536), 32), ("a grid of", 1 << 31, 32),
+        ("a grid of", 0, 32), ("a block of", 1, 2048), ("a block of", 1, (1, 1, 65)), ("a block of", 1, (4, 0)),
+        ("1088 threads in a block; at most 1024", 1, (34, 32)), ("256 threads .* 128", 1, 256, ".maxntid 128, 1, 1"),
+        (r"\.reqntid asks for \(128, 1, 1\)", 1, 64, ".reqntid 128"), (r"\.reqntid", 1, (4, 32), ".reqntid 32, 4"),
+    ):  # fmt: skip
+        with pytest.raises(PtxError, match=words):
+            launch(*shape)
+
+
 def test_a_launch_of_several_kernels_keeps_its_buffers():
     launch, x = Launch(), np.arange(4, dtype=np.uint32)
     address = launch.address(x, "x")
@@ -328,12 +324,6 @@ def test_a_launch_of_several_kernels_keeps_its_buffers():
 def test_what_is_not_known_is_an_error(instruction, words):
     with pytest.raises(PtxError, match=words):
         run(kernel(f".reg .b32 %r; .reg .pred %p; ret; {instruction}"), "k", 1, 1, [])
-
-
-def test_every_instruction_is_named_by_a_test():
-    """None may be executed that no test in this folder so much as names."""
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_ptx_*.py"))
-    assert [name for name in HANDLERS if not re.search(rf"\b{name}\b", tests)] == []
 
 
 def test_parsing():

@@ -186,6 +186,32 @@ def test_what_is_missing_is_found():
     assert kinds(plain_case(wgmma_fence="")[1]) == {"missing fence"}
 
 
+@pytest.mark.parametrize("write", ["mov.b32 %d3, 0;", "mov.u32 %d3, %tid.x;", "xor.b32 %d3, %d3, %d3;",
+                                   "mov.b32 %d3, {%half, %half};"])  # fmt: skip
+def test_registers_that_are_written_behind_the_fence_or_in_flight(write):
+    """Also by a mov of a number: that writes a register, where a mov of a register renames one."""
+    write = f".reg .b16 %half; mov.b16 %half, 1; {write}"
+    assert plain_case(wgmma_fence=f"{write} wgmma.fence.sync.aligned;")[1].faults == []
+    assert kinds(plain_case(wgmma_fence=f"wgmma.fence.sync.aligned; {write}")[1]) == {"missing fence"}
+    assert kinds(plain_case(wait=f"{write} wgmma.wait_group.sync.aligned 0;")[1]) == {"missing wait"}
+
+
+def test_registers_that_are_renamed():
+    """A mov takes what wgmma does with a register along to its new name, of the threads that execute it."""
+    take = ".reg .b32 %y, %z; mov.b32 %y, %d3;"
+    wait = "wgmma.wait_group.sync.aligned 0;"
+    back = "mov.b32 %d3, %y;"
+    assert plain_case(wait=f"{take} {wait} {back}")[1].faults == []
+    assert kinds(plain_case(wait=f"{take} add.u32 %z, %y, 1; {wait}")[1]) == {"missing wait"}
+    assert plain_case(wait=f"{take} mov.b32 %y, %t; add.u32 %z, %y, 1; {wait}")[1].faults == []  # a name of its own now
+    some = ".reg .pred %e; setp.lt.u32 %e, %t, 128; @%e mov.b32 %y, %d3;"
+    assert kinds(plain_case(wait=f".reg .b32 %y, %z; {some} add.u32 %z, %y, 1; {wait}")[1]) == {"missing wait"}
+    some = some.replace("128", "5").replace("%y, %d3", "%y, %t")
+    assert kinds(plain_case(wait=f"{take} {some} add.u32 %z, %y, 1; {wait}")[1]) == {"missing wait"}
+    behind = "wgmma.fence.sync.aligned; .reg .b32 %y; add.u32 %y, %t, 1; mov.b32 %d3, %y;"
+    assert kinds(plain_case(wgmma_fence=behind)[1]) == {"missing fence"}
+
+
 def test_operands_outside_of_shared_memory_are_found():
     rng = np.random.default_rng(0)
     (a_bits, _), start = random_bits("f16", (64, 16), rng), starting("f32", 32, rng)
@@ -200,3 +226,13 @@ def test_operands_outside_of_shared_memory_are_found():
     )
     report = run_wgmma(32, 16, "f32", "f16", "f16", *arguments)[1]
     assert "out of bounds" in kinds(report)
+
+
+def test_a_matrix_that_nobody_wrote_is_found():
+    fill = FILL.replace("st.shared", "@%full st.shared")
+    assert "uninitialised" in kinds(plain_case(fill=f".reg .pred %full; setp.ne.u32 %full, %t, 5; {fill}")[1])
+
+
+def test_threads_name_the_same_matrix():
+    differs = "wgmma.fence.sync.aligned; .reg .pred %e; setp.eq.u32 %e, %t, 70; @%e add.u64 %da, %da, 1;"
+    assert kinds(plain_case(wgmma_fence=differs)[1]) == {"collective"}

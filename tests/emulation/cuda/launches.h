@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../launches/launch_shape.h"
 #include "../launches/tensor_map.h"
 
 namespace launches {
@@ -36,7 +37,8 @@ inline cudaError_t note(const cudaLaunchConfig_t& c, const void* function, void*
   const bool hopper = known->second.find("sm90") != std::string::npos;
   const size_t both = c.dynamicSmemBytes + statics[known->second];
   const bool fits = both <= kAlwaysAllowed || (allowed.count(function) && c.dynamicSmemBytes <= allowed[function]);
-  if (!fits || both > (hopper ? kMostHopper : kMost) || c.gridDim.y > 65535) return cudaErrorInvalidConfiguration;
+  if (!fits || both > (hopper ? kMostHopper : kMost)) return cudaErrorInvalidConfiguration;
+  if (!possible_shape(c.gridDim, c.blockDim)) return cudaErrorInvalidConfiguration;
   Noted n{known->second,
           {c.gridDim.x, c.gridDim.y, c.gridDim.z},
           {c.blockDim.x, c.blockDim.y, c.blockDim.z},

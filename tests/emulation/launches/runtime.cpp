@@ -3,6 +3,7 @@
 #include <map>
 #include <string>
 
+#include "launch_shape.h"
 #include "tensor_map.h"
 
 namespace {
@@ -29,7 +30,9 @@ void use(Launched function, bool old) { launched = function, driver_is_old = old
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidValue ? "the launch asks for more shared memory than was allowed" : "no error";
+  return error == cudaErrorInvalidValue           ? "the launch asks for more shared memory than was allowed"
+         : error == cudaErrorInvalidConfiguration ? "no device takes this grid or block"
+                                                  : "no error";
 }
 // What csrc/common/launch_error.h asks before it says what a failed launch may come of.
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
@@ -53,6 +56,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, uns
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
   int allowed = shared_limits().count(kernel) ? shared_limits()[kernel] : 49152;
   if (config->dynamicSmemBytes > static_cast<size_t>(allowed)) return cudaErrorInvalidValue;
+  if (!possible_shape(config->gridDim, config->blockDim)) return cudaErrorInvalidConfiguration;
   unsigned grid[3] = {config->gridDim.x, config->gridDim.y, config->gridDim.z};
   unsigned block[3] = {config->blockDim.x, config->blockDim.y, config->blockDim.z};
   launched(kernels()[kernel].c_str(), grid, block, config->dynamicSmemBytes, config->stream, arguments);

@@ -129,9 +129,22 @@ def main(arguments: list[str] | None = None) -> int:
         "--tests-grew", action="store_true", help="since the last run tests were only added: what they caught stays so"
     )
     options = parser.parse_args(arguments)
+    for name, least in (("sample", 0), ("jobs", 1), ("minutes", 0)):
+        given = getattr(options, name)
+        if given is not None and given < least:
+            parser.error(f"--{name}: expected a number from {least} on, got {given}")
 
-    chosen = {f: t for f, t in files().items() if options.file is None or any(part in f for part in options.file)}
+    known = files()
+    for part in options.file or ():
+        if not any(part in f for f in known):
+            parser.error(f"--file: no path contains {part!r}; there are {', '.join(known)}")
+    chosen = {f: t for f, t in known.items() if options.file is None or any(part in f for part in options.file)}
     everything = collect(chosen)
+    functions = sorted({m.function for m in everything} - {""})
+    if options.kernel is not None and not any(options.kernel in name for name in functions):
+        parser.error(
+            f"--kernel: no device function's name contains {options.kernel!r}; there are {', '.join(functions)}"
+        )
     stale = equivalent.stale(everything)
     for entry in stale:
         print(f"{entry.file}: no mutant is {entry.before!r} -> {entry.after!r}, listed as equivalent", file=sys.stderr)

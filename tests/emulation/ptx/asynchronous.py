@@ -107,7 +107,7 @@ def _arrive(form: Form) -> Run:
     if form.space() not in ("shared", "generic"):
         raise form.error("expected .shared")
     address = form.address(form.operands[0])
-    place = Place(form, "shared", 8, strong=True)
+    place = Place(form, "shared", 8, strong=True, mbarrier=True)
 
     def run(unit: Any, mask: Mask) -> None:
         clocks = unit.machine.clocks

@@ -65,7 +65,7 @@ def atomic(form: Form) -> Run:
     form.flag("noftz")
     operation = form.one_of(*OPERATIONS)
     order = form.one_of("relaxed", "acquire", "release", "acq_rel", default="relaxed")
-    form.flag("cta", "cluster", "gpu", "sys")
+    form.code.near[form.index] = form.scope("gpu", "sys", "")
     vector = int(form.one_of("v2", "v4", "v8", default="v1")[1])
     form.left = [m for m in form.left if not m.startswith("L2::")]
     space = form.space()
@@ -82,9 +82,8 @@ def atomic(form: Form) -> Run:
     def run(unit: Any, mask: Mask) -> None:
         machine = unit.machine
         at = full(address(unit), unit.count)
-        shared_key = at if space != "shared" else at + (machine.blocks[unit.block].astype(np.int64) + 1 << 48)
         if order in ("release", "acq_rel", "relaxed"):
-            machine.told(unit, shared_key, mask, order != "relaxed")
+            machine.told(unit, place, at, mask, order != "relaxed")
         old = np.zeros((vector, unit.count), UNSIGNED[8 * width])
         for memory, lanes, index in place.resolve(unit, at, mask, True, True):
             if len(index) == 0:
@@ -109,6 +108,6 @@ def atomic(form: Form) -> Run:
             for put, value in zip(puts, old, strict=True):
                 put(unit, value, mask)
         if order in ("acquire", "acq_rel", "relaxed"):
-            machine.heard(unit, shared_key, mask, order != "relaxed")
+            machine.heard(unit, place, at, mask, order != "relaxed")
 
     return run

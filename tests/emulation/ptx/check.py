@@ -28,7 +28,8 @@ LANES = np.arange(32)
 #: Actors beside the threads of a block: how many there are for n threads, and what a thread calls to wait for them.
 ACTORS = {
     "cp.async": (lambda n: n, "cp.async.wait_group (or wait_all) of the thread that copied"),
-    "bulk": (lambda n: n, "cp.async.bulk.wait_group of the thread that copied"),
+    "bulk": (lambda n: n, "cp.async.bulk.wait_group of the thread that copied"),  # what its stores read
+    "bulk write": (lambda n: n, "cp.async.bulk.wait_group, without .read, of the thread that copied"),
     "wgmma": (lambda n: (n + 127) // 128, "wgmma.wait_group"),
     "mbarrier": (lambda n: 64, "a wait for the phase of its mbarrier"),
 }
@@ -185,7 +186,8 @@ class Clocks:
             return f"thread {actor} of block {int(epoch >> BLOCK_SHIFT) - 1}", None
         for kind, first in reversed(self.first.items()):
             if actor >= first:
-                what = {"cp.async": "cp.async of thread", "bulk": "bulk copy of thread", "wgmma": "wgmma of warpgroup"}
+                what = {"cp.async": "cp.async of thread", "wgmma": "wgmma of warpgroup"}
+                what |= {"bulk": "bulk copy of thread", "bulk write": "bulk copy of thread"}
                 return f"{what.get(kind, 'bulk copy to the mbarrier in slot')} {actor - first}", ACTORS[kind][1]
         raise AssertionError(actor)
 
@@ -324,6 +326,8 @@ class Access:
             if last.any():
                 self._judge(last if harmless is None else np.where(harmless, 0, last), rows, strong, what, proxy)
         self._judge_warps(rows, strong, proxy, harmless)
+        if strong and self.space.name == "global" and self.machine.code.near[self.site]:
+            self._judge_each_other(rows)
         if shadow.aside:
             self._judge_aside(rows, strong, proxy, harmless)
         shadow.write[cells] = stamp + (self.site + 1) + (STRONG if strong else 0)
@@ -345,7 +349,7 @@ class Access:
         if self.space.name == "global":
             bad |= (last != 0) & ((last >> BLOCK_SHIFT) - 1 != clocks.block[rows])
         if strong:
-            bad &= last & STRONG == 0
+            bad &= self._weak(last, rows)
         if harmless is not None:
             bad &= ~harmless
         if not bad.any():
@@ -366,6 +370,19 @@ class Access:
             named = np.where(threads, epochs[some] & ~LANE_BITS | lane << ACTOR_SHIFT, epochs[some])
             self._report(np.ones(len(named), bool), named, row[some], "read", cells=cells[some])
 
+    def _judge_each_other(self, rows: np.ndarray) -> None:
+        """Strong writes of one instruction by several blocks, which its scope does not hold together."""
+        cells, wide = self.cells.reshape(-1), np.broadcast_to(rows, self.cells.shape).reshape(-1)
+        order = np.argsort(cells, kind="stable")
+        block = self.machine.clocks.block[wide[order]]
+        bad = (np.diff(cells[order]) == 0) & (np.diff(block) != 0)
+        if bad.any():
+            at = int(order[bad.argmax()])
+            address = self.space.describe(int(cells[at]) << self.shadow.shift)
+            message = f"several blocks write {address}, and the scope of this access is the block"
+            thread = int(self.machine.clocks.thread[wide[at]])
+            self.machine.faults.add("race", message, self.ins, int(block[bad.argmax()]), thread, int(bad.sum()))
+
     def _judge_aside(self, rows: np.ndarray, strong: bool, proxy: bool, harmless: Any) -> None:
         wide = np.broadcast_to(rows, self.cells.shape).reshape(-1)
         skip = None if harmless is None else np.broadcast_to(harmless, self.cells.shape).reshape(-1)
@@ -375,15 +392,24 @@ class Access:
                 row = np.full(len(last), wide[i])
                 bad = self.machine.clocks.unordered(last, row)
                 if strong:
-                    bad &= last & STRONG == 0
+                    bad &= self._weak(last, row)
                 if bad.any():
                     self._report(bad, last, row, "read", cells=np.full(len(last), cell))
+
+    def _weak(self, last: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Which accesses a strong one races with: weak ones, and of other blocks also where a scope is the block."""
+        near = self.machine.code.near
+        weak = last & STRONG == 0
+        if not near.any() or self.space.name != "global":
+            return weak
+        foreign = (last >> BLOCK_SHIFT) - 1 != self.machine.clocks.block[rows]
+        return weak | foreign & (near[self.site] | near[(last & (int(STRONG) - 1)) - 1])
 
     def _judge(self, last: np.ndarray, rows: np.ndarray, strong: bool, what: str, proxy: bool) -> None:
         clocks: Clocks = self.machine.clocks
         bad = clocks.unordered(last, rows)
         if strong:
-            bad &= last & STRONG == 0
+            bad &= self._weak(last, rows)
         if bad.any():
             self._report(bad, last, rows, what)
         elif proxy and what == "written":

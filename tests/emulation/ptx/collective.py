@@ -1,70 +1,17 @@
 """Instructions that threads execute together: barriers, shuffles, votes; and the ends of threads.
 
 PTX ISA 9.7.13 (bar, barrier, bar.warp.sync, vote, match, activemask, redux, elect), 9.7.9.6 (shfl), 9.7.12 (control).
-A collective waits until all threads that it names have come to it, as hardware since sm_70 does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from tests.emulation.ptx.operands import Form, Mask, Run, full, instruction
+from tests.emulation.ptx.gather import LANES, active_of, by_warps, gathered
+from tests.emulation.ptx.operands import Form, Mask, Run, instruction
 from tests.emulation.ptx.values import UNSIGNED, decode
-
-LANES = np.arange(32)
-
-
-def by_warps(unit: Any, values: np.ndarray) -> np.ndarray:
-    return full(values, unit.count).reshape(-1, 32)
-
-
-def active_of(unit: Any, mask: Mask) -> np.ndarray:
-    return np.ones((unit.count // 32, 32), bool) if mask is None else mask.reshape(-1, 32)
-
-
-def gathered(form: Form, run: Callable[[Any, Mask], None], members: Any = None, size: int = 32) -> Run:
-    """`run` once all named threads are there. members: reads the membermask; None for .aligned, which names all."""
-
-    def collective(unit: Any, mask: Mask) -> str | None:
-        if mask is None and members is None and not unit.waiting:
-            run(unit, None)
-            return None
-        named = None
-        if members is not None:
-            bits = full(members(unit), unit.count)
-            named = bits >> unit.lane.astype(np.uint32) & np.uint32(1) != 0
-            _same_members(form, unit, mask, bits, named)
-            if mask is None and named.all() and not unit.waiting:
-                run(unit, None)
-                return None
-            # A lane is waited for where a lane that is here names it.
-            here = active_of(unit, mask)
-            if form.index in unit.waiting:  # those of other warps too, which nobody has come to meet now
-                here = here | unit.waiting[form.index].reshape(-1, 32)
-            asked = np.bitwise_or.reduce(np.where(here, by_warps(unit, bits), np.uint32(0)), axis=1)
-            named = (asked[:, None] >> LANES.astype(np.uint32) & np.uint32(1) != 0).reshape(-1)
-        ready = unit.together(form.index, mask, named, size)
-        if ready is None:
-            run(unit, mask)
-            return None
-        if ready.any():
-            run(unit, None if ready.all() else ready)
-            unit.add_group(form.index + 1, ready)
-        return "wait"
-
-    return collective
-
-
-def _same_members(form: Form, unit: Any, mask: Mask, bits: np.ndarray, named: np.ndarray) -> None:
-    """Every thread must be in its own membermask."""
-    wrong = ~named if mask is None else mask & ~named
-    wrong = wrong & unit.alive
-    if wrong.any():
-        lane = int(wrong.argmax())
-        unit.fault("collective", f"the membermask {int(bits[lane]):#x} lacks the thread itself", form.ins, lane)
 
 
 @instruction("bra", "brx")
@@ -94,49 +41,6 @@ def trap(form: Form) -> Run:
         unit.fault("trap", "a thread has stopped the kernel", form.ins, 0 if mask is None else int(mask.argmax()))
         unit.machine.finished(unit, np.ones(unit.count, bool) if mask is None else mask)
         return "gone"
-
-    return run
-
-
-@instruction("setmaxnreg")
-def share_registers(form: Form) -> Run:
-    """setmaxnreg.{inc,dec}.sync.aligned.u32 count: a block's warps give up registers, or wait for them. 9.7.19.5.
-
-    Without a number of registers at the launch it does nothing. How many the code needs is not looked at.
-    """
-    count = int(form.operands[0], 0)
-    takes = form.one_of("inc", "dec") == "inc"
-    form.one_of("sync")
-    form.one_of("aligned")
-    form.type()
-    if count % 8 or not 24 <= count <= 256:
-        raise form.error("expected a multiple of 8 from 24 to 256")
-
-    def run(unit: Any, mask: Mask) -> str | None:
-        machine = unit.machine
-        active = unit.exists if mask is None else mask
-        if not machine.code.kernel.registers_of_thread:
-            return None
-        left = np.zeros(unit.count, bool)
-        for w in np.nonzero(active.reshape(-1, 32).any(1))[0]:
-            lane = 32 * int(w)
-            block, warp = int(unit.block[lane]), int(unit.thread[lane]) // 32
-            more = count - int(machine.registers[block, warp])
-            if (more < 0) if takes else (more > 0):
-                message = f"the warp has {count - more} registers a thread, and asks for {count}"
-                unit.fault("registers", message, form.ins, lane)
-            elif more > machine.spare_registers[block]:
-                left[lane : lane + 32] = active[lane : lane + 32]
-            else:
-                machine.spare_registers[block] -= more
-                machine.registers[block, warp] = count
-        if not takes:
-            machine.registers_were_given()
-        if not left.any():
-            return None
-        unit.add_group(form.index + 1, active & ~left)
-        machine.short.append((unit, form.index, left))
-        return "wait"
 
     return run
 

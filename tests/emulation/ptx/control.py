@@ -42,6 +42,8 @@ class Code:
         self.granules = {"global": 16, "shared": 16}
         self.opcodes = {i.opcode + "." + ".".join(i.modifiers) for i in kernel.instructions}
         self.instructions, self.target_of = layout(kernel)
+        #: Strong accesses whose scope is the block: to other blocks they are weak ones.
+        self.near = np.zeros(len(self.instructions), bool)
         self.forms = [Form(kernel, self, ins, at) for at, ins in enumerate(self.instructions)]
         self.handlers = [self._compile(form) for form in self.forms]
         if self.uses("wgmma"):
@@ -276,24 +278,6 @@ class Unit:
                 return
         self.groups.append((at, mask))
         self.groups.sort(key=lambda g: -g[0])
-
-    def together(self, at: int, mask: Any, named: Any, size: int = 32) -> np.ndarray | None:
-        """Of threads at a collective instruction, those whose group of `size` is complete; the others wait for theirs.
-
-        named: which threads belong to it, None for all that have not ended. Returns None where nobody has to wait.
-        """
-        have = np.ones(self.count, bool) if mask is None else mask
-        waiting = self.waiting.pop(at, None)
-        if waiting is not None:
-            have = have | waiting
-        want = self.alive if named is None else self.alive & named
-        missing = (want & ~have).reshape(-1, size).any(1)
-        if waiting is None and not (missing & have.reshape(-1, size).any(1)).any():
-            return None
-        ready = have & ~np.repeat(missing, size)
-        if (have & ~ready).any():
-            self.waiting[at] = have & ~ready
-        return ready
 
     def run(self) -> bool:
         """Runs groups until none can go on, or the unit's turn is over (then True)."""

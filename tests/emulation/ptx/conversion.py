@@ -36,7 +36,7 @@ def make(form: Form) -> Run:
         """Bits of an element of the source as bits of an element of the target."""
         value = decode(from_element, bits)
         if is_float(from_element):
-            if ftz:
+            if ftz and from_element == "f32":  # subnormal numbers of narrower types stay (PTX ISA 9.7.9.21)
                 value = flush(from_element, value)
             if not is_float(element):
                 return _to_integer(element, value, integral or "rzi")

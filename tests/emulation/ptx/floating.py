@@ -210,7 +210,7 @@ def divide(form: Form, t: str) -> Run:
         remainder = odd_sum(a, -q.astype(np.float32).astype(np.float64) * b)
         side = np.sign(remainder) * np.sign(b)
         near = q.astype(np.float32)
-        off = np.isfinite(near) & (side != 0)
+        off = np.isfinite(near) & np.isfinite(b) & (side != 0)
         return r.result(np.where(off, np.nextafter(near.astype(np.float64), side * np.inf), q))
 
     return build(form, t, compute, 2)

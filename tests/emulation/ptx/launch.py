@@ -23,13 +23,14 @@ from tests.emulation.ptx import (  # noqa: F401  (each registers its instruction
     mbarrier,
     memory,
     publish,
+    registers,
     tensor_copy,
     wgmma,
 )
 from tests.emulation.ptx.check import Fault, Faults
 from tests.emulation.ptx.control import Code
 from tests.emulation.ptx.count import Counts, Summary
-from tests.emulation.ptx.machine import SCHEDULES, Machine
+from tests.emulation.ptx.machine import SCHEDULES, Machine, check_shape
 from tests.emulation.ptx.memory import GlobalMemory
 from tests.emulation.ptx.parse import Kernel, PtxError, Variable, parse
 from tests.emulation.ptx.tensor_copy import TensorMap
@@ -141,11 +142,14 @@ def run(
     name = find(ptx, kernel)
     code = _compiled(ptx, name)
     grid, block = (_three(x) for x in (grid, block))
+    check_shape(code.kernel, grid, block)
     launch = launch or Launch()
     parameters = _pack(code.kernel.parameters, args, launch)
     faults = Faults()
     orders = any(part in o for o in code.opcodes for part in ("membar", "fence.", "acq", "release"))
-    messages = publish.Messages(orders)
+    messages = publish.Messages(
+        orders, any("cta" in i.modifiers or "cluster" in i.modifiers for i in code.instructions)
+    )
     for variable in code.kernel.module:
         where = launch.memory.allocate(variable.size or 0, variable.name)
         launch.memory.put(where, variable.data or bytes(variable.size or 0))

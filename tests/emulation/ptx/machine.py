@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.emulation.ptx.check import Clocks, Faults, Shadow
 from tests.emulation.ptx.control import LONG_TURN, Code, Unit
 from tests.emulation.ptx.mbarrier import Mbarriers
 from tests.emulation.ptx.memory import EXISTS, WINDOWS, WRITTEN, GlobalMemory, Space
+from tests.emulation.ptx.operands import full
 from tests.emulation.ptx.parse import Kernel, PtxError
 from tests.emulation.ptx.publish import Messages
 
@@ -20,6 +22,8 @@ SMALL_SHARED = 48 << 10
 #: KiB of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
 #: Capability"). Not taken from the library: what runs kernels imports nothing of it, so that mutants can be.
 MOST_SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+#: Of a grid and of a block in each dimension; a block has no more threads in all than in its first.
+MOST_BLOCKS, MOST_THREADS = ((1 << 31) - 1, 65535, 65535), (1024, 1024, 64)
 SCHEDULES = ("lockstep", "forward", "reverse", "random")
 
 
@@ -36,6 +40,20 @@ def check_shared_size(kernel: Kernel, static: int, dynamic: int, most_dynamic: i
         raise PtxError(f"{kernel.name} needs {size} bytes of shared memory; a block of {target} has at most {most}")
 
 
+def check_shape(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...]) -> None:
+    """Refuses a grid or a block that no launch may have (CUDA C++ Programming Guide, "Technical Specifications per
+    Compute Capability"), or that the kernel was not compiled for."""
+    for name, shape, limits in (("grid", grid, MOST_BLOCKS), ("block", block, MOST_THREADS)):
+        if any(not 1 <= n <= most for n, most in zip(shape, limits, strict=True)):
+            raise PtxError(f"{kernel.name} is launched with a {name} of {shape}; from 1 to {limits} are possible")
+    threads = math.prod(block)
+    most = min(MOST_THREADS[0], kernel.most_threads or MOST_THREADS[0])
+    if threads > most:
+        raise PtxError(f"{kernel.name} is launched with {threads} threads in a block; at most {most} are possible")
+    if kernel.block not in (None, block):
+        raise PtxError(f"{kernel.name} is launched with a block of {block}; its .reqntid asks for {kernel.block}")
+
+
 class Machine:
     def __init__(
         self, code: Code, memory: GlobalMemory, blocks: np.ndarray, grid: tuple[int, ...], block: tuple[int, ...],
@@ -50,11 +68,11 @@ class Machine:
         self.parameters = np.frombuffer(parameters.ljust((len(parameters) + 15) // 16 * 16, b"\0"), np.uint8)
         self.address_of = messages.address_of
         kinds = {kind for kind in ("cp.async", "wgmma") if code.uses(kind)}
-        if code.uses("cp.async.bulk"):
-            kinds |= {"bulk", "mbarrier"}
-        if code.uses("cp.reduce") or code.uses("mbarrier") or code.uses("cp.async.mbarrier"):
-            kinds |= {"mbarrier", "bulk"}
-        proxies = code.uses("wgmma") or code.uses("cp.async.bulk") or code.uses("cp.reduce")
+        if code.uses("cp.async.bulk") or code.uses("mbarrier") or code.uses("cp.async.mbarrier"):
+            kinds.add("mbarrier")
+        if any(opcode.startswith("cp.async.bulk") and "group" in opcode for opcode in code.opcodes):
+            kinds |= {"bulk", "bulk write"}
+        proxies = code.uses("wgmma") or code.uses("cp.async.bulk")
         self.clocks = Clocks(self, kinds, proxies)
         self._spaces(memory)
         self.alive = np.full(self.block_count, self.threads)
@@ -62,18 +80,20 @@ class Machine:
         #: Threads that wait for a phase of an mbarrier: (unit, instruction, mask).
         self.blocked: list[tuple[Unit, int, np.ndarray]] = []
         self.mbarriers = Mbarriers(self) if "mbarrier" in kinds else None
-        #: Registers of each warp's threads, and what a block's warps have given up: what setmaxnreg moves.
-        self.registers = np.full((self.block_count, self.clocks.warps), code.kernel.registers_of_thread or 0)
+        #: Registers of each warpgroup's threads, and what a block's have given up: what setmaxnreg moves.
+        groups = (self.clocks.warps + 3) // 4
+        self.registers = np.full((self.block_count, groups), code.kernel.registers_of_thread or 0)
         self.spare_registers = np.zeros(self.block_count, np.int64)
-        #: Warps that wait for registers: (unit, instruction, mask).
+        #: Warpgroups that wait for registers: (unit, instruction, mask).
         self.short: list[tuple[Unit, int, np.ndarray]] = []
         #: Looks at threads that end: asynchronous copies that nobody waits for.
         self.at_end = tensor_copy.check_end if "bulk" in kinds else None
         self.steps = 0
         warps = (self.threads + 31) // 32
-        # wgmma is executed by four warps together, which no schedule parts.
-        together = 4 if code.uses("wgmma") else warps if schedule == "lockstep" else 1
-        self.units = [Unit(self, range(w, min(w + together, warps))) for w in range(0, warps, together)]
+        # A warpgroup executes wgmma and setmaxnreg together: no schedule parts it, and its missing warps are looked at.
+        groups_work = code.uses("wgmma") or code.uses("setmaxnreg")
+        together = 4 if groups_work else warps if schedule == "lockstep" else 1
+        self.units = [Unit(self, range(w, w + together)) for w in range(0, warps, together)]
 
     def _spaces(self, memory: GlobalMemory) -> None:
         code, kernel = self.code, self.code.kernel
@@ -149,16 +169,26 @@ class Machine:
         return bool(blocked)
 
     def registers_were_given(self) -> None:
-        """Lets warps that wait for registers look again."""
+        """Lets warpgroups that wait for registers look again."""
         short, self.short = self.short, []
         for unit, at, mask in short:
             unit.add_group(at, mask)
 
-    def heard(self, unit: Any, address: np.ndarray, mask: Any, acquires: bool) -> None:
-        self.messages.heard(self, unit, address, mask, acquires)
+    def heard(self, unit: Any, place: Any, address: np.ndarray, mask: Any, acquires: bool) -> None:
+        if self.messages.active:
+            near = bool(self.code.near[place.site])
+            self.messages.heard(self, unit, self._flags(unit, place, address), mask, acquires, near)
 
-    def told(self, unit: Any, address: np.ndarray, mask: Any, releases: bool) -> None:
-        self.messages.told(self, unit, address, mask, releases)
+    def told(self, unit: Any, place: Any, address: np.ndarray, mask: Any, releases: bool) -> None:
+        if self.messages.active:
+            near = bool(self.code.near[place.site])
+            self.messages.told(self, unit, self._flags(unit, place, address), mask, releases, near)
+
+    def _flags(self, unit: Any, place: Any, address: np.ndarray) -> np.ndarray:
+        """Addresses of flags, different ones where blocks have the same shared address."""
+        address = full(address, unit.count) + WINDOWS[place.space]
+        block = self.blocks[unit.block].astype(np.int64) + 1
+        return np.where(address >> 44 == WINDOWS["shared"] >> 44, address + (block << 48), address)
 
     def run(self) -> None:
         order = self.units[::-1] if self.schedule == "reverse" else list(self.units)
@@ -202,9 +232,9 @@ class Machine:
         for unit, ins, mask, what in waiting:
             names = {
                 "barrier": "threads wait at a barrier that others never reach",
-                "collective": "threads wait for others of their warp that never come",
+                "collective": "threads wait for others of their warp or warpgroup that never come",
                 "mbarrier": "threads wait for a phase of an mbarrier that is never completed",
-                "registers": "warps wait for registers that the block has not",
+                "registers": "warpgroups wait for registers that the block has not",
                 "loop": "threads go round",
             }
             unit.fault("deadlock", f"{why}: {names[what]}", ins, int(mask.argmax()), int(mask.sum()))

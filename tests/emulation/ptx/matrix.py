@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.emulation.ptx.collective import gathered
+from tests.emulation.ptx.gather import gathered
 from tests.emulation.ptx.memory import Place
 from tests.emulation.ptx.operands import Form, Mask, Run, full, instruction
 from tests.emulation.ptx.parse import width_of

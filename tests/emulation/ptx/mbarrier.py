@@ -1,7 +1,8 @@
 """mbarrier: barriers in shared memory that also count the bytes of copies. PTX ISA 9.7.13.15.
 
 A phase is complete when all expected arrivals have come and no bytes are outstanding; the next one begins at once. The
-bytes of the object itself stay opaque; its state is kept here, by block and address.
+bytes of the object itself stay opaque; its state is kept here, by block and address. From its init to its inval they
+are marked, so that any other access to them is found.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from tests.emulation.ptx.memory import Place
+from tests.emulation.ptx.memory import MBARRIER, WRITTEN, Place
 from tests.emulation.ptx.operands import Form, Mask, Run, full, instruction
 
 SLOTS = 64  #: mbarriers of a block
-LARGEST_COUNT = (1 << 20) - 1
+LARGEST_COUNT = (1 << 20) - 1  #: of arrivals, and of outstanding bytes (PTX ISA 9.7.13.15.2)
+MADE = np.uint64((MBARRIER | WRITTEN) * 0x0101010101010101)
 
 
 class Mbarriers:
@@ -48,7 +50,6 @@ class Mbarriers:
         for space, lanes, index in place.resolve(unit, address, active, False, True):
             if space.name == "shared" and len(index):
                 place.observe(unit, space, lanes, index, writes=not needs)
-                space.state.view(np.uint64)[index >> 3] |= np.uint64(0x0202020202020202)
                 found.append(lanes)
         lanes = np.concatenate(found) if found else np.zeros(0, np.int64)
         offsets = address[lanes] & ((1 << 44) - 1)
@@ -62,6 +63,12 @@ class Mbarriers:
                 unit.fault("mbarrier", f"there is no mbarrier at shared address {where}", place.ins, lane)
                 lanes, blocks, slots = lanes[~bad], blocks[~bad], slots[~bad]
         return lanes, blocks, slots
+
+    def mark(self, unit: Any, lanes: np.ndarray, address: np.ndarray, made: bool) -> None:
+        """Their bytes belong to an mbarrier from here on; or to none, and hold nothing."""
+        index = (full(address, unit.count)[lanes] & ((1 << 44) - 1)) + unit.shared_offset[lanes]
+        state = unit.machine.spaces["shared"].state.view(np.uint64)
+        state[index >> 3] = state[index >> 3] | MADE if made else state[index >> 3] & ~MADE
 
     def fence_init(self, rows: np.ndarray, proxy: bool) -> None:
         """Threads fence their inits; or, by a fence between the proxies, all those that they know of."""
@@ -105,9 +112,13 @@ class Mbarriers:
 
     def _hear(self, rows: np.ndarray, blocks: np.ndarray, slots: np.ndarray) -> None:
         clocks = self.machine.clocks
-        np.maximum.at(self.heard, (blocks, slots), clocks.known[rows])
-        if self.heard_fenced is not None:
-            np.maximum.at(self.heard_fenced, (blocks, slots), clocks.fenced[rows])
+        places = blocks * SLOTS + slots
+        for place in np.unique(places):
+            block, slot, those = place // SLOTS, place % SLOTS, rows[places == place]
+            np.maximum(self.heard[block, slot], clocks.known[those].max(0), out=self.heard[block, slot])
+            if self.heard_fenced is not None:
+                fenced = self.heard_fenced[block, slot]
+                np.maximum(fenced, clocks.fenced[those].max(0), out=fenced)
         clocks.advance(np.unique(rows))
 
     def transferred(self, unit: Any, ins: Any, block: int, slot: int, count: int) -> None:
@@ -120,6 +131,8 @@ class Mbarriers:
     def complete(self, unit: Any, ins: Any, places: np.ndarray) -> None:
         """Begins the next phase of those barriers whose phase is complete."""
         pending, outstanding = self.pending.reshape(-1)[places], self.bytes.reshape(-1)[places]
+        if (np.abs(outstanding) > LARGEST_COUNT).any():
+            unit.fault("mbarrier", f"{outstanding.max()} bytes are outstanding, at most {LARGEST_COUNT} may be", ins, 0)
         if (pending < 0).any():
             slot = int(places[(pending < 0).argmax()]) % SLOTS
             address = next(a for a, s in self.slots.items() if s == slot)
@@ -155,7 +168,7 @@ def mbarrier(form: Form) -> Run:
         return _invalidate(form, space)
     if kind in ("test_wait", "try_wait"):
         return _wait(form, kind, space, relaxed)
-    place = Place(form, space, 8, strong=True)
+    place = Place(form, space, 8, strong=True, mbarrier=True)
     if kind in ("expect_tx", "complete_tx"):
         address, count = form.address(form.operands[0]), form.read(form.operands[1], "u32")
         sign = 1 if kind == "expect_tx" else -1
@@ -184,12 +197,17 @@ def mbarrier(form: Form) -> Run:
 
 def _init(form: Form, space: str) -> Run:
     address, count = form.address(form.operands[0]), form.read(form.operands[1], "u32")
-    place = Place(form, space, 8)
+    place = Place(form, space, 8, mbarrier=True)
 
     def run(unit: Any, mask: Mask) -> None:
         m: Mbarriers = unit.machine.mbarriers
         clocks = unit.machine.clocks
-        lanes, blocks, slots = m.find(unit, unit.exists if mask is None else mask, place, address(unit), needs=False)
+        at = address(unit)
+        lanes, blocks, slots = m.find(unit, unit.exists if mask is None else mask, place, at, needs=False)
+        places = blocks * SLOTS + slots
+        if m.valid[blocks, slots].any() or len(np.unique(places)) < len(places):
+            unit.fault("mbarrier", "the mbarrier is there already: it needs mbarrier.inval first", place.ins, lanes[0])
+        m.mark(unit, lanes, at, True)
         numbers = full(count(unit), unit.count)[lanes].astype(np.int64)
         if ((numbers < 1) | (numbers > LARGEST_COUNT)).any():
             unit.fault("mbarrier", f"a count of {numbers.min()} is not from 1 to {LARGEST_COUNT}", place.ins, 0)
@@ -206,13 +224,14 @@ def _init(form: Form, space: str) -> Run:
 
 
 def _invalidate(form: Form, space: str) -> Run:
-    address, place = form.address(form.operands[0]), Place(form, space, 8)
+    address, place = form.address(form.operands[0]), Place(form, space, 8, mbarrier=True)
 
     def run(unit: Any, mask: Mask) -> None:
         m: Mbarriers = unit.machine.mbarriers
-        active = unit.exists if mask is None else mask
-        _, blocks, slots = m.find(unit, active, place, address(unit), needs=False)
+        at = address(unit)
+        lanes, blocks, slots = m.find(unit, unit.exists if mask is None else mask, place, at, needs=False)
         m.valid[blocks, slots] = False
+        m.mark(unit, lanes, at, False)
 
     return run
 
@@ -225,7 +244,7 @@ def _wait(form: Form, kind: str, space: str, relaxed: bool) -> Run:
     parity = form.flag("parity")
     put, address = form.write(form.operands[0], "pred"), form.address(form.operands[1])
     phase = form.read(form.operands[2], "u32" if parity else "b64")
-    place = Place(form, space, 8, strong=True)
+    place = Place(form, space, 8, strong=True, mbarrier=True)
 
     def run(unit: Any, mask: Mask) -> str | None:
         m: Mbarriers = unit.machine.mbarriers

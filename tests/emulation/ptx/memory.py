@@ -17,10 +17,12 @@ from tests.emulation.ptx.parse import PtxError, width_of
 from tests.emulation.ptx.values import UNSIGNED
 
 EXISTS, WRITTEN, READ_ONLY = 1, 2, 4
+MBARRIER = 8  #: a byte of an mbarrier that is in use, which its own instructions alone may access
 POISON = 0xFF
 GLOBAL_BASE, GUARD = 0x70000000000, 4096
 #: Where the other spaces begin among the generic addresses.
 WINDOWS = {"global": 0, "shared": 1 << 44, "local": 2 << 44, "const": 3 << 44, "param": 4 << 44, "generic": 0}
+SHARED_BY_THREADS = ("global", "shared", "generic")
 
 
 class Space:
@@ -76,9 +78,11 @@ class Place:
     """How one instruction accesses memory: `size` bytes at once, aligned to them (or to `align`)."""
 
     def __init__(
-        self, form: Form, space: str, size: int, strong: bool = False, noncoherent: bool = False, align: int = 0
-    ) -> None:
+        self, form: Form, space: str, size: int, strong: bool = False, noncoherent: bool = False, align: int = 0,
+        mbarrier: bool = False,
+    ) -> None:  # fmt: skip
         self.ins, self.site, self.space, self.size = form.ins, form.index, space, size
+        self.forbidden = 0 if mbarrier else MBARRIER
         self.strong, self.noncoherent, self.align = strong, noncoherent, align or size
         form.code.note_access(space, size)
 
@@ -119,21 +123,21 @@ class Place:
         state = states[cells] if size <= 8 else states[cells + np.arange(size // 8)[:, None]]
         ones = int.from_bytes(bytes([1] * step), "little")
         need = (EXISTS | WRITTEN) if reads else EXISTS
-        wanted = UNSIGNED[8 * step](need * ones)
-        good = state & wanted == wanted
-        if writes:
-            good &= state & UNSIGNED[8 * step](READ_ONLY * ones) == 0
+        must_not = self.forbidden | (READ_ONLY if writes else 0)
+        good = state & UNSIGNED[8 * step]((need | must_not) * ones) == UNSIGNED[8 * step](need * ones)
         if not good.all():
-            lanes, index = self._explain(unit, space, lanes, index, good if good.ndim == 1 else good.all(0), reads)
+            lanes, index = self._explain(unit, space, lanes, index, good if good.ndim == 1 else good.all(0), writes)
         return space, lanes, index
 
-    def _explain(self, unit: Any, space: Space, lanes: Any, index: np.ndarray, good: np.ndarray, reads: bool):
+    def _explain(self, unit: Any, space: Space, lanes: Any, index: np.ndarray, good: np.ndarray, writes: bool):
         """Reports accesses to bytes that do not exist, were not written or must not be; drops the first and last."""
         state = space.state[index[:, None] + np.arange(self.size)]
         missing = (state & EXISTS == 0).any(1)
-        readonly = ~missing & (not reads) & (state & READ_ONLY != 0).any(1)
-        unwritten = ~good & ~missing & ~readonly
-        for kind, bad in (("uninitialised", unwritten), ("out of bounds", missing), ("read-only", readonly)):
+        readonly = ~missing & writes & (state & READ_ONLY != 0).any(1)
+        barrier = ~missing & (state & self.forbidden != 0).any(1)
+        unwritten = ~good & ~missing & ~readonly & ~barrier
+        faults = {"uninitialised": unwritten, "out of bounds": missing, "read-only": readonly, "mbarrier": barrier}
+        for kind, bad in faults.items():
             if bad.any():
                 self._report(unit, space, kind, bad, lanes, index)
         keep = ~(missing | readonly)
@@ -143,7 +147,7 @@ class Place:
         first = int(bad.argmax())
         lane = first if lanes is None else int(lanes[first])
         where = space.describe(int(index[first]))
-        message = f"{self.size} bytes at {where}"
+        message = f"{self.size} bytes at {where}" + (", of an mbarrier in use" if kind == "mbarrier" else "")
         unit.fault(kind, message, self.ins, lane, int(bad.sum()))
 
     def _drop(self, unit: Any, space: Space, kind: str, bad: np.ndarray, lanes: Any, relative: Any, offset: Any):
@@ -220,7 +224,7 @@ def _ordering(form: Form) -> bool:
     order = form.one_of("weak", "relaxed", "acquire", "release", default="")
     if order in ("relaxed", "acquire", "release"):
         strong = True
-        form.one_of("cta", "cluster", "gpu", "sys")
+        form.code.near[form.index] = form.scope("gpu", "sys")
     form.flag("ca", "cg", "cs", "lu", "cv", "wb", "wt")
     for name in [m for m in form.left if m.startswith(("L1::", "L2::"))]:
         form.left.remove(name)
@@ -245,15 +249,15 @@ def load(form: Form) -> Run:
         raise form.error(f"expected {count} registers")
     place = Place(form, space, width * count, strong, nc)
     address = form.address(form.operands[1])
-    acquires = form.order == "acquire"
+    acquires, hears = form.order == "acquire", strong and space in SHARED_BY_THREADS
 
     def run(unit, mask):
         at = address(unit)
         values = place.load(unit, at, mask, width)
         for put, value in zip(puts, values, strict=True):
             put(unit, value, mask)
-        if strong and (space == "global" or space == "generic"):
-            unit.machine.heard(unit, full(at, unit.count), mask, acquires)
+        if hears:
+            unit.machine.heard(unit, place, at, mask, acquires)
 
     def uniform(unit, mask):
         """One value for all, as all threads read the same parameter."""
@@ -286,12 +290,12 @@ def store(form: Form) -> Run:
     if len(reads) != count:
         raise form.error(f"expected {count} registers")
     place, address = Place(form, space, width * count, strong), form.address(form.operands[0])
-    releases = form.order == "release"
+    releases, tells = form.order == "release", strong and space in SHARED_BY_THREADS
 
     def run(unit, mask):
         at = address(unit)
-        if strong and (space == "global" or space == "generic"):
-            unit.machine.told(unit, full(at, unit.count), mask, releases)
+        if tells:
+            unit.machine.told(unit, place, at, mask, releases)
         place.store(unit, at, mask, [read(unit) for read in reads], width)
 
     return run

@@ -89,6 +89,13 @@ class Form:
                 return name.split("::")[0]
         return "generic"
 
+    def scope(self, *names: str) -> bool:
+        """Takes the scope of a strong access or a fence; whether it ends with the block, as a cluster does here.
+
+        names: those besides .cta and .cluster, none of which has to be there if one is "".
+        """
+        return self.one_of("cta", "cluster", *names, default="" if "" in names else None) in ("cta", "cluster")
+
     def done(self) -> None:
         if self.left:
             raise self.error(f"the modifier .{self.left[0]} is not known here")

@@ -62,6 +62,8 @@ class Kernel:
     module: list[Variable]  #: .global variables of the module
     target: str = ""
     registers_of_thread: int | None = None  #: at the launch, where directives say so: what setmaxnreg shares out
+    most_threads: int | None = None  #: of a block, by .maxntid
+    block: tuple[int, ...] | None = None  #: the block's shape, by .reqntid
 
 
 BITS = re.compile(r"\d+")
@@ -263,12 +265,21 @@ def _registers(directives: str) -> int | None:
     said = re.search(r"\.maxnreg\s+(\d+)", directives)
     if said:
         return int(said[1])
-    threads = re.search(r"\.(?:maxntid|reqntid)\s+([\d\s,]+)", directives)
+    threads = _shape("maxntid|reqntid", directives)
     if threads is None:
         return None
     blocks = re.search(r"\.minnctapersm\s+(\d+)", directives)
-    total = math.prod(int(x) for x in threads[1].split(",") if x.strip()) * (int(blocks[1]) if blocks else 1)
+    total = math.prod(threads) * (int(blocks[1]) if blocks else 1)
     return min(REGISTERS // total // 8 * 8, 255)
+
+
+def _shape(names: str, directives: str) -> tuple[int, ...] | None:
+    """The dimensions of a block that a directive of one of these names gives; those that it leaves out are 1."""
+    found = re.search(rf"\.(?:{names})\s+([\d\s,]+)", directives)
+    if found is None:
+        return None
+    given = [int(x) for x in found[1].split(",") if x.strip()]
+    return (*given, *[1] * (3 - len(given)))
 
 
 def parse(text: str) -> dict[str, Kernel]:
@@ -295,10 +306,12 @@ def parse(text: str) -> dict[str, Kernel]:
         body = _Body(files)
         body.read(text[begin + 1 : end - 1], 1 + text.count("\n", 0, begin + 1))
         v = body.variables
+        most = _shape("maxntid", m[4])
         kernels[m[1]] = Kernel(
             m[1], parameters, body.instructions, body.labels, body.targets, body.registers,
             variables["shared"] + v["shared"], v["local"], variables["const"] + v["const"],
             variables["global"] + v["global"], target[1] if target else "", _registers(m[4]),
+            None if most is None else math.prod(most), _shape("reqntid", m[4]),
         )  # fmt: skip
     if not kernels:
         raise PtxError("there is no .entry in this PTX")

@@ -2,7 +2,7 @@
 
 A thread that fences and then writes a flag (a strong store or an atomic) has told what it knew at the fence; a thread
 that reads the flag strongly and then fences has heard it. .release and .acquire do both at once. Between blocks, a
-block hears as a whole.
+block hears as a whole, and of fences and flags alone whose scope is more than the block (PTX ISA 8.5).
 """
 
 from __future__ import annotations
@@ -14,50 +14,57 @@ import numpy as np
 from tests.emulation.ptx.operands import Form, Mask, Run, instruction
 
 Letter = dict[int, np.ndarray]  #: block -> clocks of its actors
+EVERYBODY = -1
 
 
 class Messages:
     """Shared by all blocks of a launch, also those that run one after the other."""
 
-    def __init__(self, active: bool) -> None:
+    def __init__(self, active: bool, scoped: bool) -> None:
         self.active = active  #: whether the kernel has fences or releases at all
+        self.scoped = scoped  #: and any whose scope is the block: else what a block tells itself is part of the rest
         self.address_of: dict[str, int] = {}
-        self.left: dict[int, Letter] = {}  #: address -> what was told there
-        self.at_fence: dict[tuple[int, int], np.ndarray] = {}  #: (block, thread) -> what it knew
-        self.pending: dict[tuple[int, int], Letter] = {}  #: heard, and not fenced yet
+        #: (address, who may read it) -> what was told there. Who: a block, or EVERYBODY.
+        self.left: dict[tuple[int, int], Letter] = {}
+        #: (block, thread, whether for other blocks) -> what it knew at such a fence, and what it has not fenced yet.
+        self.at_fence: dict[tuple[int, int, bool], np.ndarray] = {}
+        self.pending: dict[tuple[int, int, bool], Letter] = {}
 
-    def told(self, machine: Any, unit: Any, address: np.ndarray, mask: Mask, releases: bool) -> None:
-        if not self.active:
-            return
+    def _reaches(self, near: bool) -> tuple[bool, ...]:
+        """Whom an access or a fence reaches: the own block (False), all (True)."""
+        return (False,) if near else (False, True) if self.scoped else (True,)
+
+    def told(self, machine: Any, unit: Any, address: np.ndarray, mask: Mask, releases: bool, near: bool) -> None:
         clocks = machine.clocks
         for lane in np.nonzero(unit.exists if mask is None else mask)[0]:
             row = int(unit.rows[lane])
-            who = (int(clocks.block[row]), int(unit.thread[lane]))
-            known = clocks.known[row].copy() if releases else self.at_fence.get(who)
-            if known is None:
-                continue
-            letter = self.left.setdefault(int(address[lane]), {})
-            letter[who[0]] = np.maximum(letter.get(who[0], 0), known)
-            for (block, other), heard in list(clocks.foreign.items()):
-                if block == who[0]:
-                    letter[other] = np.maximum(letter.get(other, 0), heard)
+            block, thread = int(clocks.block[row]), int(unit.thread[lane])
+            for far in self._reaches(near):
+                known = clocks.known[row].copy() if releases else self.at_fence.get((block, thread, far))
+                if known is None:
+                    continue
+                letter = self.left.setdefault((int(address[lane]), EVERYBODY if far else block), {})
+                letter[block] = np.maximum(letter.get(block, 0), known)
+                for (mine, other), heard in list(clocks.foreign.items()) if far else []:
+                    if mine == block:
+                        letter[other] = np.maximum(letter.get(other, 0), heard)
         if releases:
             clocks.advance(unit.rows[unit.exists if mask is None else mask])
 
-    def heard(self, machine: Any, unit: Any, address: np.ndarray, mask: Mask, acquires: bool) -> None:
-        if not self.active:
-            return
+    def heard(self, machine: Any, unit: Any, address: np.ndarray, mask: Mask, acquires: bool, near: bool) -> None:
         for lane in np.nonzero(unit.exists if mask is None else mask)[0]:
-            letter = self.left.get(int(address[lane]))
-            if letter is None:
-                continue
-            if acquires:
-                self._open(machine, int(unit.rows[lane]), letter)
-            else:
-                who = (int(machine.clocks.block[unit.rows[lane]]), int(unit.thread[lane]))
-                kept = self.pending.setdefault(who, {})
-                for block, known in letter.items():
-                    kept[block] = np.maximum(kept.get(block, 0), known)
+            row = int(unit.rows[lane])
+            block, thread = int(machine.clocks.block[row]), int(unit.thread[lane])
+            for far in self._reaches(near):
+                letter = self.left.get((int(address[lane]), EVERYBODY if far else block))
+                if letter is None:
+                    continue
+                if acquires:
+                    self._open(machine, row, letter)
+                else:
+                    kept = self.pending.setdefault((block, thread, far), {})
+                    for other, known in letter.items():
+                        kept[other] = np.maximum(kept.get(other, 0), known)
 
     def _open(self, machine: Any, row: int, letter: Letter) -> None:
         clocks = machine.clocks
@@ -68,14 +75,16 @@ class Messages:
             else:
                 clocks.foreign[mine, block] = np.maximum(clocks.foreign.get((mine, block), 0), known)
 
-    def fence(self, machine: Any, unit: Any, mask: Mask) -> None:
+    def fence(self, machine: Any, unit: Any, mask: Mask, near: bool) -> None:
         clocks = machine.clocks
         for lane in np.nonzero(unit.exists if mask is None else mask)[0]:
             row = int(unit.rows[lane])
-            who = (int(clocks.block[row]), int(unit.thread[lane]))
-            if who in self.pending:
-                self._open(machine, row, self.pending.pop(who))
-            self.at_fence[who] = clocks.known[row].copy()
+            block, thread = int(clocks.block[row]), int(unit.thread[lane])
+            for far in self._reaches(near):
+                if (block, thread, far) in self.pending:
+                    self._open(machine, row, self.pending.pop((block, thread, far)))
+            for far in self._reaches(near):
+                self.at_fence[block, thread, far] = clocks.known[row].copy()
         clocks.advance(unit.rows[unit.exists if mask is None else mask])
 
 
@@ -89,12 +98,13 @@ def fence(form: Form) -> Run:
         form.one_of("cluster")
         return fence_init
     form.flag("sc", "acq_rel", "acquire", "release")
-    scope = form.one_of("cta", "gl", "gpu", "sys", "cluster")
+    of_cluster = "cta" not in form.left
+    near = form.scope("gl", "gpu", "sys")
 
     def run(unit: Any, mask: Mask) -> None:
-        if scope != "cta":  # not weaker than fence.mbarrier_init.release.cluster
+        if of_cluster:  # not weaker than fence.mbarrier_init.release.cluster
             fence_init(unit, mask)
-        unit.machine.messages.fence(unit.machine, unit, mask)
+        unit.machine.messages.fence(unit.machine, unit, mask, near)
 
     return run
 

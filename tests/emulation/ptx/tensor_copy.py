@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tests.emulation.ptx.check import Access
-from tests.emulation.ptx.memory import EXISTS, GLOBAL_BASE, READ_ONLY, WINDOWS, WRITTEN, Place
+from tests.emulation.ptx.memory import EXISTS, GLOBAL_BASE, MBARRIER, READ_ONLY, WINDOWS, WRITTEN, Place
 from tests.emulation.ptx.operands import Form, Mask, Run, full, instruction
 from tests.emulation.ptx.parse import split_operands
 
@@ -115,19 +115,21 @@ def make(form: Form) -> Run:
 
         return commit
     if form.flag("wait_group"):
-        form.flag("read")
-        return _wait(int(form.operands[0], 0))
+        kinds = ("bulk",) if form.flag("read") else ("bulk", "bulk write")
+        return _wait(int(form.operands[0], 0), kinds)
     return _copy(form)
 
 
-def _wait(pending: int) -> Run:
-    """.read and the full wait are taken for the same: what a store has written is not looked at by its own kernel."""
+def _wait(pending: int, kinds: tuple[str, ...]) -> Run:
+    """For what stores read, after which its memory may be written; without .read also for what they write."""
 
     def run(unit: Any, mask: Mask) -> None:
         clocks = unit.machine.clocks
         active = unit.exists if mask is None else mask
-        rows, column = unit.rows[active], clocks.first["bulk"] + unit.thread[active]
-        clocks.known[rows, column] = np.maximum(clocks.known[rows, column], unit.group["bulk"][active] - 1 - pending)
+        rows, done = unit.rows[active], unit.group["bulk"][active] - 1 - pending
+        for kind in kinds:
+            column = clocks.first[kind] + unit.thread[active]
+            clocks.known[rows, column] = np.maximum(clocks.known[rows, column], done)
 
     return run
 
@@ -138,11 +140,12 @@ def check_end(unit: Any, mask: np.ndarray) -> None:
     if used is None:
         return
     clocks = unit.machine.clocks
-    known = clocks.known[unit.rows, clocks.first["bulk"] + unit.thread]
-    bad = mask & (used > known)
-    if bad.any():
+    ends = np.nonzero(mask)[0]
+    known = clocks.known[unit.rows[ends], clocks.first["bulk"] + unit.thread[ends]]
+    bad = ends[used[ends] > known]
+    if len(bad):
         message = "the thread ends while its bulk stores may still read shared memory"
-        unit.fault("missing wait", message, unit.last_bulk, int(bad.argmax()))
+        unit.fault("missing wait", message, unit.last_bulk, int(bad[0]))
 
 
 def _copy(form: Form) -> Run:
@@ -177,7 +180,7 @@ def _copy(form: Form) -> Run:
     form.code.note_access("shared", 16)
     form.code.note_access("global", 4)
     map_place = Place(form, "generic", 16)
-    barrier_place = Place(form, "shared", 8, strong=True)
+    barrier_place = Place(form, "shared", 8, strong=True, mbarrier=True)
 
     def run(unit: Any, mask: Mask) -> None:
         machine = unit.machine
@@ -231,8 +234,11 @@ class _Copy:
         else:
             clock = unit.group["bulk"][lane]
             which = unit.thread[lane : lane + 1]
-        kind = "mbarrier" if slot is not None else "bulk"
-        self.stamp = machine.clocks.actor_stamp(self.row, kind, which, np.array([clock]))
+        reads, writes = ("mbarrier", "mbarrier") if slot is not None else ("bulk", "bulk write")
+        #: Who reads, and who writes, and when.
+        self.read_stamp, self.write_stamp = (
+            machine.clocks.actor_stamp(self.row, kind, which, np.array([clock])) for kind in (reads, writes)
+        )
 
     def fault(self, kind: str, message: str) -> None:
         self.unit.fault(kind, message, self.form.ins, self.lane)
@@ -269,7 +275,11 @@ class _Copy:
         if (state & EXISTS == 0).any():
             self.fault("out of bounds", f"a bulk copy with {outer.describe(int(index[inside].max()))}")
             return
-        need, source = (state, "global") if loads else (inner.state[near[:, None] + each], "shared")
+        near_bytes = near[:, None] + each
+        near_state = inner.state[near_bytes]
+        if (near_state & MBARRIER != 0).any():
+            self.fault("mbarrier", "a bulk copy of bytes of an mbarrier in use")
+        need, source = (state, "global") if loads else (near_state, "shared")
         if (need & WRITTEN == 0).any():
             self.fault("uninitialised", f"a bulk copy reads {source} memory that nobody has written")
         if not loads and (state & READ_ONLY).any():
@@ -280,8 +290,8 @@ class _Copy:
         if loads:
             values = np.zeros((len(near), size), np.uint8)
             values[inside] = outer.data[far_bytes]
-            inner.data[near[:, None] + each] = values
-            inner.state[near[:, None] + each] |= WRITTEN
+            inner.data[near_bytes] = values
+            inner.state[near_bytes] = near_state | WRITTEN
             machine.mbarriers.transferred(unit, self.form.ins, int(unit.block[self.lane]), self.slot, len(near) * size)
         else:
             outer.data[far_bytes] = inner.data[near[inside][:, None] + each]
@@ -293,7 +303,7 @@ class _Copy:
         cells = np.unique(index // granule) * granule if size < granule else index  # elements share them
         access = Access(machine, space, self.form.ins, self.form.index, cells, max(size, granule))
         rows = np.broadcast_to(self.row, cells.shape)
-        stamp = np.broadcast_to(self.stamp, cells.shape)
+        stamp = np.broadcast_to(self.read_stamp if reads else self.write_stamp, cells.shape)
         (access.reads if reads else access.writes)(rows, stamp, proxy=True)
         if machine.counts is not None and space.name == "global":
             machine.counts.requests(self.form.index, "global", not reads, np.zeros(len(index), np.int64), index, size)

@@ -83,7 +83,8 @@ def encode(t: str, value: np.ndarray, mode: str = "rn", saturate: bool = False) 
     if t == "f32":
         return _directed(value, np.float32, mode).view(np.uint32)
     if t == "tf32":
-        return _tf32(_odd32(value), mode)
+        bits = _tf32(_odd32(value), mode)
+        return np.where(saturate & (bits & np.uint32(0x7FFFFFFF) == 0x7F800000), bits - np.uint32(0x2000), bits)
     if t == "f16":
         if saturate:
             value = np.clip(value, -65504.0, 65504.0)

@@ -2,7 +2,7 @@
 
 The product is computed when it is issued. That it runs on by itself is kept in mind: it reads shared memory as an actor
 of the asynchronous proxy, and a register of it that is used before wgmma.wait_group, or was written behind the last
-wgmma.fence, is a fault. A mov only renames registers here, as it does in the machine code.
+wgmma.fence, is a fault. A mov between registers only renames them here, as it does in the machine code.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 
 from tests.emulation.ptx.check import Access
-from tests.emulation.ptx.collective import gathered
+from tests.emulation.ptx.gather import WARPGROUP, gathered
 from tests.emulation.ptx.matrix import collect, exact
-from tests.emulation.ptx.memory import WRITTEN
+from tests.emulation.ptx.memory import MBARRIER, WRITTEN
 from tests.emulation.ptx.operands import Form, Mask, Run, full, instruction
 from tests.emulation.ptx.parse import width_of
 from tests.emulation.ptx.tensor_copy import swizzled
 from tests.emulation.ptx.values import UNSIGNED, decode, encode
 
-GROUP = 128
-THREAD = np.arange(GROUP)
+THREAD = np.arange(WARPGROUP)
 ROW, QUARTER = 16 * (THREAD // 32) + THREAD % 32 // 4, THREAD % 4
 SPANS = {0: 0, 1: 128, 2: 64, 3: 32}  #: swizzle mode of a descriptor -> bytes
 
@@ -61,13 +60,13 @@ class Operand:
     def load(self, unit: Any, groups: np.ndarray, by_warp: bool) -> np.ndarray:
         """(warpgroups, rows, depth); zeros for those that do not take part. by_warp: a warp reads a quarter of it."""
         machine, space = unit.machine, unit.machine.spaces["shared"]
-        descriptors = full(self.read(unit), unit.count).reshape(-1, GROUP)
+        descriptors = full(self.read(unit), unit.count).reshape(-1, WARPGROUP)
         result = np.zeros((len(descriptors), self.rows, self.depth), UNSIGNED[8 * self.size])
         view = space.data.view(UNSIGNED[8 * self.size])
         known: dict[int, np.ndarray] = {}
         for g in np.nonzero(groups)[0]:
             d = int(descriptors[g, 0])
-            lane = int(g) * GROUP
+            lane = int(g) * WARPGROUP
             if (descriptors[g] != descriptors[g, 0]).any():
                 unit.fault("collective", "the threads' matrix descriptors differ", self.form.ins, lane)
             if d >> 49 & 7:
@@ -80,8 +79,11 @@ class Operand:
                 unit.fault("out of bounds", message, self.form.ins, lane)
                 continue
             index = address + int(unit.shared_offset[lane])
-            if (space.state[index] & WRITTEN == 0).any():
+            state = space.state[index]
+            if (state & WRITTEN == 0).any():
                 unit.fault("uninitialised", "a matrix in shared memory", self.form.ins, lane)
+            if (state & MBARRIER != 0).any():
+                unit.fault("mbarrier", "a matrix with bytes of an mbarrier in use", self.form.ins, lane)
             self._order(unit, lane, index, by_warp)
             result[g] = view[index >> (self.size - 1).bit_length()]
         return result
@@ -93,7 +95,7 @@ class Operand:
                 mine = index[16 * warp : 16 * warp + 16] if by_warp else index
                 chunks = np.unique(mine >> 4) << 4
             row = unit.rows[lane + 32 * warp : lane + 32 * warp + 1]
-            which, group = unit.thread[lane : lane + 1] // GROUP, unit.group["wgmma"][lane : lane + 1]
+            which, group = unit.thread[lane : lane + 1] // WARPGROUP, unit.group["wgmma"][lane : lane + 1]
             access = Access(unit.machine, unit.machine.spaces["shared"], self.form.ins, self.form.index, chunks, 16)
             stamp = clocks.actor_stamp(row, "wgmma", which, group)
             access.reads(np.broadcast_to(row, chunks.shape), np.broadcast_to(stamp, chunks.shape), proxy=True)
@@ -124,7 +126,7 @@ def wgmma(form: Form) -> Run:
     def wait(unit: Any, mask: Mask) -> None:
         clocks = unit.machine.clocks
         active = unit.exists if mask is None else mask
-        rows, column = unit.rows[active], clocks.first["wgmma"] + unit.thread[active] // GROUP
+        rows, column = unit.rows[active], clocks.first["wgmma"] + unit.thread[active] // WARPGROUP
         done = unit.group["wgmma"] - 1 - pending
         clocks.known[rows, column] = np.maximum(clocks.known[rows, column], done[active])
         for name, (threads, groups) in list(unit.pending.items()):
@@ -185,17 +187,17 @@ def _multiply(form: Form) -> Run:
 
     def run(unit: Any, mask: Mask) -> None:
         active = np.ones(unit.count, bool) if mask is None else mask
-        groups = active.reshape(-1, GROUP).any(1)
+        groups = active.reshape(-1, WARPGROUP).any(1)
         _check_fence(form, unit, active, own)
         if a is None:
-            x = exact(ta, collect(unit, a_reads, ta, GROUP)[:, place_a]).reshape(-1, 64, k)
+            x = exact(ta, collect(unit, a_reads, ta, WARPGROUP)[:, place_a]).reshape(-1, 64, k)
         else:
             x = exact(ta, a.load(unit, groups, True))
         y = exact(tb, b.load(unit, groups, False))
         product = np.matmul(x, y.transpose(0, 2, 1)) * (scale_a * scale_b)
-        adds = full(keep(unit), unit.count).reshape(-1, GROUP)
+        adds = full(keep(unit), unit.count).reshape(-1, WARPGROUP)
         for j in range(count):
-            words = full(starts[j](unit), unit.count).reshape(-1, GROUP)
+            words = full(starts[j](unit), unit.count).reshape(-1, WARPGROUP)
             if td == "f16":
                 row, column = ROW + 8 * (j % 2), 8 * (j // 2) + 2 * QUARTER
                 low, high = (
@@ -218,7 +220,7 @@ def _multiply(form: Form) -> Run:
             group = unit.group["wgmma"] if before is None else np.where(active, unit.group["wgmma"], before[1])
             unit.pending[name] = (threads.copy(), group)
 
-    return gathered(form, run, size=GROUP)
+    return gathered(form, run, size=WARPGROUP)
 
 
 def _half(words: np.ndarray, e: int) -> np.ndarray:
@@ -249,12 +251,12 @@ def watch(form: Form, run: Run, registers: set[str]) -> Run:
     used, written = registers & set(form.used), registers & set(form.written)
     if not used and not written:
         return run
-    renames = form.ins.opcode == "mov"
+    renames = _renames(form)
 
     def watched(unit: Any, mask: Mask) -> Any:
         active = unit.exists if mask is None else mask
         if renames:
-            _rename(unit, form)
+            _rename(unit, form, active)
             return run(unit, mask)
         for name in (used | written) & set(unit.pending):
             bad = unit.pending[name][0] & active
@@ -269,15 +271,21 @@ def watch(form: Form, run: Run, registers: set[str]) -> Run:
     return watched
 
 
-def _rename(unit: Any, form: Form) -> None:
-    if not form.used or not form.written:
-        return
-    source, target = form.used[0], form.written[0]
-    for table in (unit.pending, unit.unfenced):
-        if source in table:
-            table[target] = table[source]
-        else:
-            table.pop(target, None)
+def _renames(form: Form) -> bool:
+    """A mov of one register to another; that of a number or of a special register writes it."""
+    known = form.kernel.registers
+    return form.ins.opcode == "mov" and all(operand in known for operand in form.operands)
+
+
+def _rename(unit: Any, form: Form, active: np.ndarray) -> None:
+    target, source = form.operands
+    nobody = np.zeros(unit.count, bool)
+    if source in unit.unfenced or target in unit.unfenced:
+        before, new = (unit.unfenced.get(name, nobody) for name in (target, source))
+        unit.unfenced[target] = np.where(active, new, before)
+    if source in unit.pending or target in unit.pending:
+        before, new = (unit.pending.get(name, (nobody, unit.group["wgmma"])) for name in (target, source))
+        unit.pending[target] = np.where(active, new[0], before[0]), np.where(active, new[1], before[1])
 
 
 def registers_of(forms: list[Form]) -> set[str]:
@@ -286,9 +294,9 @@ def registers_of(forms: list[Form]) -> set[str]:
     for form in forms:
         if form.ins.opcode == "wgmma":
             names |= {n for n in (*form.used, *form.written) if form.kernel.registers[n] == 32}
-    moves = [f for f in forms if f.ins.opcode == "mov" and len(f.used) == len(f.written) == 1]
+    moves = [f for f in forms if _renames(f)]
     while True:
-        more = {n for f in moves for n in (f.used[0], f.written[0]) if names & {f.used[0], f.written[0]}} - names
+        more = {n for f in moves for n in f.operands if names & set(f.operands)} - names
         if not more:
             return names
         names |= more

@@ -41,6 +41,8 @@ PLANTED = (
     Planted(SM90, "(chunk ^ row % 8) * 16", "chunk * 16"),
     Planted(SM90, "fence.mbarrier_init.release.cluster;", ""),
     Planted(FORWARD, "registers_give<kProducerRegisters>();", ""),
+    Planted(FORWARD, "registers_give<kProducerRegisters>();",
+            "if (threadIdx.x % 32 == 0) registers_give<kProducerRegisters>();"),
     Planted(FORWARD, "registers_take<kConsumerRegisters>();", "registers_take<256>();"),
     Planted(SM90, "fence.proxy.async.shared::cta;", ""),
     Planted(SM90, "wgmma.fence.sync.aligned;", ""),

@@ -24,6 +24,14 @@ PLANTED = (
     ),
     Planted(TILES, "named_sync(kBoth, kConsumers * kWarpgroup);", ""),
     Planted(TILES, "    __syncwarp();\n    finish_rows", "    finish_rows"),
+    Planted(
+        TILES, "    registers_give<kProducerRegisters>();", "    if (warp == 0) registers_give<kProducerRegisters>();"
+    ),
+    Planted(
+        TILES,
+        "    registers_take<kConsumerRegisters>();",
+        "    if (threadIdx.x % 32 == 0) registers_take<kConsumerRegisters>();",
+    ),
     Planted(TILE, "p.pairs ? first + outputs / 2", "p.pairs ? first"),
     Planted(
         PRODUCE,
