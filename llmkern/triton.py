@@ -38,13 +38,43 @@ def unsupported_call(x: Tensor, *args: Any) -> str | None:
 
 
 @dataclass(frozen=True)
+class Described:
+    """A matrix that reaches a kernel as a tensor descriptor made by the host: it is a value among the launch's
+    arguments, so that nothing is allocated or written on the device, and a CUDA graph keeps it.
+
+    tensor: where it lies, at a multiple of 16 bytes; shape; distance of its rows, 16 bytes each; box: what one load
+    takes. What is behind its edges is loaded as 0.
+    """
+
+    tensor: Tensor
+    shape: tuple[int, int]
+    distance: int
+    box: tuple[int, int]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def descriptor(self) -> Any:
+        """Triton's own."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(self.tensor, [*self.shape], [self.distance, 1], [*self.box])
+
+
+def has_descriptors(family: str) -> bool:
+    """Whether an architecture ("sm_90", "gfx942") copies tiles by descriptors, in the tensor memory accelerator."""
+    return family.startswith("sm_") and int(family.removeprefix("sm_")) >= 90
+
+
+@dataclass(frozen=True)
 class Launch:
     """One run of a kernel."""
 
     module: str
     kernel: str
     grid: tuple[int, ...]
-    #: In the order of the kernel's own.
+    #: In the order of the kernel's own: tensors, Described ones, numbers.
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     #: Triton's: num_warps, num_stages, enable_fp_fusion.
@@ -65,7 +95,12 @@ def function(launch: Launch) -> Any:
 def run(launch: Launch) -> None:
     """Runs a kernel on the device of its first argument, on torch's current stream there."""
     with torch.cuda.device(launch.arguments[0].device):  # Triton launches on the current device
-        function(launch)[launch.grid](*launch.arguments, **launch.constants, **launch.options)
+        function(launch)[launch.grid](*arguments(launch), **launch.constants, **launch.options)
+
+
+def arguments(launch: Launch) -> list[Any]:
+    """As Triton takes them."""
+    return [x.descriptor() if isinstance(x, Described) else x for x in launch.arguments]
 
 
 _POINTERS = {
@@ -82,7 +117,10 @@ def signature(launch: Launch) -> tuple[dict[str, str], list[str]]:
     plain = {p.name for p in jit.params if p.do_not_specialize}
     types, divisible = {}, []
     for name, x in zip(names, launch.arguments, strict=True):
-        if isinstance(x, Tensor):
+        if isinstance(x, Described):
+            element = _POINTERS[x.tensor.dtype].removeprefix("*")
+            types[name], divides = f"tensordesc<{element}[{x.box[0]},{x.box[1]}]>", False
+        elif isinstance(x, Tensor):
             types[name], divides = _POINTERS[x.dtype], x.data_ptr() % 16 == 0
         elif isinstance(x, float):
             types[name], divides = "fp32", False

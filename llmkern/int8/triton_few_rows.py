@@ -23,12 +23,13 @@ def split_kernel(  # type: ignore[no-untyped-def]
 
     Program (i, j): COLUMNS outputs from i COLUMNS on, k from j each on; each: a multiple of DEPTH. ROWS: at least rows.
     """
-    m, n = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    n0 = tl.program_id(0) * COLUMNS
+    m, n = tl.arange(0, ROWS), n0 + tl.arange(0, COLUMNS)
     split = tl.program_id(1)
     start = split * each
     sums, upper = digit_sums(
-        low, high, flags, weight, m, n, rows, outputs, start, tl.minimum(start + each, depth),
-        digits_s, flags_s, weight_s, TWO, EVEN, ROWS, COLUMNS, DEPTH,
+        low, high, flags, weight, 0, n0, rows, outputs, start, tl.minimum(start + each, depth),
+        digits_s, flags_s, weight_s, TWO, EVEN, False, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     there = (m < rows)[:, None] & (n < outputs)[None, :]
     at = (m * outputs)[:, None] + n[None, :]

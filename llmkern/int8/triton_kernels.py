@@ -158,22 +158,29 @@ def activate(y, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def digit_sums(  # type: ignore[no-untyped-def]
-    low, high, flags, weight, m, n, rows, outputs, start, end, digits_s, flags_s, weight_s,
-    TWO: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    low, high, flags, weight, m0, n0, rows, outputs, start, end, digits_s, flags_s, weight_s,
+    TWO: tl.constexpr, EVEN: tl.constexpr, DESCRIBED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Two (ROWS, COLUMNS) int32: the sums over k from start, a multiple of DEPTH, to end of low digits and of high.
+    """Two (ROWS, COLUMNS) int32: the sums over k from start, a multiple of DEPTH, to end of low digits and of high, of
+    rows from m0 and outputs from n0 on.
 
-    EVEN: end is a multiple of DEPTH too. Rows and outputs that are not there read the last one that is, and their sums
-    are not stored: that leaves the loop without masks.
+    DESCRIBED: low, high and weight are tensor descriptors, and end is a multiple of DEPTH or the end of k: what is not
+    there comes as zeros. Else they are pointers; EVEN: end is a multiple of DEPTH; rows and outputs that are not there
+    read the last one that is, which leaves the loop without masks. Their sums are not stored.
     """
     k = tl.arange(0, DEPTH)
-    m = tl.minimum(m, rows - 1)
-    from_row = (m.to(tl.int64) * digits_s)[:, None] + k[None, :]
-    from_weight = (tl.minimum(n, outputs - 1).to(tl.int64) * weight_s)[None, :] + k[:, None]
+    m = tl.minimum(m0 + tl.arange(0, ROWS), rows - 1)
+    if not DESCRIBED:
+        n = tl.minimum(n0 + tl.arange(0, COLUMNS), outputs - 1)
+        from_row = (m.to(tl.int64) * digits_s)[:, None] + k[None, :]
+        from_weight = (n.to(tl.int64) * weight_s)[None, :] + k[:, None]
     sums = tl.zeros((ROWS, COLUMNS), tl.int32)
     upper = tl.zeros((ROWS, COLUMNS), tl.int32)
     for first in range(start, end, DEPTH):
-        if EVEN:
+        if DESCRIBED:
+            a, b = low.load([m0, first]), weight.load([n0, first]).T
+        elif EVEN:
             a, b = tl.load(low + first + from_row), tl.load(weight + first + from_weight)
         else:
             kept = first + k < end
@@ -183,7 +190,9 @@ def digit_sums(  # type: ignore[no-untyped-def]
         if TWO:
             any_high = tl.load(flags + m * flags_s + first // FLAGGED)
             if tl.max(any_high.to(tl.int32), 0) > 0:
-                if EVEN:
+                if DESCRIBED:
+                    c = high.load([m0, first])
+                elif EVEN:
                     c = tl.load(high + first + from_row)
                 else:
                     c = tl.load(high + first + from_row, mask=(first + k < end)[None, :], other=0)
@@ -217,35 +226,58 @@ def store_results(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def scaled_sums(  # type: ignore[no-untyped-def]
-    low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
-    m, n, rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
-    TWO: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+def group_sums(  # type: ignore[no-untyped-def]
+    low, scale, zero, weight, weight_scale, weight_sum, m0, n0, rows, outputs, depth, first_group, last_group, groups,
+    digits_s, weight_s, scale_n, scale_g,
+    GROUP: tl.constexpr, DESCRIBED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) float32: rows m of the digits times outputs n of the weight, scaled, plus bias."""
-    if GROUP > 0:
-        k = tl.arange(0, DEPTH)
+    """(ROWS, COLUMNS) float32: what groups from first_group up to last_group of `groups` add, in the order of k.
+
+    DEPTH divides GROUP. As digit_sums, but for the masks.
+    """
+    m, n, k = m0 + tl.arange(0, ROWS), n0 + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    mine, there = (m < rows)[:, None], (n < outputs)[None, :]
+    if not DESCRIBED:
         from_row = (m.to(tl.int64) * digits_s)[:, None] + k[None, :]
         from_weight = (n.to(tl.int64) * weight_s)[None, :] + k[:, None]
-        mine, there = (m < rows)[:, None], (n < outputs)[None, :]
-        y = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for g in range(groups):
-            part = tl.zeros((ROWS, COLUMNS), tl.int32)
-            for first in range(g * GROUP, g * GROUP + GROUP, DEPTH):
+    y = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for g in range(first_group, last_group):
+        part = tl.zeros((ROWS, COLUMNS), tl.int32)
+        for first in range(g * GROUP, g * GROUP + GROUP, DEPTH):
+            if DESCRIBED:
+                a, b = low.load([m0, first]), weight.load([n0, first]).T
+            else:
                 a = tl.load(low + first + from_row, mask=mine & (first + k < depth)[None, :], other=0)
                 b = tl.load(weight + first + from_weight, mask=there & (first + k < depth)[:, None], other=0)
-                part = tl.dot(a, b, part, out_dtype=tl.int32)
-            shift = 128 - tl.load(zero + m * groups + g, mask=m < rows, other=128)
-            total = tl.load(weight_sum + n * groups + g, mask=n < outputs, other=0)
-            s = tl.load(scale + m * groups + g, mask=m < rows, other=0.0)
-            w = tl.load(weight_scale + n * scale_n + g * scale_g, mask=n < outputs, other=0.0)
-            y += (part + shift[:, None] * total[None, :]).to(tl.float32) * (s[:, None] * w[None, :])
+            part = tl.dot(a, b, part, out_dtype=tl.int32)
+        shift = 128 - tl.load(zero + m * groups + g, mask=m < rows, other=128)
+        total = tl.load(weight_sum + n * groups + g, mask=n < outputs, other=0)
+        s = tl.load(scale + m * groups + g, mask=m < rows, other=0.0)
+        w = tl.load(weight_scale + n * scale_n + g * scale_g, mask=n < outputs, other=0.0)
+        y += (part + shift[:, None] * total[None, :]).to(tl.float32) * (s[:, None] * w[None, :])
+    return y
+
+
+@triton.jit
+def scaled_sums(  # type: ignore[no-untyped-def]
+    low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
+    m0, n0, rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
+    TWO: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, DESCRIBED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, COLUMNS) float32: rows from m0 of the digits times outputs from n0 of the weight, scaled, plus bias."""
+    n = n0 + tl.arange(0, COLUMNS)
+    if GROUP > 0:
+        y = group_sums(
+            low, scale, zero, weight, weight_scale, weight_sum, m0, n0, rows, outputs, depth, 0, groups, groups,
+            digits_s, weight_s, scale_n, scale_g, GROUP, DESCRIBED, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
     else:
         sums, upper = digit_sums(
-            low, high, flags, weight, m, n, rows, outputs, 0, depth, digits_s, flags_s, weight_s,
-            TWO, EVEN, ROWS, COLUMNS, DEPTH,
+            low, high, flags, weight, m0, n0, rows, outputs, 0, depth, digits_s, flags_s, weight_s,
+            TWO, EVEN, DESCRIBED, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
+        m = m0 + tl.arange(0, ROWS)
         y = scaled(sums, upper, scale, zero, weight_scale, weight_sum, m, n, rows, outputs, scale_n, TWO)
     if HAS_BIAS:
         y += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
@@ -256,16 +288,17 @@ def scaled_sums(  # type: ignore[no-untyped-def]
 def linear_kernel(  # type: ignore[no-untyped-def]
     low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias, residual, out,
     rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g, residual_s, out_s,
-    TWO: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr, PAIRS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    TWO: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, DESCRIBED: tl.constexpr,
+    ACTIVATION: tl.constexpr, PAIRS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ABREAST: tl.constexpr,
 ):  # fmt: skip
     """activation(digits @ weight^T, scaled, + bias) + residual, a tile of ROWS x COLUMNS results a program.
 
     What quantize_kernel has written; weight (outputs, depth) int8, contiguous along depth; weight_sum (outputs, groups)
-    int32; out and residual contiguous along outputs, of pairs half as many. ABREAST tiles of rows go before the next
-    tiles of columns, so that the weights that they share stay in the second-level cache. Is to be compiled without
-    fusing products and sums, which the reference rounds apart.
+    int32; out and residual contiguous along outputs, of pairs half as many. DESCRIBED: low, high and weight come as
+    tensor descriptors with boxes of ROWS and COLUMNS by DEPTH. ABREAST tiles of rows go before the next tiles of
+    columns, so that the weights that they share stay in the second-level cache. Is to be compiled without fusing
+    products and sums, which the reference rounds apart.
     """
     results = outputs // 2 if PAIRS else outputs
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(results, COLUMNS)
@@ -273,18 +306,19 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     wide = ABREAST * across
     top = program // wide * ABREAST
     tall = tl.minimum(down - top, ABREAST)
-    m = (top + program % wide % tall) * ROWS + tl.arange(0, ROWS)
-    n = (program % wide // tall) * COLUMNS + tl.arange(0, COLUMNS)
+    m0 = (top + program % wide % tall) * ROWS
+    n0 = (program % wide // tall) * COLUMNS
     y = scaled_sums(
         low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
-        m, n, rows, results, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
-        TWO, GROUP, EVEN, HAS_BIAS, ROWS, COLUMNS, DEPTH,
+        m0, n0, rows, results, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
+        TWO, GROUP, EVEN, DESCRIBED, HAS_BIAS, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     y = activate(y, ACTIVATION)
     if PAIRS:
         y *= scaled_sums(
             low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
-            m, n + results, rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
-            TWO, GROUP, EVEN, HAS_BIAS, ROWS, COLUMNS, DEPTH,
+            m0, n0 + results, rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
+            TWO, GROUP, EVEN, DESCRIBED, HAS_BIAS, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
+    m, n = m0 + tl.arange(0, ROWS), n0 + tl.arange(0, COLUMNS)
     store_results(y, residual, out, m, n, rows, results, residual_s, out_s, HAS_RESIDUAL)

@@ -13,7 +13,7 @@ from llmkern import triton
 from llmkern.backend import Backend
 from llmkern.int8 import triton_configurations
 from llmkern.int8.compiled import on_copies, refused, row_distance
-from llmkern.int8.packing import layout_of, sums_of_groups, sums_over_k
+from llmkern.int8.packing import layout_of, rows_of_16, sums_of_groups, sums_over_k
 from llmkern.int8.scheme import PAIRS, ROTATION_STRIDE
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def plan(run: triton.Run, family: str, *args: Any) -> Callable[..., Tensor]:
     layout = layout_of(weight)
     tile = triton_configurations.tile(family, rows, group, activation in PAIRS, two)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
+    described = depth > 0 and triton.has_descriptors(family)
     digits = {"TWO": two}
     even = {"EVEN": depth % FLAGGED == 0}
     shape_of_tile = {"ROWS": tile.rows, "COLUMNS": tile.columns}
@@ -99,7 +100,7 @@ def plan(run: triton.Run, family: str, *args: Any) -> Callable[..., Tensor]:
             out = torch.empty(shape, dtype=dtype, device=device)
         if not (rows and results):
             return out
-        along = weight if weight.stride(1) == 1 or depth <= 1 else weight.contiguous()
+        along = rows_of_16(weight, layout)
         low = torch.empty(rows, stride, dtype=torch.int8, device=device)
         high = torch.empty_like(low) if two else low
         flags = torch.empty(rows, words, dtype=torch.int8, device=device) if two else low
@@ -123,12 +124,17 @@ def plan(run: triton.Run, family: str, *args: Any) -> Callable[..., Tensor]:
         added = scale if bias is None else bias, out if residual is None else residual
         distances_after = distances[1] or 0, results if distances[2] is None else distances[2]
         if splits <= 1:
-            programs = -(-rows // tile.rows) * -(-results // tile.columns)
+            programs, step = -(-rows // tile.rows) * -(-results // tile.columns), math.gcd(group, FLAGGED)
+            of_rows: list[Any] = [low, high]
+            of_weight: Any = along
+            if described:
+                of_rows = [triton.Described(t, (rows, depth), stride, (tile.rows, step)) for t in of_rows]
+                of_weight = triton.Described(along, (outputs, depth), along.stride(0), (tile.columns, step))
             run(triton.Launch(
                 MODULE, "linear_kernel", (programs,),
-                (low, high, flags, scale, zero, along, weight_scale, sums, *added, out, rows, outputs, depth, groups,
+                (*of_rows, flags, scale, zero, of_weight, weight_scale, sums, *added, out, rows, outputs, depth, groups,
                  stride, words, along.stride(0), *scale_strides, *distances_after),
-                {**digits, **even, **follows, **shape_of_tile, "GROUP": group, "DEPTH": math.gcd(group, FLAGGED),
+                {**digits, **even, **follows, **shape_of_tile, "GROUP": group, "DEPTH": step, "DESCRIBED": described,
                  "ABREAST": 8},
                 options, ("out",),
             ))  # fmt: skip

@@ -32,7 +32,7 @@ def interpret(launch: Any) -> None:
     """Stands for llmkern.triton.run in such a process."""
     from llmkern import triton
 
-    triton.function(launch)[launch.grid](*launch.arguments, **launch.constants)
+    triton.function(launch)[launch.grid](*triton.arguments(launch), **launch.constants)
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
