@@ -27,12 +27,12 @@ class Tile:
 TILES: dict[str, dict[str, Tile]] = {
     "few": {"": Tile(16, 64, 4, 4)},
     "groups": {"": Tile(64, 64, 4, 3), "sm_100": Tile(64, 64, 8, 3)},
-    "pairs": {"": Tile(64, 64, 8, 3)},
-    "pairs of groups": {"": Tile(32, 64, 8, 3)},
+    "pairs": {"": Tile(128, 64, 8, 3)},
+    "pairs of groups": {"": Tile(32, 64, 8, 3), "sm_90": Tile(64, 64, 8, 3)},
     "up to 64": {"": Tile(64, 64, 4, 3)},
-    "two": {"": Tile(128, 128, 8, 3)} | dict.fromkeys(("sm_86", "sm_89", "sm_120"), Tile(128, 64, 8, 3)),
+    "two": {"": Tile(128, 128, 8, 3)},
     "one": {"": Tile(128, 128, 8, 3)},
-    "many": {"": Tile(128, 128, 8, 3), "sm_90": Tile(128, 256, 8, 3)},
+    "many": {"": Tile(128, 128, 8, 3), "sm_90": Tile(128, 256, 8, 4), "sm_100": Tile(128, 256, 8, 4)},
 }
 
 

@@ -285,12 +285,48 @@ def scaled_sums(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def halves(x):  # type: ignore[no-untyped-def]
+    """The first half of the columns of x, and the second."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def finish(  # type: ignore[no-untyped-def]
+    sums, upper, scale, zero, weight_scale, weight_sum, bias, residual, out,
+    m, n0, rows, outputs, scale_n, residual_s, out_s,
+    TWO: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Makes results of a tile's sums and writes them, AT_ONCE columns after the others, which saves registers."""
+    if COLUMNS > AT_ONCE:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = halves(sums)
+        left_upper, right_upper = halves(upper)
+        finish(
+            left, left_upper, scale, zero, weight_scale, weight_sum, bias, residual, out,
+            m, n0, rows, outputs, scale_n, residual_s, out_s,
+            TWO, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, HALF, AT_ONCE,
+        )  # fmt: skip
+        finish(
+            right, right_upper, scale, zero, weight_scale, weight_sum, bias, residual, out,
+            m, n0 + HALF, rows, outputs, scale_n, residual_s, out_s,
+            TWO, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, HALF, AT_ONCE,
+        )  # fmt: skip
+    else:
+        n = n0 + tl.arange(0, COLUMNS)
+        y = scaled(sums, upper, scale, zero, weight_scale, weight_sum, m, n, rows, outputs, scale_n, TWO)
+        if HAS_BIAS:
+            y += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+        store_results(activate(y, ACTIVATION), residual, out, m, n, rows, outputs, residual_s, out_s, HAS_RESIDUAL)
+
+
+@triton.jit
 def linear_kernel(  # type: ignore[no-untyped-def]
     low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias, residual, out,
     rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g, residual_s, out_s,
     TWO: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, DESCRIBED: tl.constexpr,
     ACTIVATION: tl.constexpr, PAIRS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ABREAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ABREAST: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """activation(digits @ weight^T, scaled, + bias) + residual, a tile of ROWS x COLUMNS results a program.
 
@@ -308,17 +344,27 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     tall = tl.minimum(down - top, ABREAST)
     m0 = (top + program % wide % tall) * ROWS
     n0 = (program % wide // tall) * COLUMNS
-    y = scaled_sums(
-        low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
-        m0, n0, rows, results, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
-        TWO, GROUP, EVEN, DESCRIBED, HAS_BIAS, ROWS, COLUMNS, DEPTH,
-    )  # fmt: skip
-    y = activate(y, ACTIVATION)
-    if PAIRS:
-        y *= scaled_sums(
+    m, n = m0 + tl.arange(0, ROWS), n0 + tl.arange(0, COLUMNS)
+    if GROUP == 0 and not PAIRS:
+        sums, upper = digit_sums(
+            low, high, flags, weight, m0, n0, rows, outputs, 0, depth, digits_s, flags_s, weight_s,
+            TWO, EVEN, DESCRIBED, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+        finish(
+            sums, upper, scale, zero, weight_scale, weight_sum, bias, residual, out, m, n0, rows, outputs,
+            scale_n, residual_s, out_s, TWO, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, COLUMNS, AT_ONCE,
+        )  # fmt: skip
+    else:
+        y = scaled_sums(
             low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
-            m0, n0 + results, rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
+            m0, n0, rows, results, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
             TWO, GROUP, EVEN, DESCRIBED, HAS_BIAS, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-    m, n = m0 + tl.arange(0, ROWS), n0 + tl.arange(0, COLUMNS)
-    store_results(y, residual, out, m, n, rows, results, residual_s, out_s, HAS_RESIDUAL)
+        y = activate(y, ACTIVATION)
+        if PAIRS:
+            y *= scaled_sums(
+                low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
+                m0, n0 + results, rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
+                TWO, GROUP, EVEN, DESCRIBED, HAS_BIAS, ROWS, COLUMNS, DEPTH,
+            )  # fmt: skip
+        store_results(y, residual, out, m, n, rows, results, residual_s, out_s, HAS_RESIDUAL)

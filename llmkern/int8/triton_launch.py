@@ -135,7 +135,7 @@ def plan(run: triton.Run, family: str, *args: Any) -> Callable[..., Tensor]:
                 (*of_rows, flags, scale, zero, of_weight, weight_scale, sums, *added, out, rows, outputs, depth, groups,
                  stride, words, along.stride(0), *scale_strides, *distances_after),
                 {**digits, **even, **follows, **shape_of_tile, "GROUP": group, "DEPTH": step, "DESCRIBED": described,
-                 "ABREAST": 8},
+                 "ABREAST": 8, "AT_ONCE": 64},
                 options, ("out",),
             ))  # fmt: skip
             return out

@@ -54,12 +54,16 @@ def nvcc(source: Path, architecture: str = "80", changes: tuple[tuple[str, str],
 
 @dataclasses.dataclass
 class TritonKernel:
-    """A compiled kernel: its PTX, the shared memory that it needs, its threads, and bytes of scratch memory a block."""
+    """A compiled kernel: its PTX, the shared memory that it needs, its threads, and bytes of scratch memory a block.
+
+    descriptors: what Triton's driver would make a tensor map of for each tensor descriptor, in the order of the arguments.
+    """
 
     ptx: str
     shared: int
     threads: int
     scratch: int
+    descriptors: tuple[dict[str, Any], ...] = ()
 
     def run(self, grid: tuple[int, ...], args: Sequence[Any], **options: Any) -> launch.Report:
         """args: those that are no constants. Triton adds scratch memory in global memory, and that of the profiler."""
@@ -87,5 +91,6 @@ def triton(
     compiled = package.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     data = compiled.metadata
     return TritonKernel(
-        compiled.asm["ptx"], data.shared, 32 * data.num_warps, getattr(data, "global_scratch_size", 0) or 0
-    )
+        compiled.asm["ptx"], data.shared, 32 * data.num_warps, getattr(data, "global_scratch_size", 0) or 0,
+        tuple(getattr(data, "tensordesc_meta", None) or ()),
+    )  # fmt: skip

@@ -25,10 +25,17 @@ def forget():
     backend.forget_plans()
 
 
+def served_by(monkeypatch, capability: int, schedule: str = "", **options) -> Emulated:
+    """Calls run as the kernels for that capability, with its tiles and, from 90 on, its tensor descriptors."""
+    emulated = Emulated(capability, schedule or ("lockstep", "reverse")[capability == 90], **options)
+    serve(monkeypatch, emulated, f"sm_{capability}")
+    return emulated
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes(scheme, capability, monkeypatch):
-    serve(monkeypatch, Emulated(capability, ("lockstep", "reverse")[capability == 90]))
+    served_by(monkeypatch, capability)
     at = list(SCHEMES).index(scheme)
     dtype = (torch.float32, torch.bfloat16, torch.float16)[at % 3]
     for shape in SHAPES if scheme in ("outliers", "groups of 96") else SHAPES[at % 3 : at % 3 + 1]:
@@ -56,8 +63,7 @@ def test_functions(activation, monkeypatch):
 @pytest.mark.parametrize(("capability", "product"), [(80, "mma.m16n8k32."), (90, "wgmma")])
 def test_counts(capability, product, monkeypatch):
     """Products of 8-bit matrix instructions; those of high digits only where a row of the tile has one."""
-    emulated = Emulated(capability, counts=True)
-    serve(monkeypatch, emulated)
+    emulated = served_by(monkeypatch, capability, "lockstep", counts=True)
     x, weight, scale, bias = inputs((64, 512, 64), torch.bfloat16)
     x = x.clamp(-2, 2)
     issued = []
@@ -74,8 +80,7 @@ def test_counts(capability, product, monkeypatch):
 @pytest.mark.parametrize("kw", [{}, {"inputs": "16bit"}, {"inputs": "row", "activation": "relu"}], ids=str)
 def test_few_rows_split_along_k(kw, capability, monkeypatch):
     """Three parts of k, the last with a tail."""
-    emulated = Emulated(capability, ("lockstep", "reverse")[capability == 90])
-    serve(monkeypatch, emulated)
+    emulated = served_by(monkeypatch, capability)
     x, weight, scale, bias = of_scheme((3, 1100, 37), torch.bfloat16, kw)
     got = op.int8_linear(x, weight, scale, bias, **kw)
     assert torch.equal(got, reference.int8_linear(x, weight, scale, bias, *positional(**kw)))
@@ -85,7 +90,7 @@ def test_few_rows_split_along_k(kw, capability, monkeypatch):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("rotate", [4, 64])
 def test_rotation(rotate, capability, monkeypatch):
-    serve(monkeypatch, Emulated(capability))
+    served_by(monkeypatch, capability)
     kw = {"inputs": "row", "rotate": rotate}
     x, weight, scale, bias = of_scheme((5, 1024 if rotate == 64 else 192, 21), torch.float32, kw)
     assert torch.equal(
@@ -112,8 +117,7 @@ def test_the_largest_tile(monkeypatch):
     ],
 )
 def test_gradient_of_the_input(shape, group, rotate, dtype, capability, monkeypatch):
-    emulated = Emulated(capability, ("lockstep", "reverse")[capability == 90])
-    serve(monkeypatch, emulated)
+    emulated = served_by(monkeypatch, capability)
     _, weight, scale, _ = of_scheme(shape, dtype, {"group": group})
     verify(
         lambda grad: input_gradient(grad, weight, scale, group, rotate),

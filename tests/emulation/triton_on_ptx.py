@@ -7,11 +7,16 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from llmkern import triton
 from tests.emulation import compilers
 from tests.emulation.ptx.launch import Buffer, Launch, Report, empty, run
+from tests.emulation.ptx.tensor_copy import TensorMap
+
+#: Bytes of a swizzle by its number in the CUDA driver.
+SWIZZLES = (0, 32, 64, 128)
 
 
 @lru_cache(maxsize=64)
@@ -53,7 +58,11 @@ class Emulated:
     def __call__(self, launch: triton.Launch) -> None:
         launch = dataclasses.replace(launch, constants={**launch.constants, **self.changed})
         kernel, memory, arguments = compiled(launch, self.capability), Launch(), []
+        maps = iter(kernel.descriptors)
         for name, x in zip(triton.function(launch).arg_names, launch.arguments, strict=False):
+            if isinstance(x, triton.Described):  # a tensor map, then shape and strides, as Triton's driver gives them
+                arguments += [self._map(memory, launch, name, x, next(maps)), *x.shape, x.distance, 1]
+                continue
             if isinstance(x, torch.Tensor):
                 x = self._place(memory, launch, name, x)
             arguments.append(x + self.more[name] if name in self.more else x)
@@ -61,11 +70,19 @@ class Emulated:
         scratch = empty((max(kernel.scratch * programs, 1),), "uint8", "scratch")
         report = run(
             kernel.ptx, None, launch.grid, kernel.threads, [*arguments, scratch, 0], shared_bytes=kernel.shared,
-            launch=memory, schedule=self.schedule, counts=self.counts,
+            launch=memory, schedule=self.schedule, counts=self.counts, init_fences=False,  # Triton writes none
         )  # fmt: skip
         self.launched.append((programs, launch.kernel))
         self.reports.append(report.raise_if_faulty())
         self.ptx.append(kernel.ptx)
+
+    def _map(self, memory: Launch, launch: triton.Launch, name: str, x: triton.Described, made: Any) -> TensorMap:
+        """made: Triton's record of the descriptor. elem_type counts as the device's field of the same name does."""
+        size = x.tensor.element_size()
+        assert made["elem_size"] == size and not made["fp4_padded"], made
+        view = np.lib.stride_tricks.as_strided(np.zeros(1, f"u{size}"), x.shape, (x.distance * size, size))
+        address = self._place(memory, launch, name, x.tensor)
+        return TensorMap(view, tuple(made["block_size"]), SWIZZLES[made["swizzle"]], address)
 
     def _place(self, memory: Launch, launch: triton.Launch, name: str, x: torch.Tensor) -> int:
         """The address of a tensor, whose storage is in the emulator's memory as it lies."""
