@@ -105,7 +105,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
             sums += tl.abs(v)
         mean = nothing
         if INPUTS == OUTLIERS:
-            mean = tl.div_rn(by_halves(sums, ROWS), nothing + depth)
+            mean = tl.div_rn(by_halves(sums, ROWS), nothing + tl.maximum(depth, 1))  # without any k it stays 0
         if INPUTS == GIVEN:
             s, z = tl.load(given) + nothing, tl.load(given + 1) + nothing
             z = tl.where(z == z, tl.minimum(tl.maximum(z, 0.0), 255.0), 0.0).to(tl.int32)
