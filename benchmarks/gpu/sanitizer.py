@@ -12,7 +12,7 @@ from benchmarks.gpu.conduct import python
 from benchmarks.gpu.steps import Setting, Skipped, Step
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-OPERATORS = ("attention", "attention backward", "decode", "rotary", "sinusoidal", "int8 linear")
+OPERATORS = ("attention", "attention backward", "decode", "rotary", "sinusoidal", "int8 linear", "int8 linear backward")
 #: What the watched program exits with where no call was served, and compute-sanitizer where it found something.
 NOTHING_RAN, FOUND = 3, 9
 

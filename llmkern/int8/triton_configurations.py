@@ -39,14 +39,15 @@ TILES: dict[str, dict[str, Tile]] = {
 #: Programs that few rows are shared out among, about two for each multiprocessor of the large GPUs, and the least of k
 #: that one takes: enough stages of loads on their way for the weight to come at the memory's rate.
 PROGRAMS, LEAST_DEPTH = 256, 512
-#: Values of k to which a split is rounded up: a flag's, a stage's.
+#: Values of k to which a split is rounded up: a flag's, a stage's. With groups at least so many, in whole groups.
 STEP = 128
 
 
-def split_depth(tiles: int, depth: int) -> int:
+def split_depth(tiles: int, depth: int, group: int = 0) -> int:
     """How many values of k a program of few rows takes where there are so many tiles of outputs."""
     each = max(LEAST_DEPTH, -(-depth // max(PROGRAMS // max(tiles, 1), 1)))
-    return -(-each // STEP) * STEP
+    step = group * max(1, STEP // group) if group else STEP
+    return -(-each // step) * step
 
 
 #: Of the gradient of the input: rows, columns (values of k; with groups at most a group's) and outputs of a step.

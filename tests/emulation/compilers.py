@@ -56,7 +56,7 @@ def nvcc(source: Path, architecture: str = "80", changes: tuple[tuple[str, str],
 class TritonKernel:
     """A compiled kernel: its PTX, the shared memory that it needs, its threads, and bytes of scratch memory a block.
 
-    descriptors: what Triton's driver would make a tensor map of for each tensor descriptor, in the order of the arguments.
+    descriptors: what Triton's driver would make a tensor map of for each tensor descriptor, in order.
     """
 
     ptx: str

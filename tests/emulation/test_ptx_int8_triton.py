@@ -117,7 +117,7 @@ def test_the_largest_tile(monkeypatch):
     ],
 )
 def test_gradient_of_the_input(shape, group, rotate, dtype, capability, monkeypatch):
-    emulated = served_by(monkeypatch, capability)
+    served_by(monkeypatch, capability)
     _, weight, scale, _ = of_scheme(shape, dtype, {"group": group})
     verify(
         lambda grad: input_gradient(grad, weight, scale, group, rotate),
