@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from llmkern import backend
+from llmkern import backend, triton, triton_table
 from llmkern.int8 import op, reference
 from llmkern.int8.backward import input_gradient
+from llmkern.int8.triton_configurations import TILES
+from llmkern.triton_table import Line
 from llmkern.verify import verify
+from tests.emulation.ptx.launch import EmulationError
 from tests.emulation.triton_on_ptx import Emulated
 from tests.int8.cases import QUANTIZATIONS, inputs, of_scheme, positional
 from tests.int8.on_triton import serve
@@ -87,6 +92,20 @@ def test_few_rows_split_along_k(kw, capability, monkeypatch):
     assert emulated.launched[1:] == [(3, "split_kernel"), (1, "gather_kernel")]
 
 
+@pytest.mark.parametrize(("capability", "rows"), [(80, 3), (90, 3), (90, 19)])
+def test_groups_of_few_rows_split_along_k(capability, rows, monkeypatch):
+    """Two parts of five groups and of less than one; more than 16 rows come by descriptors."""
+    emulated = served_by(monkeypatch, capability)
+    kw = {"inputs": "row", "group": 96} if rows > 16 else {"inputs": "symmetric", "group": 128}
+    x, weight, scale, bias = of_scheme((rows, 590, 37), torch.bfloat16, kw)
+    verify(
+        lambda x, bias: op.int8_linear(x, weight, scale, bias, **kw),
+        lambda x, bias: reference.int8_linear(x, weight, scale, bias, *positional(**kw)), (x, bias), gradients=False,
+    ).raise_if_failed()  # fmt: skip
+    assert emulated.launched[1:] == [(2, "split_groups_kernel"), (-(-rows // 4), "gather_kernel")]
+    assert ("cp.async.bulk.tensor" in emulated.ptx[1]) == (rows > 16)
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("rotate", [4, 64])
 def test_rotation(rotate, capability, monkeypatch):
@@ -99,11 +118,32 @@ def test_rotation(rotate, capability, monkeypatch):
 
 
 def test_the_largest_tile(monkeypatch):
-    """Of many rows with one digit on Hopper, two warpgroups side by side."""
-    serve(monkeypatch, Emulated(90), "sm_90")
-    x, weight, scale, bias = of_scheme((259, 130, 40), torch.bfloat16, {"inputs": "row"})
-    got = op.int8_linear(x, weight, scale, bias, inputs="row")
-    assert torch.equal(got, reference.int8_linear(x, weight, scale, bias, *positional(inputs="row")))
+    """Of many rows with one digit on Hopper: 256 columns, whose results are made in four pieces."""
+    emulated = served_by(monkeypatch, 90)
+    with triton_table.using([Line("int8", "up to 64", "sm_90", 0, vars(TILES["many"]["sm_90"]))]):
+        x, weight, scale, bias = of_scheme((40, 130, 200), torch.bfloat16, {"inputs": "row"})
+        residual = torch.randn(40, 200).bfloat16()
+        got = op.int8_linear(x, weight, scale, bias, residual=residual, inputs="row")
+    assert torch.equal(got, reference.int8_linear(x, weight, scale, bias, *positional(inputs="row", residual=residual)))
+    ptx = emulated.ptx[-1]
+    assert "cp.async.bulk.tensor.2d" in ptx and "cp.async.cg" not in ptx and "ld.global.v4" not in ptx.split("wgmma")[0]
+
+
+def test_a_descriptor_that_ends_too_late_is_found(monkeypatch):
+    """Boxes are cut at the matrix's edge by its shape: one row more, and a copy reads beyond the buffer."""
+    emulated = Emulated(90)
+    larger = lambda x: dataclasses.replace(x, shape=(x.shape[0] + 1, x.shape[1]))  # noqa: E731
+
+    def run(launch):
+        if launch.kernel == "linear_kernel":
+            given = [larger(x) if isinstance(x, triton.Described) else x for x in launch.arguments]
+            launch = dataclasses.replace(launch, arguments=tuple(given))
+        emulated(launch)
+
+    serve(monkeypatch, run, "sm_90")
+    x, weight, scale, bias = of_scheme((70, 128, 16), torch.bfloat16, {"inputs": "row"})
+    with pytest.raises(EmulationError, match="out of bounds"):
+        op.int8_linear(x, weight, scale, bias, inputs="row")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
