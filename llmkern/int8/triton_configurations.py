@@ -28,7 +28,7 @@ TILES: dict[str, dict[str, Tile]] = {
     "few": {"": Tile(16, 64, 4, 4)},
     "groups": {"": Tile(64, 64, 4, 3), "sm_100": Tile(64, 64, 8, 3)},
     "pairs": {"": Tile(128, 64, 8, 3)},
-    "pairs of groups": {"": Tile(32, 64, 8, 3), "sm_90": Tile(64, 64, 8, 3)},
+    "pairs of groups": {"": Tile(32, 64, 8, 3)} | dict.fromkeys(("sm_90", "sm_100", "sm_120"), Tile(64, 64, 8, 3)),
     "up to 64": {"": Tile(64, 64, 4, 3)},
     "two": {"": Tile(128, 128, 8, 3)},
     "one": {"": Tile(128, 128, 8, 3)},
