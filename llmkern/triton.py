@@ -37,6 +37,11 @@ def unsupported_call(x: Tensor, *args: Any) -> str | None:
     return unsupported(x)
 
 
+def has_descriptors(family: str) -> bool:
+    """Whether an architecture ("sm_90", "gfx942") copies tiles by descriptors, in the tensor memory accelerator."""
+    return family.startswith("sm_") and int(family.removeprefix("sm_")) >= 90
+
+
 @dataclass(frozen=True)
 class Launch:
     """One run of a kernel."""
@@ -44,7 +49,7 @@ class Launch:
     module: str
     kernel: str
     grid: tuple[int, ...]
-    #: In the order of the kernel's own.
+    #: In the order of the kernel's own: tensors, descriptors of tensors, numbers.
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     #: Triton's: num_warps, num_stages, enable_fp_fusion.
@@ -61,11 +66,19 @@ class Descriptor:
     tensor: Tensor
     block: tuple[int, ...]
 
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
     def made(self) -> Any:
         """As Triton takes it at a launch. What it makes of it on the CPU goes by value, so that graphs hold it."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        return TensorDescriptor(self.tensor, list(self.tensor.shape), self.strides, list(self.block))
+        return TensorDescriptor(self.tensor, list(self.shape), self.strides, list(self.block))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
 
     @property
     def strides(self) -> list[int]:

@@ -17,6 +17,7 @@ from llmkern.attention import op as attention_op
 from llmkern.attention import reference as attention_reference
 from llmkern.attention.mask import Mask
 from llmkern.int8 import reference as int8_reference
+from llmkern.int8.backward import input_gradient
 from llmkern.positional import reference as positional_reference
 
 
@@ -102,7 +103,7 @@ def _attention_int8(setting: Setting, small: bool) -> Iterator[Case]:
 def attention_int8(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, rule: str) -> Call:
     """Keys with an average that is not zero."""
     (q, k, v), described = _attention_arguments(setting, shape, dtype, rule)
-    k = k + _random(setting, shape[2], 1, shape[-1], dtype=dtype)
+    k = k + random(setting, shape[2], 1, shape[-1], dtype=dtype)
     rules = described.arguments()
     rest = (*rules[:4], *rules[5:9], shape[-1] ** -0.5, True)
 
@@ -222,6 +223,31 @@ def _int8(setting: Setting, small: bool) -> Iterator[Case]:
                             setting, shape, dtype, scheme, activation
                         ),
                     )  # fmt: skip
+
+    for shape in shapes:
+        for short, dtype in (HALVES if setting.quick or small else FLOATS).items():
+            for group, rotate in ((0, 1), (128, 1), (0, 4)):
+                yield Case(
+                    "int8 linear backward",
+                    f"{','.join(map(str, shape))} {short}{f' groups of {group}' if group else ''}"
+                    f"{' rotated' if rotate > 1 else ''}",
+                    lambda shape=shape, dtype=dtype, group=group, rotate=rotate: int8_backward(
+                        setting, shape, dtype, group, rotate
+                    ),
+                )  # fmt: skip
+
+
+def int8_backward(
+    setting: Setting, shape: tuple[int, int, int], dtype: torch.dtype, group: int = 0, rotate: int = 1
+) -> Call:
+    """The gradient of int8_linear's input, from that of its output, over a frozen weight."""
+    rows, depth, outputs = shape
+    weight, scale = int8_reference.quantize_weight(_random(setting, outputs, depth) * depth**-0.5, group)
+    return Call(
+        lambda grad: input_gradient(grad, weight, scale, group, rotate),
+        lambda grad: int8_reference.input_gradient(grad, weight, scale, group, rotate),
+        (_random(setting, rows, outputs, dtype=dtype),),
+    )
 
 
 def int8_linear(

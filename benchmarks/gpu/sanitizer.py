@@ -14,7 +14,7 @@ from benchmarks.gpu.steps import Setting, Skipped, Step
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 OPERATORS = (
     "attention", "attention backward", "attention varlen", "attention weights", "attention column sums",
-    "attention int8", "decode", "rotary", "sinusoidal", "int8 linear",
+    "attention int8", "decode", "rotary", "sinusoidal", "int8 linear", "int8 linear backward",
 )  # fmt: skip
 #: What the watched program exits with where no call was served, and compute-sanitizer where it found something.
 NOTHING_RAN, FOUND = 3, 9

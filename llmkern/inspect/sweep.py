@@ -43,7 +43,7 @@ INT8: dict[str, tuple[int, str, int, str]] = {
     "two": (512, "outliers", 0, "none"), "one": (256, "row", 0, "none"), "many": (512, "row", 0, "none"),
 }  # fmt: skip
 #: What multiplies, of the launches of such a call.
-PRODUCTS = ("linear_kernel", "split_kernel")
+PRODUCTS = ("linear_kernel", "split_kernel", "split_groups_kernel")
 #: family -> its kernels.
 KERNELS: dict[str, list[str]] = {"attention": list(ATTENTION), "int8": list(INT8)}
 

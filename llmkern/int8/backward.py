@@ -50,6 +50,7 @@ _OPERATOR = Operator(
 
 
 def _fake(grad: Tensor, weight: Tensor, weight_scale: Tensor, group: int, rotate: int) -> Tensor:
+    _check(grad, weight, weight_scale, group, rotate)
     return grad.new_empty((*grad.shape[:-1], weight.size(1)))
 
 

@@ -27,26 +27,27 @@ class Tile:
 TILES: dict[str, dict[str, Tile]] = {
     "few": {"": Tile(16, 64, 4, 4)},
     "groups": {"": Tile(64, 64, 4, 3), "sm_100": Tile(64, 64, 8, 3)},
-    "pairs": {"": Tile(64, 64, 8, 3)},
-    "pairs of groups": {"": Tile(32, 64, 8, 3)},
+    "pairs": {"": Tile(128, 64, 8, 3)},
+    "pairs of groups": {"": Tile(32, 64, 8, 3)} | dict.fromkeys(("sm_90", "sm_100", "sm_120"), Tile(64, 64, 8, 3)),
     "up to 64": {"": Tile(64, 64, 4, 3)},
-    "two": {"": Tile(128, 128, 8, 3)} | dict.fromkeys(("sm_86", "sm_89", "sm_120"), Tile(128, 64, 8, 3)),
+    "two": {"": Tile(128, 128, 8, 3)},
     "one": {"": Tile(128, 128, 8, 3)},
-    "many": {"": Tile(128, 128, 8, 3), "sm_90": Tile(128, 256, 8, 3)},
+    "many": {"": Tile(128, 128, 8, 3), "sm_90": Tile(128, 256, 8, 4), "sm_100": Tile(128, 256, 8, 4)},
 }
 
 
 #: Programs that few rows are shared out among, about two for each multiprocessor of the large GPUs, and the least of k
 #: that one takes: enough stages of loads on their way for the weight to come at the memory's rate.
 PROGRAMS, LEAST_DEPTH = 256, 512
-#: Values of k to which a split is rounded up: a flag's, a stage's.
+#: Values of k to which a split is rounded up: a flag's, a stage's. With groups at least so many, in whole groups.
 STEP = 128
 
 
-def split_depth(tiles: int, depth: int) -> int:
+def split_depth(tiles: int, depth: int, group: int = 0) -> int:
     """How many values of k a program of few rows takes where there are so many tiles of outputs."""
     each = max(LEAST_DEPTH, -(-depth // max(PROGRAMS // max(tiles, 1), 1)))
-    return -(-each // STEP) * STEP
+    step = group * max(1, STEP // group) if group else STEP
+    return -(-each // step) * step
 
 
 #: Of the gradient of the input: rows, columns (values of k; with groups at most a group's) and outputs of a step.

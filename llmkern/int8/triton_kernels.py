@@ -1,10 +1,9 @@
-"""Triton kernels of int8_linear: rows to integers, and their products with the weight. Only the family's triton_*
-files of kernels import triton.
+"""The Triton kernel that makes integers of rows for int8_linear. Only the family's triton_* files of kernels import
+triton.
 
 The integers are those of llmkern.int8.reference, bit for bit: each float32 operation rounds as its does, divisions too.
 A row's integer is u = 256 * high + low with low 0..255; what is stored of low is low - 128, which has a sign as the
-weights have, so that one matrix instruction serves all GPUs. So the sum over k of (u - zero) w is
-256 sum(high w) + sum((low - 128) w) + (128 - zero) sum(w).
+weights have, so that one matrix instruction serves all GPUs.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
             sums += tl.abs(v)
         mean = nothing
         if INPUTS == OUTLIERS:
-            mean = tl.div_rn(by_halves(sums, ROWS), nothing + depth)
+            mean = tl.div_rn(by_halves(sums, ROWS), nothing + tl.maximum(depth, 1))  # without any k it stays 0
         if INPUTS == GIVEN:
             s, z = tl.load(given) + nothing, tl.load(given + 1) + nothing
             z = tl.where(z == z, tl.minimum(tl.maximum(z, 0.0), 255.0), 0.0).to(tl.int32)
@@ -138,153 +137,3 @@ def by_halves(x, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     a, b = tl.split(tl.permute(tl.reshape(a + b, (ROWS, 2, 2)), (0, 2, 1)))
     a, b = tl.split(tl.reshape(a + b, (ROWS, 2)))
     return a + b
-
-
-@triton.jit
-def activate(y, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
-    if ACTIVATION == "relu":
-        return tl.where(y < 0.0, 0.0, y)
-    if ACTIVATION == "gelu" or ACTIVATION == "geglu":
-        return 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    if ACTIVATION == "gelu_tanh":
-        z = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-        e = tl.exp(-2.0 * tl.abs(z))  # tanh |z| = (1 - e) / (1 + e), which does not overflow
-        t = (1.0 - e) / (1.0 + e)
-        return 0.5 * y * (1.0 + tl.where(z < 0.0, -t, t))
-    if ACTIVATION == "silu" or ACTIVATION == "swiglu":
-        return y / (1.0 + tl.exp(-y))
-    return y
-
-
-@triton.jit
-def digit_sums(  # type: ignore[no-untyped-def]
-    low, high, flags, weight, m, n, rows, outputs, start, end, digits_s, flags_s, weight_s,
-    TWO: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Two (ROWS, COLUMNS) int32: the sums over k from start, a multiple of DEPTH, to end of low digits and of high.
-
-    EVEN: end is a multiple of DEPTH too. Rows and outputs that are not there read the last one that is, and their sums
-    are not stored: that leaves the loop without masks.
-    """
-    k = tl.arange(0, DEPTH)
-    m = tl.minimum(m, rows - 1)
-    from_row = (m.to(tl.int64) * digits_s)[:, None] + k[None, :]
-    from_weight = (tl.minimum(n, outputs - 1).to(tl.int64) * weight_s)[None, :] + k[:, None]
-    sums = tl.zeros((ROWS, COLUMNS), tl.int32)
-    upper = tl.zeros((ROWS, COLUMNS), tl.int32)
-    for first in range(start, end, DEPTH):
-        if EVEN:
-            a, b = tl.load(low + first + from_row), tl.load(weight + first + from_weight)
-        else:
-            kept = first + k < end
-            a = tl.load(low + first + from_row, mask=kept[None, :], other=0)
-            b = tl.load(weight + first + from_weight, mask=kept[:, None], other=0)
-        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
-        if TWO:
-            any_high = tl.load(flags + m * flags_s + first // FLAGGED)
-            if tl.max(any_high.to(tl.int32), 0) > 0:
-                if EVEN:
-                    c = tl.load(high + first + from_row)
-                else:
-                    c = tl.load(high + first + from_row, mask=(first + k < end)[None, :], other=0)
-                upper = tl.dot(c, b, upper, out_dtype=tl.int32)
-    return sums, upper
-
-
-@triton.jit
-def scaled(sums, upper, scale, zero, weight_scale, weight_sum, m, n, rows, outputs, scale_n, TWO: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(ROWS, COLUMNS) float32 from the sums of whole rows: zero points taken off, and scaled."""
-    shift = 128 - tl.load(zero + m, mask=m < rows, other=128)
-    total = tl.load(weight_sum + n, mask=n < outputs, other=0)
-    y = (sums + shift[:, None] * total[None, :]).to(tl.float32)
-    if TWO:
-        y = 256.0 * upper.to(tl.float32) + y
-    s = tl.load(scale + m, mask=m < rows, other=0.0)
-    w = tl.load(weight_scale + n * scale_n, mask=n < outputs, other=0.0)
-    return y * (s[:, None] * w[None, :])
-
-
-@triton.jit
-def store_results(  # type: ignore[no-untyped-def]
-    y, residual, out, m, n, rows, results, residual_s, out_s, HAS_RESIDUAL: tl.constexpr
-):  # fmt: skip
-    """Writes a tile of results, plus residual, in out's dtype."""
-    there = (m < rows)[:, None] & (n < results)[None, :]
-    if HAS_RESIDUAL:
-        from_row = (m.to(tl.int64) * residual_s)[:, None] + n[None, :]
-        y += tl.load(residual + from_row, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + (m.to(tl.int64) * out_s)[:, None] + n[None, :], y.to(out.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def scaled_sums(  # type: ignore[no-untyped-def]
-    low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
-    m, n, rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
-    TWO: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """(ROWS, COLUMNS) float32: rows m of the digits times outputs n of the weight, scaled, plus bias."""
-    if GROUP > 0:
-        k = tl.arange(0, DEPTH)
-        from_row = (m.to(tl.int64) * digits_s)[:, None] + k[None, :]
-        from_weight = (n.to(tl.int64) * weight_s)[None, :] + k[:, None]
-        mine, there = (m < rows)[:, None], (n < outputs)[None, :]
-        y = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for g in range(groups):
-            part = tl.zeros((ROWS, COLUMNS), tl.int32)
-            for first in range(g * GROUP, g * GROUP + GROUP, DEPTH):
-                a = tl.load(low + first + from_row, mask=mine & (first + k < depth)[None, :], other=0)
-                b = tl.load(weight + first + from_weight, mask=there & (first + k < depth)[:, None], other=0)
-                part = tl.dot(a, b, part, out_dtype=tl.int32)
-            shift = 128 - tl.load(zero + m * groups + g, mask=m < rows, other=128)
-            total = tl.load(weight_sum + n * groups + g, mask=n < outputs, other=0)
-            s = tl.load(scale + m * groups + g, mask=m < rows, other=0.0)
-            w = tl.load(weight_scale + n * scale_n + g * scale_g, mask=n < outputs, other=0.0)
-            y += (part + shift[:, None] * total[None, :]).to(tl.float32) * (s[:, None] * w[None, :])
-    else:
-        sums, upper = digit_sums(
-            low, high, flags, weight, m, n, rows, outputs, 0, depth, digits_s, flags_s, weight_s,
-            TWO, EVEN, ROWS, COLUMNS, DEPTH,
-        )  # fmt: skip
-        y = scaled(sums, upper, scale, zero, weight_scale, weight_sum, m, n, rows, outputs, scale_n, TWO)
-    if HAS_BIAS:
-        y += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    return y
-
-
-@triton.jit
-def linear_kernel(  # type: ignore[no-untyped-def]
-    low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias, residual, out,
-    rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g, residual_s, out_s,
-    TWO: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr, PAIRS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ABREAST: tl.constexpr,
-):  # fmt: skip
-    """activation(digits @ weight^T, scaled, + bias) + residual, a tile of ROWS x COLUMNS results a program.
-
-    What quantize_kernel has written; weight (outputs, depth) int8, contiguous along depth; weight_sum (outputs, groups)
-    int32; out and residual contiguous along outputs, of pairs half as many. ABREAST tiles of rows go before the next
-    tiles of columns, so that the weights that they share stay in the second-level cache. Is to be compiled without
-    fusing products and sums, which the reference rounds apart.
-    """
-    results = outputs // 2 if PAIRS else outputs
-    down, across = tl.cdiv(rows, ROWS), tl.cdiv(results, COLUMNS)
-    program = tl.program_id(0)
-    wide = ABREAST * across
-    top = program // wide * ABREAST
-    tall = tl.minimum(down - top, ABREAST)
-    m = (top + program % wide % tall) * ROWS + tl.arange(0, ROWS)
-    n = (program % wide // tall) * COLUMNS + tl.arange(0, COLUMNS)
-    y = scaled_sums(
-        low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
-        m, n, rows, results, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
-        TWO, GROUP, EVEN, HAS_BIAS, ROWS, COLUMNS, DEPTH,
-    )  # fmt: skip
-    y = activate(y, ACTIVATION)
-    if PAIRS:
-        y *= scaled_sums(
-            low, high, flags, scale, zero, weight, weight_scale, weight_sum, bias,
-            m, n + results, rows, outputs, depth, groups, digits_s, flags_s, weight_s, scale_n, scale_g,
-            TWO, GROUP, EVEN, HAS_BIAS, ROWS, COLUMNS, DEPTH,
-        )  # fmt: skip
-    store_results(y, residual, out, m, n, rows, results, residual_s, out_s, HAS_RESIDUAL)

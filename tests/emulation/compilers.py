@@ -61,7 +61,7 @@ class TritonKernel:
     shared: int
     threads: int
     scratch: int
-    descriptors: Sequence[dict[str, Any]] = ()
+    descriptors: tuple[dict[str, Any], ...] = ()
 
     def run(self, grid: tuple[int, ...], args: Sequence[Any], **options: Any) -> launch.Report:
         """args: those that are no constants. Triton adds scratch memory in global memory, and that of the profiler."""

@@ -210,18 +210,19 @@ def test_tensor_loads(swizzle, x, y):
 def test_faults_of_tensor_loads_are_found():
     tensor = np.ones((16, 16), np.uint16)
 
-    def found(bytes=512, wait=WAIT, at="[%at]", fence=FENCE):
+    def found(bytes=512, wait=WAIT, at="[%at]", fence=FENCE, **options):
         body = LOAD.format(bytes=bytes, x=0, y=0, wait=wait, fence=fence, words=128).replace(
             "bytes [%at]", f"bytes {at}"
         )
         ptx = kernel(body, [".u64 out", ".align 64 .b8 map[128]"])
-        return kinds(run(ptx, "k", 1, 32, [empty((16, 16), np.uint16), TensorMap(tensor, (16, 16))]))
+        return kinds(run(ptx, "k", 1, 32, [empty((16, 16), np.uint16), TensorMap(tensor, (16, 16))], **options))
 
     assert found() == set()
     assert found(wait="") == {"missing wait"}
     for fence in ("fence.proxy.async.shared::cta;", "fence.proxy.async;", "fence.acq_rel.cluster;", "membar.gl;"):
         assert found(fence=fence) == set()
     assert found(fence="") == {"missing fence"} == found(fence="fence.acq_rel.cta;")
+    assert found(fence="", init_fences=False) == set() and found(wait="", init_fences=False) == {"missing wait"}
     assert found(bytes=528) == {"deadlock"}
     assert "misaligned" in found(at="[%at+16]")
     assert "out of bounds" in found(at="[%at+7808]")

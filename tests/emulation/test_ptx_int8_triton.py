@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from llmkern import backend
+from llmkern import backend, triton, triton_table
 from llmkern.int8 import op, reference
 from llmkern.int8.backward import input_gradient
+from llmkern.int8.triton_configurations import TILES
+from llmkern.triton_table import Line
 from llmkern.verify import verify
+from tests.emulation.ptx.launch import EmulationError
 from tests.emulation.triton_on_ptx import Emulated
 from tests.int8.cases import QUANTIZATIONS, inputs, of_scheme, positional
 from tests.int8.on_triton import serve
@@ -25,10 +30,17 @@ def forget():
     backend.forget_plans()
 
 
+def served_by(monkeypatch, capability: int, schedule: str = "", **options) -> Emulated:
+    """Calls run as the kernels for that capability, with its tiles and, from 90 on, its tensor descriptors."""
+    emulated = Emulated(capability, schedule or ("lockstep", "reverse")[capability == 90], **options)
+    serve(monkeypatch, emulated, f"sm_{capability}")
+    return emulated
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes(scheme, capability, monkeypatch):
-    serve(monkeypatch, Emulated(capability, ("lockstep", "reverse")[capability == 90]))
+    served_by(monkeypatch, capability)
     at = list(SCHEMES).index(scheme)
     dtype = (torch.float32, torch.bfloat16, torch.float16)[at % 3]
     for shape in SHAPES if scheme in ("outliers", "groups of 96") else SHAPES[at % 3 : at % 3 + 1]:
@@ -56,8 +68,7 @@ def test_functions(activation, monkeypatch):
 @pytest.mark.parametrize(("capability", "product"), [(80, "mma.m16n8k32."), (90, "wgmma")])
 def test_counts(capability, product, monkeypatch):
     """Products of 8-bit matrix instructions; those of high digits only where a row of the tile has one."""
-    emulated = Emulated(capability, counts=True)
-    serve(monkeypatch, emulated)
+    emulated = served_by(monkeypatch, capability, "lockstep", counts=True)
     x, weight, scale, bias = inputs((64, 512, 64), torch.bfloat16)
     x = x.clamp(-2, 2)
     issued = []
@@ -74,18 +85,31 @@ def test_counts(capability, product, monkeypatch):
 @pytest.mark.parametrize("kw", [{}, {"inputs": "16bit"}, {"inputs": "row", "activation": "relu"}], ids=str)
 def test_few_rows_split_along_k(kw, capability, monkeypatch):
     """Three parts of k, the last with a tail."""
-    emulated = Emulated(capability, ("lockstep", "reverse")[capability == 90])
-    serve(monkeypatch, emulated)
+    emulated = served_by(monkeypatch, capability)
     x, weight, scale, bias = of_scheme((3, 1100, 37), torch.bfloat16, kw)
     got = op.int8_linear(x, weight, scale, bias, **kw)
     assert torch.equal(got, reference.int8_linear(x, weight, scale, bias, *positional(**kw)))
     assert emulated.launched[1:] == [(3, "split_kernel"), (1, "gather_kernel")]
 
 
+@pytest.mark.parametrize(("capability", "rows"), [(80, 3), (90, 3), (90, 19)])
+def test_groups_of_few_rows_split_along_k(capability, rows, monkeypatch):
+    """Two parts of five groups and of less than one; more than 16 rows come by descriptors."""
+    emulated = served_by(monkeypatch, capability)
+    kw = {"inputs": "row", "group": 96} if rows > 16 else {"inputs": "symmetric", "group": 128}
+    x, weight, scale, bias = of_scheme((rows, 590, 37), torch.bfloat16, kw)
+    verify(
+        lambda x, bias: op.int8_linear(x, weight, scale, bias, **kw),
+        lambda x, bias: reference.int8_linear(x, weight, scale, bias, *positional(**kw)), (x, bias), gradients=False,
+    ).raise_if_failed()  # fmt: skip
+    assert emulated.launched[1:] == [(2, "split_groups_kernel"), (-(-rows // 4), "gather_kernel")]
+    assert ("cp.async.bulk.tensor" in emulated.ptx[1]) == (rows > 16)
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("rotate", [4, 64])
 def test_rotation(rotate, capability, monkeypatch):
-    serve(monkeypatch, Emulated(capability))
+    served_by(monkeypatch, capability)
     kw = {"inputs": "row", "rotate": rotate}
     x, weight, scale, bias = of_scheme((5, 1024 if rotate == 64 else 192, 21), torch.float32, kw)
     assert torch.equal(
@@ -94,11 +118,35 @@ def test_rotation(rotate, capability, monkeypatch):
 
 
 def test_the_largest_tile(monkeypatch):
-    """Of many rows with one digit on Hopper, two warpgroups side by side."""
-    serve(monkeypatch, Emulated(90), "sm_90")
-    x, weight, scale, bias = of_scheme((259, 130, 40), torch.bfloat16, {"inputs": "row"})
-    got = op.int8_linear(x, weight, scale, bias, inputs="row")
-    assert torch.equal(got, reference.int8_linear(x, weight, scale, bias, *positional(inputs="row")))
+    """Of many rows with one digit on Hopper: 256 columns, whose results are made in four pieces."""
+    emulated = served_by(monkeypatch, 90)
+    with triton_table.using([Line("int8", "up to 64", "sm_90", 0, vars(TILES["many"]["sm_90"]))]):
+        x, weight, scale, bias = of_scheme((40, 130, 200), torch.bfloat16, {"inputs": "row"})
+        residual = torch.randn(40, 200).bfloat16()
+        got = op.int8_linear(x, weight, scale, bias, residual=residual, inputs="row")
+    assert torch.equal(got, reference.int8_linear(x, weight, scale, bias, *positional(inputs="row", residual=residual)))
+    ptx = emulated.ptx[-1]
+    assert "cp.async.bulk.tensor.2d" in ptx and "cp.async.cg" not in ptx and "ld.global.v4" not in ptx.split("wgmma")[0]
+
+
+def test_a_descriptor_that_ends_too_late_is_found(monkeypatch):
+    """Boxes are cut at the matrix's edge by its shape: one row more, and a copy reads beyond the buffer."""
+    emulated = Emulated(90)
+
+    class Larger(triton.Descriptor):
+        shape = property(lambda self: (self.tensor.shape[0] + 1, self.tensor.shape[1]))
+
+    def run(launch):
+        if launch.kernel == "linear_kernel":
+            described = lambda x: isinstance(x, triton.Descriptor)  # noqa: E731
+            given = [Larger(x.tensor, x.block) if described(x) else x for x in launch.arguments]
+            launch = dataclasses.replace(launch, arguments=tuple(given))
+        emulated(launch)
+
+    serve(monkeypatch, run, "sm_90")
+    x, weight, scale, bias = of_scheme((70, 128, 16), torch.bfloat16, {"inputs": "row"})
+    with pytest.raises(EmulationError, match="out of bounds"):
+        op.int8_linear(x, weight, scale, bias, inputs="row")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -112,8 +160,7 @@ def test_the_largest_tile(monkeypatch):
     ],
 )
 def test_gradient_of_the_input(shape, group, rotate, dtype, capability, monkeypatch):
-    emulated = Emulated(capability, ("lockstep", "reverse")[capability == 90])
-    serve(monkeypatch, emulated)
+    served_by(monkeypatch, capability)
     _, weight, scale, _ = of_scheme(shape, dtype, {"group": group})
     verify(
         lambda grad: input_gradient(grad, weight, scale, group, rotate),

@@ -139,6 +139,22 @@ CASES = {
     ),
 }  # fmt: skip
 
+# name: (changed arguments of int8_linear_backward on grad (2, 4), weight (4, 8), exception, words)
+BACKWARD = {
+    "dtype": ({"grad": t(2, 4, dtype=torch.float64)}, TypeError, ["grad", "float32 or bfloat16 or float16", "float64"]),
+    "outputs": ({"grad": t(2, 5)}, ValueError, ["grad: expected (..., N) with N = 4 as in weight, got (2, 5)"]),
+    "no dimension": ({"grad": t()}, ValueError, ["grad: expected (..., N)", "()"]),
+    "weight dtype": ({"weight": t(4, 8)}, TypeError, ["weight", "int8", "float32"]),
+    "weight rank": ({"weight": t(4, dtype=torch.int8)}, ValueError, ["weight", "(N, K)", "(4,)"]),
+    "scale dtype": ({"weight_scale": t(4, dtype=torch.float16)}, TypeError, ["weight_scale", "float32", "float16"]),
+    "scale shape": ({"weight_scale": t(5)}, ValueError, ["weight_scale", "(N,) = (4,)", "(5,)"]),
+    "scales of groups": ({"group": 32}, ValueError, ["weight_scale", "(N, groups) = (4, 1)", "(4,)"]),
+    "group": ({"group": 48}, ValueError, ["group: expected 0 or a multiple of 32, got 48"]),
+    "rotation": ({"rotate": 2}, ValueError, ["rotate: expected a power of two r with K a multiple of 16 r", "K = 8"]),
+    "no rotation": ({"rotate": 0}, ValueError, ["rotate: expected a positive integer, got 0"]),
+    "device": ({"weight": t(4, 8, dtype=torch.int8, device="meta")}, ValueError, ["weight", "cpu", "meta"]),
+}  # fmt: skip
+
 # name: (arguments of Int8Scheme, exception, words)
 SCHEMES = {
     "inputs": (("rows",), ValueError, ["inputs: expected one of outliers, row, symmetric, static, 16bit, got 'rows'"]),

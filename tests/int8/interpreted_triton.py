@@ -32,6 +32,8 @@ def served(monkeypatch):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("shape", [s for s in SHAPES.values() if s[0] < 500], ids=str)
 def test_bit_for_bit(shape, scheme):
+    if SCHEMES[scheme].get("group") and shape[1] > 512:
+        return  # split along k: test_few_rows_with_groups
     dtype = FLOATS[(list(SCHEMES).index(scheme) + shape[1]) % 3]
     x, weight, scale, bias = of_scheme(shape, dtype, SCHEMES[scheme])
     got = op.int8_linear(x, weight, scale, bias, **SCHEMES[scheme])
@@ -106,12 +108,57 @@ def test_rotations_of_every_size(rotate):
 @pytest.mark.parametrize("shape", [(1, 513, 1), (16, 1100, 70), (5, 1536, 129), (40, 1100, 70)], ids=str)
 def test_few_rows_split_along_k(shape, scheme, monkeypatch):
     launches = []
-    serve(monkeypatch, lambda launch: (launches.append(launch), interpret(launch))[1])
+    family = "sm_90" if shape[0] > 16 else "sm_80"
+    serve(monkeypatch, lambda launch: (launches.append(launch), interpret(launch))[1], family)
     kw = {**SCHEMES[scheme]}
     x, weight, scale, bias = of_scheme(shape, torch.float32, kw)
     assert torch.equal(op.int8_linear(x, weight, scale, bias, **kw), plain(x, weight, scale, bias, **kw))
     assert [launch.kernel for launch in launches] == ["quantize_kernel", "split_kernel", "gather_kernel"]
     assert launches[1].grid == (-(-shape[2] // 64), -(-shape[1] // 512))
+
+
+@pytest.mark.parametrize("scheme", [name for name, kw in SCHEMES.items() if "group" in kw])
+@pytest.mark.parametrize(
+    ("shape", "family"), [((1, 768, 96), "sm_80"), ((7, 1100, 34), "sm_90"), ((19, 700, 5), "sm_90")], ids=str
+)
+def test_few_rows_with_groups(shape, family, scheme, monkeypatch):
+    """Split along k in whole groups, and added as floats."""
+    launches = []
+    serve(monkeypatch, lambda launch: (launches.append(launch), interpret(launch))[1], family)
+    kw = SCHEMES[scheme]
+    group = kw["group"]
+    for dtype, activation in ((torch.float32, "none"), (torch.bfloat16, "relu" if shape[2] % 2 else "swiglu")):
+        x, weight, scale, bias = of_scheme(shape, dtype, kw)
+        of_call = {**kw, "activation": activation}
+        function = lambda x, bias, w=weight, s=scale, kw=of_call: op.int8_linear(x, w, s, bias, **kw)  # noqa: E731
+        truth = lambda x, bias, w=weight, s=scale, kw=of_call: plain(x, w, s, bias, **kw)  # noqa: E731
+        verify(function, truth, (x, bias), gradients=False).raise_if_failed()
+    kernels = [launch.kernel for launch in launches]
+    assert kernels[:3] == kernels[3:] == ["quantize_kernel", "split_groups_kernel", "gather_kernel"]
+    each = -(-512 // group) * group
+    assert launches[1].grid == (-(-shape[2] // 64), -(-shape[1] // each))
+    assert launches[1].constants["DESCRIBED"] == (shape[0] > 16)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_by_descriptors(scheme, monkeypatch):
+    """As on Hopper and newer, with tails in every dimension, and columns that do not lie at multiples of 16 bytes."""
+    launches = []
+    serve(monkeypatch, lambda launch: (launches.append(launch), interpret(launch))[1], "sm_90")
+    calls = [((70, 131, 37), "none")]
+    if scheme in ("outliers", "groups of 96"):
+        calls += [((129, 48, 150), "none"), ((130, 33, 34), "swiglu")]
+    for shape, activation in calls:
+        kw = {**SCHEMES[scheme], "activation": activation}
+        x, weight, scale, bias = of_scheme(shape, FLOATS[shape[1] % 3], kw)
+        got, want = op.int8_linear(x, weight, scale, bias, **kw), plain(x, weight, scale, bias, **kw)
+        assert torch.equal(got, want) or (activation == "swiglu" and verify(
+            lambda x, w=weight, s=scale, b=bias, kw=kw: op.int8_linear(x, w, s, b, **kw),
+            lambda x, w=weight, s=scale, b=bias, kw=kw: plain(x, w, s, b, **kw), (x,), gradients=False,
+        ))  # fmt: skip
+    assert [launch.constants["DESCRIBED"] for launch in launches if launch.kernel == "linear_kernel"].count(
+        True
+    ) >= len(calls)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

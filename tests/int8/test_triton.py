@@ -47,7 +47,30 @@ def test_what_it_cannot_serve(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "inputs", "group", "rotate"), [(8, "16bit", 0, 4), (512, "row", 0, 1), (512, "row", 128, 1)]
+    ("family", "rows", "group", "described"),
+    [("sm_80", 512, 0, False), ("sm_90", 512, 0, True), ("sm_90", 16, 0, False), ("sm_90", 17, 128, True),
+     ("sm_120", 64, 0, True), ("gfx942", 512, 0, False)],
+)  # fmt: skip
+def test_which_launches_have_descriptors(family, rows, group, described):
+    """Weights whose rows lie anywhere come from a copy with rows of whole 16 bytes."""
+    x, weight = torch.zeros(rows, 1025), torch.zeros(40, 1025, dtype=torch.int8)
+    scale = torch.ones((40, -(-1025 // group)) if group else (40,))
+    found: list[launches.Launch] = []
+    args = (x, weight, scale, None, None, None, "row", group, 1, "none")
+    triton_launch.plan(found.append, family, *args)(*args)
+    product = next(x for x in found if x.kernel in ("linear_kernel", "split_kernel", "split_groups_kernel"))
+    types, _ = launches.signature(product)
+    assert product.constants["DESCRIBED"] == described
+    assert types["low"].startswith("tensordesc<i8[") == types["weight"].startswith("tensordesc<i8[") == described
+    if described:
+        given = dict(zip(launches.function(product).arg_names, launches.arguments(product), strict=False))["weight"]
+        assert given.shape == [40, 1025] and given.strides == [1040, 1] and given.base.data_ptr() % 16 == 0
+        assert given.block_shape == [product.constants["COLUMNS"], product.constants["DEPTH"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "group", "rotate"),
+    [(8, "row", 128, 1), (8, "16bit", 0, 4), (512, "row", 0, 1), (512, "row", 128, 1)],
 )
 def test_compiles_for_amd(rows, inputs, group, rotate):
     """No spills, and matrix instructions; waves of 64."""
@@ -61,7 +84,7 @@ def test_compiles_for_amd(rows, inputs, group, rotate):
     triton_gradient_launch.plan(found.append, *gradient)(*gradient)
     for launch in found:
         code = gfx942(launch)
-        products = launch.kernel in ("linear_kernel", "split_kernel", "gradient_kernel")
+        products = launch.kernel in ("linear_kernel", "split_kernel", "split_groups_kernel", "gradient_kernel")
         assert ("v_mfma" in code) == products, launch.kernel
 
 

@@ -118,7 +118,7 @@ def run(
     ptx: str, kernel: str | None, grid: int | Sequence[int], block: int | Sequence[int], args: Sequence[Any], *,
     shared_bytes: int = 0, schedule: str = "lockstep", seed: int = 0, counts: bool = False,
     launch: Launch | None = None, threads_at_once: int = 4096, limit: int = 50_000_000,
-    most_dynamic: int | None = None,
+    most_dynamic: int | None = None, init_fences: bool = True,
 ) -> Report:  # fmt: skip
     """Runs a kernel and writes the results into the buffers.
 
@@ -133,6 +133,7 @@ def run(
     threads_at_once: how many threads' blocks run together; blocks beyond them run afterwards.
     most_dynamic: what the kernel's cudaFuncAttributeMaxDynamicSharedMemorySize was set to, 0 if it was not: without it
         a block has at most 48 KB. None: as much as needed. The target's limit holds always.
+    init_fences: whether a copy to an mbarrier without a fence behind its init is a fault.
     limit: instructions (of a warp) after which a kernel counts as endless.
 
     Faults are in the report, not raised. PtxError: what cannot be executed.
@@ -175,7 +176,7 @@ def run(
         for first in range(0, len(all_blocks), at_once):
             machine = Machine(
                 code, launch.memory, all_blocks[first : first + at_once], grid, block, packed, shared_bytes, schedule,
-                faults, counter, issued, messages, seed + first, limit, most_dynamic,
+                faults, counter, issued, messages, seed + first, limit, most_dynamic, init_fences,
             )  # fmt: skip
             machine.run()
             if any(f.kind in ("deadlock", "trap") for f in faults.list()):

@@ -58,7 +58,7 @@ class Machine:
     def __init__(
         self, code: Code, memory: GlobalMemory, blocks: np.ndarray, grid: tuple[int, ...], block: tuple[int, ...],
         parameters: bytes, dynamic_shared: int, schedule: str, faults: Faults, counts: Any, issued: np.ndarray,
-        messages: Messages, seed: int, limit: int, most_dynamic: int | None = None,
+        messages: Messages, seed: int, limit: int, most_dynamic: int | None = None, init_fences: bool = True,
     ) -> None:  # fmt: skip
         self.code, self.blocks, self.grid, self.block_shape = code, blocks, grid, block
         self.block_count, self.threads = len(blocks), block[0] * block[1] * block[2]
@@ -79,7 +79,7 @@ class Machine:
         self.barriers = Barriers(self)
         #: Threads that wait for a phase of an mbarrier: (unit, instruction, mask).
         self.blocked: list[tuple[Unit, int, np.ndarray]] = []
-        self.mbarriers = Mbarriers(self) if "mbarrier" in kinds else None
+        self.mbarriers = Mbarriers(self, init_fences) if "mbarrier" in kinds else None
         #: Registers of each warpgroup's threads, and what a block's have given up: what setmaxnreg moves.
         groups = (self.clocks.warps + 3) // 4
         self.registers = np.full((self.block_count, groups), code.kernel.registers_of_thread or 0)

@@ -20,8 +20,8 @@ MADE = np.uint64((MBARRIER | WRITTEN) * 0x0101010101010101)
 
 
 class Mbarriers:
-    def __init__(self, machine: Any) -> None:
-        self.machine = machine
+    def __init__(self, machine: Any, init_fences: bool) -> None:
+        self.machine, self.init_fences = machine, init_fences
         shape = (machine.block_count, SLOTS)
         self.slots: dict[int, int] = {}  #: shared address -> slot
         self.valid = np.zeros(shape, bool)
@@ -83,7 +83,7 @@ class Mbarriers:
     def check_init_fence(self, unit: Any, ins: Any, lane: int, slot: int) -> None:
         """The asynchronous proxy must have been told of an mbarrier before it uses it."""
         block = int(unit.block[lane])
-        if self.unfenced[block, slot] >= 0:
+        if self.init_fences and self.unfenced[block, slot] >= 0:
             message = "the mbarrier was initialised without fence.mbarrier_init or fence.proxy.async behind it"
             unit.fault("missing fence", message, ins, lane)
             self.unfenced[block, slot] = -1
