@@ -13,7 +13,7 @@ from llmkern.functional import attention_with_kvcache
 from llmkern.verify import verify
 from tests.attention.decode_cases import ONE_PIECE, PIECES, RULES, check, in_pages, inputs, ours
 from tests.emulation import compilers
-from tests.emulation.attention_on_ptx import DECODE, Emulated, serve
+from tests.emulation.attention_on_ptx import DECODE, CachedOnEmulator, serve_cached
 
 pytestmark = pytest.mark.skipif(compilers.NVCC is None, reason=compilers.NO_NVCC)
 HALVES = [torch.float16, torch.bfloat16]
@@ -21,8 +21,8 @@ HALVES = [torch.float16, torch.bfloat16]
 
 @pytest.fixture
 def emulated(monkeypatch):
-    found = Emulated()
-    serve(monkeypatch, found, ONE_PIECE)
+    found = CachedOnEmulator()
+    serve_cached(monkeypatch, found, ONE_PIECE)
     yield found
     backend.forget_plans()
 
@@ -48,13 +48,13 @@ def test_shapes(shape, dtype, emulated):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_rules_and_lengths(rule, processors, emulated, monkeypatch):
     """The tokens behind the lengths are NaN; one sequence has none, one fewer than there are queries."""
-    serve(monkeypatch, emulated, processors)
+    serve_cached(monkeypatch, emulated, processors)
     q, k_cache, v_cache = inputs(3, 3, 2, 1, 64, 64, 300, torch.float16)
     lengths = torch.tensor([280, 0, 2], dtype=torch.int32)
     for b, length in enumerate(lengths.tolist()):
         k_cache[b, length:], v_cache[b, length:] = torch.nan, torch.nan
     check(q, k_cache, v_cache, lengths, **rule)
-    assert ("join_pieces_kernel" in emulated.reports) == (processors == PIECES)
+    assert (emulated.last("join_pieces_kernel") is not None) == (processors == PIECES)
 
 
 def test_keys_that_were_just_appended_are_seen(emulated):
@@ -97,7 +97,7 @@ def test_a_page_outside_the_pool_is_not_read(emulated):
 @pytest.mark.parametrize("shape", [(2, 1, 4, 1, 64, 128, 37), (1, 2, 2, 1, 256, 144, 300), (1, 1, 2, 1, 24, 20, 21)])
 def test_int8(shape, dtype, emulated, monkeypatch):
     """Scales of many magnitudes, of zeros too; the values' are no small numbers in float16."""
-    serve(monkeypatch, emulated, PIECES)
+    serve_cached(monkeypatch, emulated, PIECES)
     q, *floats = inputs(*shape, dtype)
     caches = [torch.randint(-128, 128, x.shape, dtype=torch.int8) for x in floats]
     scales = [torch.rand(x.shape[:3]) * 10.0 ** torch.randint(-4, 1, x.shape[:3]) / 64 for x in floats]
@@ -146,10 +146,10 @@ def test_layouts(emulated):
 
 @pytest.mark.parametrize("schedule", ["forward", "reverse", "random"])
 def test_schedules(schedule, emulated, monkeypatch):
-    emulated.schedule = schedule
+    emulated.options["schedule"] = schedule
     q, *caches = inputs(1, 1, 2, 1, 64, 64, 130, torch.float16)
     out = ours(q, *caches)[0]
-    emulated.schedule = "lockstep"
+    emulated.options["schedule"] = "lockstep"
     assert torch.equal(ours(q, *caches)[0], out)
 
 
@@ -157,13 +157,13 @@ def test_schedules(schedule, emulated, monkeypatch):
 @pytest.mark.parametrize("int8", [False, True])
 def test_keys_and_values_are_read_once(width, int8, emulated):
     """By loads of 16 bytes, which move little more than they must."""
-    emulated.counts = True
+    emulated.options["counts"] = True
     q, *caches = inputs(1, 1, 8, 1, width, width, 96, torch.float16)
     scales = [None, None]
     if int8:
         caches, scales = [c.to(torch.int8) for c in caches], [torch.ones(c.shape[:3]) for c in caches]
     ours(q, *caches, None, None, *scales)
-    counts = emulated.reports["decode_kernel"].counts
+    counts = emulated.last("decode_kernel").counts
     of_caches = [s for s in counts.sites if s.space == "global" and not s.writes and "v4" in s.text]
     read = sum(s.bytes for s in of_caches)
     of_query = q.numel() * q.element_size()
@@ -175,9 +175,9 @@ def test_keys_and_values_are_read_once(width, int8, emulated):
 
 def test_in_the_loop_no_bank_conflicts(emulated):
     """The queries are read from shared memory again for every tile."""
-    emulated.counts = True
+    emulated.options["counts"] = True
     ours(*inputs(1, 1, 8, 1, 64, 64, 96, torch.float16))
-    sites = emulated.reports["decode_kernel"].counts.sites
+    sites = emulated.last("decode_kernel").counts.sites
     loads = [s for s in sites if s.space == "shared" and not s.writes and "v4" in s.text]
     assert loads and all(s.units == s.fewest for s in loads)
 
@@ -207,7 +207,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(("old", "new", "message"), FAULTS.values(), ids=FAULTS)
 def test_planted_faults_are_found(old, new, message, emulated):
-    emulated.changes = (*one_kernel(), (old, new))
-    emulated.schedule = "reverse" if "sync" in old else "lockstep"
+    emulated.use(compilers.nvcc(DECODE, "80", (*one_kernel(), (old, new))))
+    emulated.options["schedule"] = "reverse" if "sync" in old else "lockstep"
     with pytest.raises(AssertionError, match=message):
         check(*inputs(1, 1, 2, 1, 64, 64, 150, torch.float16))
