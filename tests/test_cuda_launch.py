@@ -13,7 +13,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import llmkern.attention.triton_decode_launch
 import llmkern.functional as F
 from llmkern import backend, cuda, extension
 from llmkern.attention.cuda import CUDA_ATTENTION_BACKWARD
@@ -210,8 +209,8 @@ class _OnHost(TorchFunctionMode):
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raises `Waits` where a GPU would be waited for: bool(t), int(t), float(t), `if t:`, t.item(), a shape that depends
-    on values. host: tensors that lie on the host, whose values may be read."""
+    """Raises `Waits` where a GPU would be waited for: bool(t), int(t), float(t), `if t:`, t.item(), a shape that
+    depends on values. host: tensors that lie on the host, whose values may be read."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique", "_unique2", "unique_dim")
 
@@ -289,8 +288,8 @@ def _positional():
 
 
 CALLED = {
-    "attention": lambda: _attention(False), "attention_backward": lambda: _attention(True), "attention_kvcache": _cached,
-    "int8_linear": _linear, "int8_linear_backward": _linear, "rotary": _positional, "sinusoidal_add": _positional,
+    "attention": lambda: _attention(False), "attention_backward": lambda: _attention(True),
+    "attention_kvcache": _cached, "int8_linear": _linear, "int8_linear_backward": _linear, "rotary": _positional, "sinusoidal_add": _positional,
     "sinusoidal_dropout": _positional,
 }  # fmt: skip
 LAUNCHERS = [

@@ -14,8 +14,8 @@ from torch import Tensor
 from llmkern import extension
 
 # By id(tensor): a weak reference to it, and by what it was packed for the version, address and layout of the tensor
-# then, and the copy; and what graphs that were captured read, which may be copies of former versions. An entry goes when
-# its tensor does, so that a new tensor at the same address or with the same id never meets it.
+# then, and the copy; and what captured graphs read, which may be copies of former versions. An entry goes when its
+# tensor does, so that a new tensor at the same address or with the same id never meets it.
 _Layout = tuple[torch.Size, tuple[int, ...]]
 _Copies = dict[Hashable, tuple[int, int, _Layout, Tensor]]
 _kept: dict[int, tuple[weakref.ref[Tensor], _Copies, list[Tensor]]] = {}

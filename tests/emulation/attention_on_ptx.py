@@ -1,4 +1,4 @@
-"""The attention with its CUDA backends on the CPU: the launchers as nvcc compiled them, their kernels by the emulator."""
+"""The attention with its CUDA backends on the CPU: launchers as nvcc compiled them, their kernels by the emulator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.emulation import compilers, cuda_launches
 from tests.emulation.ptx.launch import Buffer, Launch
 
 DECODE, FORWARD = (compilers.ROOT / f"csrc/attention/cuda_{name}.cu" for name in ("decode", "forward"))
-SCRATCH = 32  #: what torch's memory on a GPU is a multiple of, and more
+SECTOR = 32  #: bytes; torch's memory on a GPU lies at multiples of 512, on the CPU of 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Memory:
         if where not in self.storages:
             data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
             read_only = not fresh and not written
-            buffer = Buffer(data, name, written=not fresh, read_only=read_only, offset=where % SCRATCH)
+            buffer = Buffer(data, name, written=not fresh, read_only=read_only, offset=where % SECTOR)
             self.storages[where] = self.launch.address(buffer)
         return Address(self.storages[where] + t.storage_offset() * t.element_size())
 
@@ -79,7 +79,9 @@ class ForwardOnEmulator(Emulated):
     def attention_forward_hopper(self, *arguments: Any) -> None:
         self._forward(self.module.attention_forward_hopper, *arguments)
 
-    def _forward(self, kernel: Callable[..., None], plan: Any, device: int, stream: int, *tensors: Tensor | None) -> None:
+    def _forward(
+        self, kernel: Callable[..., None], plan: Any, device: int, stream: int, *tensors: Tensor | None
+    ) -> None:
         names = ["mask", "lengths", "logsumexp", "slopes", "sink", "seed", "query", "key", "value", "output"]
         memory = Memory()
         placed = memory.place_all(names, tensors, ("logsumexp", "output"))

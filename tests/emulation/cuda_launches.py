@@ -19,7 +19,10 @@ from tests.emulation.ptx.launch import Buffer, Launch, Report, kernels_of, run
 
 HERE = compilers.ROOT / "tests/emulation/cuda"
 #: Modules that have not all the sources of a family: those whose names these begin with.
-PARTS = {"attention": ("attention", "cuda_forward", "cuda_sm90"), "attention_cached": ("attention", "cuda_cache", "cuda_decode")}
+PARTS = {
+    "attention": ("attention", "cuda_forward", "cuda_sm90"),
+    "attention_cached": ("attention", "cuda_cache", "cuda_decode"),
+}
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 

@@ -17,9 +17,7 @@ from tests.emulation.ptx.machine import SCHEDULES
 
 pytestmark = [
     pytest.mark.skipif(compilers.NVCC is None, reason=compilers.NO_NVCC),
-    pytest.mark.skipif(
-        extension.MISSING is not None or not extension._C.cuda_architectures, reason="the library has no CUDA part"
-    ),
+    pytest.mark.skipif(extension.MISSING is not None, reason="the plans are those of the library"),
 ]
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 # (B, H, Hkv, Sq, Sk, D, Dv)
@@ -149,6 +147,17 @@ def test_the_same_bits_under_every_schedule(schedule, monkeypatch):
         serve_forward(monkeypatch, ForwardOnEmulator(schedule=order))
         results.append(op.attention(q, k, v, Mask(window_left=90, window_right=0, bottom_right=True), 0.125))
     assert all(map(torch.equal, *results))
+
+
+def test_on_hopper_the_launcher_takes_wgmma_where_it_can(monkeypatch):
+    kernel = serve_forward(monkeypatch, ForwardOnEmulator(), hopper=True)
+    q, k, v = tensors((1, 2, 1, 20, 30, 64, 64), torch.float16)
+    for softcap, name in ((0.0, "attention_sm90_kernel"), (2.0, "attention_forward_kernel")):
+        got = op.attention(q, k, v, Mask(softcap=softcap), 0.125)[0]
+        assert [name in launched for launched, _ in kernel.reports] == [True]
+        kernel.reports.clear()
+        expected = reference.attention(q, k, v, *Mask(softcap=softcap).arguments(), 0.125, False)[0]
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("features", [False, True])

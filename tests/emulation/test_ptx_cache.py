@@ -193,3 +193,21 @@ def test_traffic(schedule, emulated):
     floor = 2 * B * 3 * HKV * 128 * 2 / 32
     assert counts.touched[1] == floor and counts.sectors[1] <= 1.05 * floor
     assert counts.touched[0] <= 1.05 * floor + 1 and counts.sectors[0] <= 1.05 * counts.fewest[0] + 1
+
+
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize(("width", "rotated"), [(128, 128), (128, 48), (64, 64), (64, 16)])
+def test_traffic_of_rotation(width, rotated, interleaved, table_dtype, emulated):
+    """Of the rows each byte once; of the tables each sector once by the rows of a warp."""
+    emulated.options["counts"] = True
+    q, k, v, k_cache, v_cache = inputs(width, width, 3, torch.float16)
+    found(
+        emulated, q, k_cache, v_cache, k, v, *angles(rotated, table_dtype), rotary_interleaved=interleaved, causal=True
+    )
+    counts = emulated.last("cache_kernel").counts
+    rows = (B * 3 * (2 * HKV + H)) * width * 2 // 32
+    assert counts.sectors[1] == counts.touched[1] == rows
+    assert counts.sectors[0] <= 1.05 * counts.fewest[0]
+    wide = sum(s.bytes for s in counts.sites if s.space == "global" and s.writes and "v4" in s.text)
+    assert wide == 32 * rows

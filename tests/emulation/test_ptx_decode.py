@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmkern import backend
-from llmkern.attention import reference
+from llmkern.attention import cuda_decode, reference
 from llmkern.functional import attention_with_kvcache
 from llmkern.verify import verify
 from tests.attention.decode_cases import ONE_PIECE, PIECES, RULES, check, in_pages, inputs, ours
@@ -35,6 +35,8 @@ SHAPES = {
     "wide": (1, 2, 2, 1, 256, 200, 40),
     "narrow": (1, 1, 2, 1, 8, 16, 19),
     "odd heads": (1, 1, 2, 1, 20, 13, 18),
+    "odd values": (1, 1, 2, 1, 64, 20, 18),
+    "wider values": (1, 1, 2, 1, 64, 128, 18),
 }
 
 
@@ -142,6 +144,22 @@ def test_layouts(emulated):
     off = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in (q, *caches)]
     for some in ((q, *by_head), in_rows, off, (off[0], *caches)):
         assert torch.equal(ours(*some)[0], expected)
+    narrow = [x[..., :20] for x in (q, *caches)]  # rows lie at multiples of 16 bytes, and end elsewhere
+    assert torch.equal(ours(*narrow)[0], ours(*(x.contiguous() for x in narrow))[0])
+
+
+def test_more_pieces_than_a_block_joins_are_refused(emulated, monkeypatch):
+    monkeypatch.setattr(cuda_decode, "pieces", lambda *args: 129)
+    with pytest.raises(ValueError, match="attention_decode: expected 1 to 128 pieces, got 129"):
+        ours(*inputs(1, 1, 1, 1, 64, 64, 20, torch.float16))
+
+
+@pytest.mark.parametrize("count", [2, 7, 128])
+@pytest.mark.parametrize("value_width", [8, 20, 72, 200])
+def test_pieces_of_any_number_and_width(value_width, count, emulated, monkeypatch):
+    """Some pieces have no key."""
+    monkeypatch.setattr(cuda_decode, "pieces", lambda *args: count)
+    check(*inputs(1, 2, 3, 1, 64, value_width, 90, torch.float16), causal=True, sink=torch.tensor([0.3, -2.0, 9.0]))
 
 
 @pytest.mark.parametrize("schedule", ["forward", "reverse", "random"])
@@ -171,6 +189,34 @@ def test_keys_and_values_are_read_once(width, int8, emulated):
     assert sum(s.units for s in of_caches) <= 1.05 * sum(s.fewest for s in of_caches)
     floor = read / 32 + (sum(s.numel() * 4 for s in scales) / 32 if int8 else 0)
     assert counts.touched[0] <= 1.02 * floor + 1
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("int8", [False, True])
+def test_pieces_are_written_and_joined_in_whole_sectors(width, int8, emulated, monkeypatch):
+    """All accesses to what the pieces have of the outputs, and to the output, are of 16 bytes."""
+    serve_cached(monkeypatch, emulated, PIECES)
+    emulated.options["counts"] = True
+    q, *caches = inputs(1, 1, 8, 1, width, width, 600, torch.float16)
+    scales = [None, None]
+    if int8:
+        caches, scales = [c.to(torch.int8) for c in caches], [torch.ones(c.shape[:3]) for c in caches]
+    ours(q, *caches, None, None, *scales)
+    attend, join = (emulated.last(name).counts for name in ("decode_kernel", "join_pieces_kernel"))
+    for counts in (attend, join):
+        assert sum(counts.sectors) <= 1.05 * sum(counts.fewest)
+    of_pieces, of_output = 8 * 3 * width * 4, 8 * width * 2
+    for counts, writes, moved in ((attend, True, of_pieces), (join, False, of_pieces), (join, True, of_output)):
+        sites = [s for s in counts.sites if s.space == "global" and s.writes == writes and "v4" in s.text]
+        assert sum(s.bytes for s in sites) == moved and sum(s.units for s in sites) == moved // 32
+    assert join.conflicts == 0
+
+
+def test_the_only_piece_writes_its_output_in_whole_sectors(emulated):
+    emulated.options["counts"] = True
+    ours(*inputs(1, 1, 8, 1, 128, 128, 20, torch.float16))
+    counts = emulated.last("decode_kernel").counts
+    assert counts.sectors[1] == counts.fewest[1] == 8 * 128 * 2 // 32 + 8 * 8 // 32  # and the log-sum-exp
 
 
 def test_in_the_loop_no_bank_conflicts(emulated):
