@@ -289,8 +289,8 @@ def _positional():
 
 CALLED = {
     "attention": lambda: _attention(False), "attention_backward": lambda: _attention(True),
-    "attention_kvcache": _cached, "int8_linear": _linear, "int8_linear_backward": _linear, "rotary": _positional, "sinusoidal_add": _positional,
-    "sinusoidal_dropout": _positional,
+    "attention_kvcache": _cached, "int8_linear": _linear, "int8_linear_backward": _linear, "rotary": _positional,
+    "sinusoidal_add": _positional, "sinusoidal_dropout": _positional,
 }  # fmt: skip
 LAUNCHERS = [
     (name, found) for name, operator in sorted(backend.Operator.all.items())
