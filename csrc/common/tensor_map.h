@@ -40,9 +40,7 @@ inline std::string refusal(const TensorShape& shape, const char* kernel, int err
   return std::string(kernel) + ": cuTensorMapEncodeTiled refused " + shape.name + " with error " +
          std::to_string(error) + ": sizes (" + listed(shape.sizes) + "), steps (" + listed(shape.steps) +
          "), address modulo 16: " + std::to_string(reinterpret_cast<uintptr_t>(shape.data) % 16) +
-         "; please report it with these numbers, and choose another backend meanwhile: llmkern.backend.use(\"triton\") "
-         "or "
-         "\"reference\"";
+         "; please report it with these numbers, and meanwhile take another: llmkern.backend.use(\"triton\")";
 }
 inline CUtensorMap tensor_map(const TensorShape& shape, const char* kernel) {
   cuuint64_t sizes[4], strides[3];
