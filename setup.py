@@ -36,6 +36,7 @@ BYTE_ISA_FLAGS = {
 }
 BYTE_SOURCES = ("common/cpu_roofline.cpp", "int8/cpu.cpp")
 CUDA_ARCHITECTURES = "80 86 89 90 100 120"
+OLDEST = 80  # mma.sync of bfloat16, cp.async
 
 
 def wrong(variable: str, expected: str) -> SystemExit:
@@ -67,6 +68,8 @@ def cuda_architectures(nvcc: str) -> list[str]:
         archs = os.environ["LLMKERN_CUDA_ARCHS"].split()
         if not archs or not all(re.fullmatch(r"\d+[af]?", a) for a in archs):
             raise wrong("LLMKERN_CUDA_ARCHS", 'architectures, as in "80 90"')
+        if any(int(a.rstrip("af")) < OLDEST for a in archs):
+            raise wrong("LLMKERN_CUDA_ARCHS", f"architectures from {OLDEST} on, which the kernels need")
         return archs
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     archs = [a for a in CUDA_ARCHITECTURES.split() if f"sm_{a}" in known]

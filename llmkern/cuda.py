@@ -10,6 +10,7 @@ from torch import Tensor
 from llmkern import extension
 
 OLDEST = (8, 0)  # the compute capability that the machine code in the library begins with
+MOST_BLOCKS = 2**31 - 1  # of a launch
 HOPPER = (9, 0)  # the one that runs the kernels for sm_90a (cuda_sm90*.cu), which no other does
 
 

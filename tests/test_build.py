@@ -88,6 +88,10 @@ def sources(tmp_path):
         ({"CXX": "/nowhere/c++ -m64", "LLMKERN_CUDA": "0"}, ["CXX: expected a C++ compiler", "'/nowhere/c++ -m64'"]),
         ({"LLMKERN_NVCC": "/nowhere"}, ["LLMKERN_NVCC: expected the path of an nvcc", "'/nowhere'"]),
         ({"LLMKERN_NVCC": "true", "LLMKERN_CUDA_ARCHS": ""}, ["LLMKERN_CUDA_ARCHS: expected architectures", "''"]),
+        (
+            {"LLMKERN_NVCC": "true", "LLMKERN_CUDA_ARCHS": "90 75"},
+            ["LLMKERN_CUDA_ARCHS: expected architectures from 80 on, which the kernels need", "'90 75'"],
+        ),
         ({"LLMKERN_CUDA": "0", "LLMKERN_JOBS": "x"}, ["LLMKERN_JOBS: expected a positive integer", "'x'"]),
     ],
 )

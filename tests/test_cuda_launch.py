@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmkern import cuda, extension
+import llmkern.functional as F
+from llmkern import backend, cuda, extension
+from llmkern.attention.cuda import CUDA_ATTENTION_BACKWARD
 from tests.emulation import cuda_on_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,6 +195,159 @@ def test_pythons_side_of_the_launchers_does_not_wait():
     assert waiting("def f(x):\n    torch.cuda.synchronize()\n    return x.max().item()\n") == [
         "line 2: synchronize", "line 3: item",
     ]  # fmt: skip
+
+
+class Waits(AssertionError):
+    """The value of a tensor was asked for."""
+
+
+class _OnHost(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in ("tolist", "numpy", "cpu", "__array__"):
+            raise Waits(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises `Waits` where a GPU would be waited for: bool(t), int(t), float(t), `if t:`, t.item(), a shape that
+    depends on values. host: tensors that lie on the host, whose values may be read."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique", "_unique2", "unique_dim")
+
+    def __init__(self, host=()):
+        super().__init__()
+        self.host, self.functions = [t.data_ptr() for t in host], _OnHost()
+
+    def __enter__(self):
+        self.functions.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.functions.__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = name.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple))
+        masked = masks and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if (name in self.WAITS and args[0].data_ptr() not in self.host) or masked:
+            raise Waits(name)
+        return function(*args, **(kwargs or {}))
+
+
+def _condition(t):
+    return 1 if t else 2
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [bool, int, float, _condition, range, lambda t: t.item(), lambda t: t.tolist(), lambda t: t.cpu(),
+     lambda t: t.numpy(), lambda t: t.nonzero(), lambda t: t[t > 0], lambda t: torch.equal(t, t), lambda t: t.unique(),
+     lambda t: t.reshape(1, 1)[t.reshape(1, 1) > 0], lambda t: 1 in t, lambda t: max(t, t)],
+)  # fmt: skip
+def test_what_waits_is_seen(wait):
+    with NoWaiting(), pytest.raises(Waits):
+        wait(torch.tensor(3))
+    with NoWaiting():
+        assert (torch.tensor(3).max() + 1).shape == ()
+
+
+def _attention(kernel_backward):
+    q, k, v = (torch.randn(1, 2, 5, 64, dtype=torch.float16, requires_grad=kernel_backward) for _ in range(3))
+    rules = {"key_lengths": torch.tensor([3]), "learnable_sink": torch.randn(2), "dropout_p": 0.5, "dropout_seed": 7}
+    out = F.scaled_dot_product_attention(q, k, v, torch.rand(1, 2, 5, 5) > 0.5, alibi_slopes=torch.rand(2), **rules)
+    if kernel_backward:
+        out.sum().backward()
+
+
+def _cached():
+    q, k, v = (torch.randn(2, 1, 2, 64, dtype=torch.float16) for _ in range(3))
+    caches = [torch.randint(-9, 9, (8, 16, 2, 64), dtype=torch.int8) for _ in range(2)]
+    scales = [torch.rand(8, 16, 2) for _ in range(2)]
+    angles, table = torch.rand(64, 32), torch.arange(8).view(2, 4)
+    F.attention_with_kvcache(
+        q, *caches, k, v, angles, angles, torch.tensor([3, 40]), table, causal=True, alibi_slopes=torch.rand(2),
+        learnable_sink=torch.randn(2), k_scale=scales[0], v_scale=scales[1],
+    )  # fmt: skip
+
+
+def _linear():
+    x, weight = torch.randn(3, 40, dtype=torch.bfloat16), torch.randint(-9, 9, (8, 40), dtype=torch.int8)
+    bias, residual = torch.randn(8).bfloat16(), torch.randn(3, 8).bfloat16()
+    F.int8_linear(x, weight, torch.rand(8), bias, residual=residual)
+    F.int8_linear(x, weight, torch.rand(8), inputs="static", input_scale=torch.rand(2))
+    F.int8_linear(x, weight, torch.rand(8, 2), inputs="symmetric", group=32)
+    F.int8_linear(x.requires_grad_(), weight, torch.rand(8)).sum().backward()
+
+
+def _positional():
+    q, k = torch.randn(1, 2, 5, 64), torch.randn(1, 1, 5, 64)
+    F.rotary(q, k, torch.rand(9, 32), torch.rand(9, 32), position_ids=torch.arange(5)[None])
+    x, pe = torch.randn(5, 2, 16, requires_grad=True), torch.rand(9, 1, 16)
+    F.sinusoidal_add(x, pe, dropout_p=0.5, seed=torch.tensor(3)).sum().backward()
+
+
+CALLED = {
+    "attention": lambda: _attention(False), "attention_backward": lambda: _attention(True),
+    "attention_kvcache": _cached, "int8_linear": _linear, "int8_linear_backward": _linear, "rotary": _positional,
+    "sinusoidal_add": _positional, "sinusoidal_dropout": _positional,
+}  # fmt: skip
+LAUNCHERS = [
+    (name, found) for name, operator in sorted(backend.Operator.all.items())
+    for found in operator.by_device.get("cuda", ()) if found.name in ("cuda", "triton")
+]  # fmt: skip
+
+
+def without_waiting(found, planned):
+    """A backend that plans and launches as `found`, with an error where it waits."""
+
+    def plan(*args):
+        host = [t for t in args if isinstance(t, torch.Tensor) and t.dim() == 0 and t.dtype == torch.int64]  # seeds
+        with NoWaiting(host):
+            launch = found.plan(*args)
+
+        def run(*args):
+            planned.append(found.name)
+            with NoWaiting([t for t in args if isinstance(t, torch.Tensor) and t.dim() == 0]):
+                return launch(*args)
+
+        return run
+
+    return backend.Backend(found.name, plan, lambda *args: None)
+
+
+@pytest.mark.parametrize(("name", "found"), LAUNCHERS, ids=[f"{name}-{found.name}" for name, found in LAUNCHERS])
+def test_planning_and_launching_wait_for_nothing(name, found, monkeypatch):
+    """Each launcher is run to its end on tensors of the CPU, with nothing in the kernels' place."""
+    if found is CUDA_ATTENTION_BACKWARD:
+        assert found.unsupported(torch.zeros(1))
+        return
+    if found.name == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr("llmkern.cuda.kernel", lambda name: lambda *args: 0)
+    monkeypatch.setattr("llmkern.cuda.stream", lambda device: (0, 0))
+    monkeypatch.setattr("llmkern.triton.run", lambda launch: None)
+    monkeypatch.setattr("llmkern.triton.family", lambda device: "sm_80")
+    for module in ("triton_launch", "triton_decode_launch"):
+        monkeypatch.setattr(f"llmkern.attention.{module}.family_of", lambda device: "sm_80")
+    for module in ("cuda_decode", "triton_decode_launch"):
+        monkeypatch.setattr(f"llmkern.attention.{module}.processors", lambda device: 64)
+    operator, planned = backend.Operator.all[name], []
+    stands = without_waiting(found, planned)
+    monkeypatch.setattr(operator, "by_device", {**operator.by_device, "cpu": [stands]})
+    backend.forget_plans()
+    try:
+        CALLED[name]()
+    finally:
+        backend.forget_plans()
+    assert planned, "the launcher was not run"
+
+
+@pytest.mark.parametrize("waits", [bool, int, float, _condition])
+def test_a_launcher_that_waits_is_an_error(waits):
+    launcher = backend.Backend("cuda", lambda x: lambda x: waits(x.max()), lambda x: None)
+    with pytest.raises(Waits):
+        without_waiting(launcher, []).plan(torch.ones(2))(torch.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -242,11 +242,11 @@ def int8_backward(
 ) -> Call:
     """The gradient of int8_linear's input, from that of its output, over a frozen weight."""
     rows, depth, outputs = shape
-    weight, scale = int8_reference.quantize_weight(_random(setting, outputs, depth) * depth**-0.5, group)
+    weight, scale = int8_reference.quantize_weight(random(setting, outputs, depth) * depth**-0.5, group)
     return Call(
         lambda grad: input_gradient(grad, weight, scale, group, rotate),
         lambda grad: int8_reference.input_gradient(grad, weight, scale, group, rotate),
-        (_random(setting, rows, outputs, dtype=dtype),),
+        (random(setting, rows, outputs, dtype=dtype),),
     )
 
 

@@ -38,7 +38,6 @@ void define_cuda_kernel(pybind11::module_& m, const char* name) {
 }
 
 inline void bind_attention_cuda(pybind11::module_& m) {
-  namespace py = pybind11;
   using P = AttentionParams;
   constexpr int kTensors = kRuleTensors + 4;
   constexpr auto fill = fill_attention<&P::query, &P::key, &P::value, &P::output>;
@@ -47,19 +46,6 @@ inline void bind_attention_cuda(pybind11::module_& m) {
   // Why wgmma and TMA cannot serve calls with this plan on Hopper, or None where they can; a call whose tensors do not
   // begin at multiples of 16 bytes is served by mma.sync all the same.
   m.def("attention_forward_sm90_unsupported", attention_forward_sm90_unsupported);
-  // For the tests, which execute its code without a GPU: how the kernel would be launched with tensors at these
-  // addresses, as (width, row tiles, features, blocks, threads, shared bytes), and the bytes of its arguments.
-  m.def("attention_forward_cuda_launch", [](const AttentionParams& plan, const std::vector<uintptr_t>& addresses) {
-    AttentionParams p = plan;
-    std::vector<void*> pointers;
-    for (int i = 0; i < kTensors; i++) pointers.push_back(reinterpret_cast<void*>(addresses.at(i)));
-    fill(p, pointers.data());
-    AttentionLaunch l = attention_forward_launch(p);
-    AttentionForwardWork w = attention_forward_work(p, l);
-    return py::make_tuple(py::make_tuple(l.width, l.row_tiles, l.features, l.blocks, l.threads, l.shared_bytes),
-                          py::bytes(reinterpret_cast<const char*>(&p), sizeof p),
-                          py::bytes(reinterpret_cast<const char*>(&w), sizeof w));
-  });
 }
 
 }  // namespace llmkern

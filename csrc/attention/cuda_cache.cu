@@ -18,6 +18,7 @@ LLMKERN_DEVICE int64_t integer_at(const char* data, bool is_64, int64_t i) {
   return is_64 ? reinterpret_cast<const int64_t*>(data)[i] : reinterpret_cast<const int32_t*>(data)[i];
 }
 LLMKERN_DEVICE int at_most(int a, int b) { return a < b ? a : b; }
+LLMKERN_DEVICE int between(int x, int most) { return x < 0 ? 0 : at_most(x, most); }  // 0 and most
 
 // A row that is read, and where it goes: to `to`, of T or, with a scale, of int8; null: nowhere.
 struct Row {
@@ -67,52 +68,108 @@ LLMKERN_DEVICE Row rotated_row(const CacheParams& p, int64_t number) {
           nullptr, place < 0 ? p.rotation.length : place, static_cast<int>(p.width)};
 }
 
-// A lane's elements: `count[0]` from first[0] on and `count[1]` from first[1] on; turned: pairs at [pair, pair + 8).
+// A lane's elements: `count[0]` from first[0] on and `count[1]` from first[1] on. Where they turn, they are pairs: the
+// first four of them are number pair[0] and so on, the others pair[1] and so on, `pairs[0]` and `pairs[1]` are there.
 struct Elements {
-  int first[2], count[2], pair, pairs;
+  int first[2], count[2], pair[2], pairs[2];
 
   LLMKERN_DEVICE Elements(const CacheParams& p, const Row& row, int lane) {
     int rotated = row.position < 0 ? 0 : static_cast<int>(p.rotation.rotated), half = rotated / 2;
     int blocks = (half + kN - 1) / kN;
-    pairs = 0, pair = kN * lane;
+    bool interleaved = p.rotation.interleaved;
+    // Neighbours take neighbouring groups, so that what they read and write at once lies side by side.
+    pair[0] = interleaved ? kN / 2 * lane : kN * lane, pair[1] = pair[0] + kN / 2 * (interleaved ? blocks : 1);
+#pragma unroll
+    for (int i = 0; i < 2; i++) pairs[i] = lane < blocks ? between(half - pair[i], kN / 2) : 0;
     if (lane < blocks) {
-      pairs = at_most(half - pair, kN);
-      first[0] = p.rotation.interleaved ? 2 * pair : pair;
-      first[1] = p.rotation.interleaved ? 2 * pair + kN : half + pair;
-      count[0] = p.rotation.interleaved ? at_most(2 * pairs, kN) : pairs;
-      count[1] = 2 * pairs - count[0];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        first[i] = interleaved ? 2 * pair[i] : pair[0] + i * half;
+        count[i] = interleaved ? 2 * pairs[i] : pairs[0] + pairs[1];
+      }
     } else {
-      // Neighbours take neighbouring groups: first those of the others' first half, then those of the second.
+      // First those of the others' first half, then those of the second.
       int others = row.width - rotated, middle = rotated + (others + 2 * kN - 1) / (2 * kN) * kN;
       first[0] = rotated + kN * (lane - blocks), first[1] = middle + kN * (lane - blocks);
       const int ends[2] = {at_most(middle, row.width), row.width};
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        int left = ends[i] - first[i];
-        count[i] = left < 0 ? 0 : at_most(left, kN);
-      }
+      for (int i = 0; i < 2; i++) count[i] = between(ends[i] - first[i], kN);
     }
   }
+  LLMKERN_DEVICE bool turn() const { return pairs[0] > 0; }
 };
 
-template <bool kAligned, class A>
-LLMKERN_DEVICE void read_angles(const RotationTables& t, int64_t position, const Elements& e, float* cos, float* sin) {
-  const A* c = static_cast<const A*>(t.cos) + position * t.cos_step + e.pair;
-  const A* s = static_cast<const A*>(t.sin) + position * t.sin_step + e.pair;
-  device::read<kAligned, kN>(c, cos, e.pairs);
-  device::read<kAligned, kN>(s, sin, e.pairs);
+// Where a lane's eight angles come from: a row of a table, whether it is there, and whether neighbouring lanes trade.
+struct Angles {
+  int half;
+  bool there, interleaved, trade;
+};
+
+// Floats of a table. Two lanes that turn neighbouring halves have a sector each: they read one after the other together
+// and trade halves of them, for which all lanes of the warp take part.
+template <bool kAligned>
+LLMKERN_DEVICE void read_angles(const float* table, const Elements& e, const Angles& a, int lane, float* out) {
+  if constexpr (kAligned) {
+    bool odd = lane % 2 == 1;
+    int at[2] = {e.pair[0], e.pair[1]};
+    if (a.trade) (odd ? at[0] : at[1]) += odd ? -kN / 2 : kN / 2;
+    uint4 x[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (a.there && at[i] < a.half && (a.trade || e.turn())) x[i] = device::load16(table + at[i]);
+    if (a.trade) device::trade_halves(x[0], x[1], odd);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      out[4 * i] = device::bits_to_float(x[i].x), out[4 * i + 1] = device::bits_to_float(x[i].y);
+      out[4 * i + 2] = device::bits_to_float(x[i].z), out[4 * i + 3] = device::bits_to_float(x[i].w);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kN; i++) out[i] = a.there && i % 4 < e.pairs[i / 4] ? table[e.pair[i / 4] + i % 4] : 0.0f;
+  }
+}
+template <bool kAligned, class T>
+LLMKERN_DEVICE void read_angles(const T* table, const Elements& e, const Angles& a, int, float* out) {
+  if constexpr (kAligned) {
+    uint4 x = {};
+    if (a.there && e.turn()) {
+      if (a.interleaved) {
+        uint2 low = *reinterpret_cast<const uint2*>(table + e.pair[0]);
+        uint2 high = *reinterpret_cast<const uint2*>(table + e.pair[1]);
+        x = make_uint4(low.x, low.y, high.x, high.y);
+      } else {
+        x = device::load16(table + e.pair[0]);
+      }
+    }
+    device::widen_pair(x.x, out, T{}), device::widen_pair(x.y, out + 2, T{});
+    device::widen_pair(x.z, out + 4, T{}), device::widen_pair(x.w, out + 6, T{});
+  } else {
+#pragma unroll
+    for (int i = 0; i < kN; i++)
+      out[i] = a.there && i % 4 < e.pairs[i / 4] ? device::widen(table[e.pair[i / 4] + i % 4]) : 0.0f;
+  }
 }
 
+// Turns what the lane has of the row, if it turns at all. All lanes take part.
 template <bool kAligned, class T>
-LLMKERN_DEVICE void turn(const RotationTables& t, const Row& row, const Elements& e, float* x) {
+LLMKERN_DEVICE void turn(const RotationTables& t, const Row& row, const Elements& e, int lane, int lanes, float* x) {
   float cos[kN], sin[kN];
-  if (row.position >= t.length) {
+  Angles a = {static_cast<int>(t.rotated / 2), row.to && row.position >= 0 && row.position < t.length, t.interleaved,
+              !t.interleaved && lanes > 1};
+  int64_t position = a.there ? row.position : 0;
+  auto read = [&](auto element) {
+    using A = decltype(element);
+    read_angles<kAligned>(static_cast<const A*>(t.cos) + position * t.cos_step, e, a, lane, cos);
+    read_angles<kAligned>(static_cast<const A*>(t.sin) + position * t.sin_step, e, a, lane, sin);
+  };
+  if (t.dtype == DType::f32)
+    read(float{});
+  else
+    read(T{});
+  if (!row.to || !e.turn()) return;
+  if (!a.there) {
 #pragma unroll
     for (int i = 0; i < kN; i++) cos[i] = sin[i] = device::bits_to_float(0x7fc00000u);
-  } else if (t.dtype == DType::f32) {
-    read_angles<kAligned, float>(t, row.position, e, cos, sin);
-  } else {
-    read_angles<kAligned, T>(t, row.position, e, cos, sin);
   }
   auto pair = [&](float& left, float& right, int i) {
     float a = left, b = right;
@@ -161,7 +218,7 @@ __global__ void __launch_bounds__(device::kThreads)
     for (int i = 0; i < 2; i++)
       if (row.to && e.count[i] > 0)
         device::read<kAligned, kN>(static_cast<const T*>(row.from) + e.first[i], x + kN * i, e.count[i]);
-    if (row.to && e.pairs > 0) turn<kAligned, T>(p.rotation, row, e, x);
+    if (p.rotation.cos) turn<kAligned, T>(p.rotation, row, e, lane, w.lanes, x);
     if (p.key_scales) {  // the same for all threads, for the sake of the shuffles
       // As integers, infinities and NaN are the largest.
       uint32_t largest = 0;

@@ -19,6 +19,7 @@ namespace {
 using namespace decode;
 
 constexpr int kWarps = 4, kRows = 16;
+constexpr int kMostPieces = 32 * kWarps;  // of a sequence's keys: a thread has the statistics of one
 constexpr float kSmallest = 1.17549435e-38f;
 
 LLMKERN_DEVICE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
@@ -98,18 +99,6 @@ struct Sum {
     return sum == 0 ? static_cast<double>(minus_infinity()) : 0.6931471805599453 * max + log(static_cast<double>(sum));
   }
 };
-
-// N elements of a row from d on, those of them that there are.
-template <class T, int N>
-LLMKERN_DEVICE void write_output(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int d, float* x) {
-  const AttentionTensor& t = p.output;
-  T* to = reinterpret_cast<T*>(t.data) + b * t.b + h * t.h + i * t.row + d;
-  int left = static_cast<int>(p.value_width) - d;
-  if (N % 8 == 0 && left >= N && reinterpret_cast<uintptr_t>(to) % 16 == 0)
-    device::write<true, (N % 8 ? 8 : N)>(to, x, N);
-  else
-    device::write<false, N>(to, x, left);
-}
 
 // What one warp, or in the end the block, has of its keys: of rows g and g + 8.
 template <class K, int kWidth>
@@ -265,43 +254,64 @@ LLMKERN_DEVICE bool join_warps(State<K, kWidth>& state, float* outputs, float2 (
   return warp == kWarps - 1;
 }
 
+// Where the largest scores and sums of all pieces lie: behind their outputs, from a whole sector on.
+LLMKERN_DEVICE int64_t statistics_begin(const AttentionParams& p, int splits) {
+  return (p.batch * p.heads * p.queries * splits * p.value_width + 7) / 8 * 8;
+}
+
+// A row, of which each of four neighbouring lanes has parts: `factor` times the sums of row g + 8 r. Two lanes trade
+// halves of what they have, so that their stores are whole sectors.
+template <class X, class K, int kWidth>
+LLMKERN_DEVICE void write_row(X* to, const State<K, kWidth>& state, int r, float factor, int width, bool exists,
+                              int lane) {
+  constexpr int N = device::kLanes<X>, L = State<K, kWidth>::L;
+  bool odd = lane % 2 == 1, vectors = width % N == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0;
+#pragma unroll
+  for (int i = 0; i < State<K, kWidth>::kPieces * 2 * L; i += 2 * N) {
+    int c = i / (2 * L), d = 8 * L * c + 2 * L * (lane % 4) + i % (2 * L);
+    float x[2 * N];
+#pragma unroll
+    for (int j = 0; j < 2 * N; j++) x[j] = state.output[c][(i + j) % L][2 * r + (i + j) / L % 2] * factor;
+    uint4 of_even = device::pack<X>(x), of_odd = device::pack<X>(x + N);
+    device::trade_halves(of_even, of_odd, odd);
+    if (!exists) continue;
+    if (vectors) {
+      int at = odd ? d + N - 2 * L : d;
+      if (at < width) device::store16(to + at, of_even);
+      if (at + 2 * L < width) device::store16(to + at + 2 * L, of_odd);
+    } else {
+      device::write<false, 2 * N>(to + d, x, width - d);
+    }
+  }
+}
+
+// Where a row of the output begins.
+template <class T>
+LLMKERN_DEVICE T* output_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i) {
+  const AttentionTensor& t = p.output;
+  return reinterpret_cast<T*>(t.data) + b * t.b + h * t.h + i * t.row;
+}
+
 // The rows' outputs, of the only piece; else what the pieces have of them, for join_pieces.
 template <class T, class K, int kWidth>
-LLMKERN_DEVICE void write_state(const AttentionParams& p, const Unit& unit, State<K, kWidth>& state, float* workspace,
-                                int split, int splits, int lane) {
-  using S = State<K, kWidth>;
+LLMKERN_DEVICE void write_state(const AttentionParams& p, const Unit& unit, const State<K, kWidth>& state,
+                                float* workspace, int split, int splits, int lane) {
   int width = static_cast<int>(p.value_width);
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     int row = lane / 4 + 8 * r;
-    if (row >= unit.rows) continue;
+    bool exists = row < unit.rows, one = exists && lane % 4 == 0;
     int64_t number = unit.number(p, row), piece = number * splits + split;
     Sum sum{state.max[r], state.sum[r]};
-    float factor = 1;
     if (splits == 1) {
-      factor = sum.add_sink(p, unit.head(row));
+      float factor = exists ? sum.add_sink(p, unit.head(row)) : 0;
       factor = sum.sum == 0 ? 0 : factor / sum.sum;
-      if (lane % 4 == 0 && p.logsumexp) p.logsumexp[number] = sum.logsumexp();
-    } else if (lane % 4 == 0) {
-      float* statistics = workspace + p.batch * p.heads * p.queries * splits * width + 2 * piece;
-      statistics[0] = sum.max, statistics[1] = sum.sum;
-    }
-#pragma unroll
-    for (int i = 0; i < S::kPieces * 2 * S::L; i += 8) {
-      int c = i / (2 * S::L), n = i / S::L % 2, d = 8 * S::L * c + 2 * S::L * (lane % 4) + i % (2 * S::L);
-      if (d >= width) continue;
-      float x[8];
-#pragma unroll
-      for (int j = 0; j < 8; j++) x[j] = state.output[c][(i + j) % S::L][2 * r + n] * factor;
-      if (splits == 1) {
-        write_output<T, 8>(p, unit.b, unit.head(row), unit.query(row), d, x);
-      } else {
-        float* to = workspace + piece * width + d;
-        if (width % 8 == 0)
-          device::write<true, 8>(to, x, 8);
-        else
-          device::write<false, 8>(to, x, width - d);
-      }
+      if (one && p.logsumexp) p.logsumexp[number] = sum.logsumexp();
+      write_row(output_row<T>(p, unit.b, unit.head(row), unit.query(row)), state, r, factor, width, exists, lane);
+    } else {
+      if (one)
+        reinterpret_cast<float2*>(workspace + statistics_begin(p, splits))[piece] = make_float2(sum.max, sum.sum);
+      write_row(workspace + piece * width, state, r, 1.0f, width, exists, lane);
     }
   }
 }
@@ -397,51 +407,86 @@ __global__ void __launch_bounds__(32 * kWarps, (kBlocks<K, kWidth>))
   if (join_warps(state, outputs, sums, warp, lane)) write_state<T>(p, unit, state, workspace, split, splits, lane);
 }
 
-// One row of the output from the pieces', which the warps take in turn.
-template <class T>
-__global__ void __launch_bounds__(32 * kWarps)
-    join_pieces_kernel(const __grid_constant__ AttentionParams p, const float* workspace, int splits) {
-  constexpr int kMost = 256 / 32;  // elements of a lane
-  __shared__ float outputs[kWarps][256];
-  int64_t rows = p.batch * p.heads * p.queries;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = static_cast<int>(p.value_width);
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const float* statistics = workspace + rows * splits * width + 2 * row * splits;
-    Sum total{minus_infinity(), 0};
-    for (int s = lane; s < splits; s += 32) total.max = fmaxf(total.max, statistics[2 * s]);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) total.max = fmaxf(total.max, __shfl_xor_sync(kAll, total.max, step));
-    float safe = total.max == minus_infinity() ? 0 : total.max;
-    for (int s = lane; s < splits; s += 32) total.sum += statistics[2 * s + 1] * exp2f(statistics[2 * s] - safe);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) total.sum += __shfl_xor_sync(kAll, total.sum, step);
+constexpr int kThreads = 32 * kWarps;
 
-    float output[kMost] = {};
-#pragma unroll 2
-    for (int s = warp; s < splits; s += kWarps) {
-      if (statistics[2 * s + 1] == 0) continue;  // it saw no key: its output is 0 by a weight that may be NaN
-      float weight = exp2f(statistics[2 * s] - safe);
-      const float* piece = workspace + (row * splits + s) * width;
+// The sum of what the pieces of a row from `piece` on, every `step`-th, have of four elements, by the pieces' weights.
+template <bool kAligned>
+LLMKERN_DEVICE void add_pieces(const float* from, const float* weights, int piece, int step, int splits, int width,
+                               int there, float (&sums)[4]) {
+#pragma unroll(kAligned ? 2 : 1)
+  for (; piece < splits; piece += step) {
+    float weight = weights[piece], x[4];
+    if (weight < 0) continue;
+    device::read<kAligned, 4>(from + int64_t{piece} * width, x, there);
 #pragma unroll
-      for (int j = 0; j < kMost; j++)
-        if (lane + 32 * j < width) output[j] += weight * piece[lane + 32 * j];
+    for (int i = 0; i < 4; i++) sums[i] += weight * x[i];
+  }
+}
+
+// One row of the output from its pieces, which lie side by side. A thread takes four elements of some of the pieces.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    join_pieces_kernel(const __grid_constant__ AttentionParams p, const float* workspace, int splits) {
+  __shared__ float weights[kMostPieces], most_of[kWarps], sum_of[kWarps];
+  __shared__ float4 outputs[kThreads];
+  int64_t rows = p.batch * p.heads * p.queries;
+  int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, width = static_cast<int>(p.value_width);
+  int units = width > 4 ? (width + 3) / 4 : 1, at_once = kThreads / units < splits ? kThreads / units : splits;
+  int unit = thread % units, first = thread / units;
+  const auto* statistics = reinterpret_cast<const float2*>(workspace + statistics_begin(p, splits));
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    float2 own = thread < splits ? statistics[row * splits + thread] : make_float2(minus_infinity(), 0);
+    float most = own.x;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, step));
+    if (lane == 0) most_of[warp] = most;
+    __syncthreads();
+    Sum total{minus_infinity(), 0};
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) total.max = fmaxf(total.max, most_of[w]);
+    float safe = total.max == minus_infinity() ? 0 : total.max;
+    // A piece that saw no key has no part: its output is 0 by a weight that may be NaN.
+    float weight = own.y == 0 ? -1 : exp2f(own.x - safe), sum = own.y == 0 ? 0 : own.y * weight;
+    if (thread < splits) weights[thread] = weight;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
+    if (lane == 0) sum_of[warp] = sum;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) total.sum += sum_of[w];
+
+    float x[4] = {};
+    if (first < at_once) {
+      const float* from = workspace + row * splits * width + 4 * unit;
+      if (width % 4 == 0)
+        add_pieces<true>(from, weights, first, at_once, splits, width, 4, x);
+      else
+        add_pieces<false>(from, weights, first, at_once, splits, width, width - 4 * unit, x);
+      outputs[thread] = make_float4(x[0], x[1], x[2], x[3]);
     }
-#pragma unroll
-    for (int j = 0; j < kMost; j++) outputs[warp][lane + 32 * j] = output[j];
     __syncthreads();
     int64_t of_head = device::divide(row, p.queries), i = row - of_head * p.queries;
     int64_t b = device::divide(of_head, p.heads), h = of_head - b * p.heads;
     float factor = total.add_sink(p, h);
     factor = total.sum == 0 ? 0 : factor / total.sum;
-    for (int d = threadIdx.x; d < width; d += 32 * kWarps) {
-      float x = 0;
+    if (thread == 0 && p.logsumexp) p.logsumexp[row] = total.logsumexp();
+    if (32 * warp >= units) continue;
 #pragma unroll
-      for (int w = 0; w < kWarps; w++) x += outputs[w][d];
-      x *= factor;
-      write_output<T, 1>(p, b, h, i, d, &x);
+    for (int j = 0; j < 4; j++) x[j] = 0;
+    for (int s = 0; s < at_once && thread < units; s++) {
+      float4 y = outputs[s * units + thread];
+      x[0] += y.x, x[1] += y.y, x[2] += y.z, x[3] += y.w;
     }
-    if (threadIdx.x == 0 && p.logsumexp) p.logsumexp[row] = total.logsumexp();
-    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[j] *= factor;
+    uint32_t low = device::narrow_pair(x[0], x[1], T{}), high = device::narrow_pair(x[2], x[3], T{});
+    uint32_t next_low = __shfl_down_sync(kAll, low, 1), next_high = __shfl_down_sync(kAll, high, 1);
+    T* to = output_row<T>(p, b, h, i) + 4 * thread;
+    if (width % 8 == 0 && reinterpret_cast<uintptr_t>(to - 4 * thread) % 16 == 0) {
+      if (thread < units && thread % 2 == 0) device::store16(to, make_uint4(low, high, next_low, next_high));
+    } else {
+      device::write<false, 4>(to, x, width - 4 * thread);
+    }
   }
 }
 
@@ -463,6 +508,9 @@ void decode_typed(const AttentionParams& p, float* workspace, int splits, int de
   if constexpr (sizeof(K) != 1)
     if (vectors && widest <= 64) kernel = decode_kernel<T, K, 64, true>;
   if (!p.batch || !p.heads || !p.queries) return;
+  if (splits < 1 || splits > kMostPieces)
+    throw std::invalid_argument("attention_decode: expected 1 to " + std::to_string(kMostPieces) + " pieces, got " +
+                                std::to_string(splits));
   int64_t rows = p.queries * (p.heads / p.kv_heads), blocks = p.batch * p.kv_heads * ((rows + kRows - 1) / kRows);
   blocks *= splits;
   device::launch_blocks("attention_decode", device, stream, blocks, 32 * kWarps, 0, kernel, p, workspace, splits,

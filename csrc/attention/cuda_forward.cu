@@ -32,6 +32,23 @@ constexpr int shared_of(int width, int row_tiles) {
   return 2 * width * (rows_of_block(row_tiles) + 2 * keys_of_tile(width, row_tiles));
 }
 
+// How a kernel is to be launched, and which of those in its file it is.
+struct HowToLaunch {
+  int width;      // that shared memory has room for: 64 or 128
+  int row_tiles;  // of 16 queries, a warp's
+  bool features;  // rules beyond limits, dropout, a scale that is not positive
+  int64_t blocks;
+  int threads, shared_bytes;
+};
+// What the blocks of the forward are told besides.
+struct Work {
+  uint32_t row_blocks;  // of each head
+  float factor;         // e^(scale * score - m) is 2^(factor * score - ...)
+  uint64_t seed;        // of the dropout, by value: a copy to the device could not be part of a CUDA graph
+  // Whether pieces of 8 elements lie at multiples of 16 bytes.
+  bool query_aligned, key_aligned, value_aligned, output_aligned;
+};
+
 // One block's work. Query and key are numbered in 32 bits (kMostRows).
 template <class T, int kWidth, int kTiles, bool kFeatures>
 struct Forward {
@@ -43,7 +60,7 @@ struct Forward {
   static constexpr bool kQueriesStay = kTiles * kWidth <= 128;
 
   const AttentionParams& p;
-  const AttentionForwardWork& w;
+  const Work& w;
   int lane, warp;
   int b, h, first_row, row;  // the block's first query; the first of this thread's
   HeadRules rules;
@@ -52,7 +69,7 @@ struct Forward {
   float output[kTiles][kPieces][4], largest[kTiles][2], sum[kTiles][2];
   uint32_t query[kTiles][kQueriesStay ? kWidth / 16 : 1][4];
 
-  LLMKERN_DEVICE Forward(const AttentionParams& p, const AttentionForwardWork& w, unsigned char* shared) : p(p), w(w) {
+  LLMKERN_DEVICE Forward(const AttentionParams& p, const Work& w, unsigned char* shared) : p(p), w(w) {
     lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     // The last queries first: with a causal mask they take longest.
     uint32_t head = blockIdx.x / w.row_blocks, heads = static_cast<uint32_t>(p.heads);
@@ -390,8 +407,7 @@ struct Forward {
 
 template <class T, int kWidth, int kTiles, bool kFeatures>
 __global__ void __launch_bounds__(kBlockThreads, kTiles == 1 && kWidth == 64 ? 3 : 2)
-    attention_forward_kernel(const __grid_constant__ AttentionParams p,
-                             const __grid_constant__ AttentionForwardWork w) {
+    attention_forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Work w) {
   extern __shared__ __align__(1024) unsigned char shared[];
   using Block = Forward<T, kWidth, kTiles, kFeatures>;
   note_shared_bytes<Block::kShared>();
@@ -403,28 +419,8 @@ bool aligned(const AttentionTensor& t, int64_t width) {
          t.row % 8 == 0;
 }
 
-template <class T, int kWidth, int kTiles, bool kFeatures>
-void launch_forward(const AttentionParams& p, const AttentionLaunch& l, int device, void* stream) {
-  launch_blocks("attention_forward", device, stream, l.blocks, l.threads, l.shared_bytes,
-                attention_forward_kernel<T, kWidth, kTiles, kFeatures>, p, attention_forward_work(p, l));
-}
-
-template <class T, int kWidth>
-void forward_typed(const AttentionParams& p, const AttentionLaunch& l, int device, void* stream) {
-  if (l.features) return launch_forward<T, kWidth, 1, true>(p, l, device, stream);
-  l.row_tiles == 1 ? launch_forward<T, kWidth, 1, false>(p, l, device, stream)
-                   : launch_forward<T, kWidth, 2, false>(p, l, device, stream);
-}
-
-template <class T>
-void forward_of(const AttentionParams& p, const AttentionLaunch& l, int device, void* stream) {
-  l.width == 64 ? forward_typed<T, 64>(p, l, device, stream) : forward_typed<T, 128>(p, l, device, stream);
-}
-
-}  // namespace
-
-AttentionLaunch attention_forward_launch(const AttentionParams& p) {
-  AttentionLaunch l = {};
+HowToLaunch launch_of(const AttentionParams& p) {
+  HowToLaunch l = {};
   l.width = p.width <= 64 && p.value_width <= 64 ? 64 : 128;
   l.features = p.mask.data || p.softcap != 0 || p.alibi || p.drop_below || !(p.scale > 0);
   // Two for more work with each key and value that is read; one where they would have no rows, or no registers.
@@ -436,7 +432,7 @@ AttentionLaunch attention_forward_launch(const AttentionParams& p) {
   return l;
 }
 
-AttentionForwardWork attention_forward_work(const AttentionParams& p, const AttentionLaunch& l) {
+Work work_of(const AttentionParams& p, const HowToLaunch& l) {
   int64_t rows = rows_of_block(l.row_tiles);
   return {static_cast<uint32_t>((p.queries + rows - 1) / rows),
           l.features ? kLog2e : kLog2e * p.scale,
@@ -447,8 +443,28 @@ AttentionForwardWork attention_forward_work(const AttentionParams& p, const Atte
           aligned(p.output, p.value_width)};
 }
 
+template <class T, int kWidth, int kTiles, bool kFeatures>
+void launch_forward(const AttentionParams& p, const HowToLaunch& l, int device, void* stream) {
+  launch_blocks("attention_forward", device, stream, l.blocks, l.threads, l.shared_bytes,
+                attention_forward_kernel<T, kWidth, kTiles, kFeatures>, p, work_of(p, l));
+}
+
+template <class T, int kWidth>
+void forward_typed(const AttentionParams& p, const HowToLaunch& l, int device, void* stream) {
+  if (l.features) return launch_forward<T, kWidth, 1, true>(p, l, device, stream);
+  l.row_tiles == 1 ? launch_forward<T, kWidth, 1, false>(p, l, device, stream)
+                   : launch_forward<T, kWidth, 2, false>(p, l, device, stream);
+}
+
+template <class T>
+void forward_of(const AttentionParams& p, const HowToLaunch& l, int device, void* stream) {
+  l.width == 64 ? forward_typed<T, 64>(p, l, device, stream) : forward_typed<T, 128>(p, l, device, stream);
+}
+
+}  // namespace
+
 void attention_forward_cuda(const AttentionParams& p, int device, void* stream) {
-  AttentionLaunch l = attention_forward_launch(p);
+  HowToLaunch l = launch_of(p);
   p.dtype == DType::bf16 ? forward_of<Bf16>(p, l, device, stream) : forward_of<Fp16>(p, l, device, stream);
 }
 

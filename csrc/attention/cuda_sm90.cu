@@ -328,8 +328,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
 // A tensor (batch, heads, rows, kWidth) whose rows are copied `box_rows` at a time.
 template <int kWidth>
-CUtensorMap map_of(const AttentionTensor& x, int64_t batch, int64_t heads, int64_t rows, int box_rows) {
-  return tensor_map({x.data, {kWidth, rows, heads, batch}, {1, x.row, x.h, x.b}, {kPart, box_rows, 1, 1}},
+CUtensorMap map_of(const char* name, const AttentionTensor& x, int64_t batch, int64_t heads, int64_t rows,
+                   int box_rows) {
+  return tensor_map({name, x.data, {kWidth, rows, heads, batch}, {1, x.row, x.h, x.b}, {kPart, box_rows, 1, 1}},
                     "attention_forward_sm90");
 }
 
@@ -349,12 +350,12 @@ void forward(const AttentionParams& p, int device, void* stream) {
   w.right = static_cast<int32_t>(std::min(p.mask.right, kMost));
   w.row_blocks = static_cast<int32_t>(row_blocks(p));
   w.scale = p.scale, w.bottom_right = p.mask.bottom_right, w.uniform_empty_rows = p.uniform_empty_rows;
-  CUtensorMap query = map_of<kWidth>(p.query, p.batch, p.heads, p.queries, kRows);
-  CUtensorMap output = map_of<kWidth>(p.output, p.batch, p.heads, p.queries, kRows);
+  CUtensorMap query = map_of<kWidth>("the query", p.query, p.batch, p.heads, p.queries, kRows);
+  CUtensorMap output = map_of<kWidth>("the output", p.output, p.batch, p.heads, p.queries, kRows);
   CUtensorMap key = {}, value = {};  // without keys nothing is read
   if (p.keys > 0) {
-    key = map_of<kWidth>(p.key, p.batch, p.kv_heads, p.keys, kKeys);
-    value = map_of<kWidth>(p.value, p.batch, p.kv_heads, p.keys, kKeys);
+    key = map_of<kWidth>("the key", p.key, p.batch, p.kv_heads, p.keys, kKeys);
+    value = map_of<kWidth>("the value", p.value, p.batch, p.kv_heads, p.keys, kKeys);
   }
   allow_shared_memory(reinterpret_cast<const void*>(kernel), kName, device);
   cudaLaunchConfig_t config = {};

@@ -57,6 +57,17 @@ LLMKERN_DEVICE void store16(void* p, uint4 x) {
                : "memory");
 }
 LLMKERN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+// Two neighbouring lanes have 32 bytes each, as two halves. Afterwards `first` has a half each of the even lane's and
+// `second` of the odd lane's, so that one access of the two is a whole sector; done again, it is as before. All lanes
+// of the warp take part.
+LLMKERN_DEVICE void trade_halves(uint4& first, uint4& second, bool odd) {
+  const uint32_t given[4] = {odd ? first.x : second.x, odd ? first.y : second.y, odd ? first.z : second.z,
+                             odd ? first.w : second.w};
+  uint32_t got[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) got[i] = __shfl_xor_sync(0xffffffffu, given[i], 1);
+  (odd ? first : second) = make_uint4(got[0], got[1], got[2], got[3]);
+}
 // Says in the PTX how many bytes of dynamic shared memory the kernel is launched with, which its code does not tell and
 // `python -m llmkern inspect` wants to know. It makes no instruction.
 template <int kBytes>
@@ -116,21 +127,25 @@ LLMKERN_DEVICE void read(const T* p, float* out, int n) {
   }
 }
 
+// kLanes<T> elements in their 16 bytes.
+template <class T>
+LLMKERN_DEVICE uint4 pack(const float* x) {
+  uint32_t words[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    if constexpr (sizeof(T) == 4)
+      words[j] = float_to_bits(x[j]);
+    else
+      words[j] = narrow_pair(x[2 * j], x[2 * j + 1], T{});
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 template <bool kAligned, int kCount, class T>
 LLMKERN_DEVICE void write(T* p, const float* x, int n) {
   if constexpr (kAligned) {
 #pragma unroll
-    for (int i = 0; i < kCount; i += kLanes<T>) {
-      uint32_t words[4];
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        if constexpr (sizeof(T) == 4)
-          words[j] = float_to_bits(x[i + j]);
-        else
-          words[j] = narrow_pair(x[i + 2 * j], x[i + 2 * j + 1], T{});
-      }
-      store16(p + i, make_uint4(words[0], words[1], words[2], words[3]));
-    }
+    for (int i = 0; i < kCount; i += kLanes<T>) store16(p + i, pack<T>(x + i));
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; i++)

@@ -24,11 +24,24 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const char* kernel) 
 // A tensor of four dimensions, the innermost one first and contiguous, of elements of 2 bytes, or 1; steps count
 // elements, as does the box that a copy moves. Rows of the box are 128 bytes, swizzled as csrc/common/sm90.cuh has it.
 struct TensorShape {
+  const char* name;  // as the caller knows it
   const void* data;
   int64_t sizes[4], steps[4];
   int box[4];
   int element_bytes = 2;
 };
+// What to say of a tensor that the encoder refuses, which checks before a launch should not have let through.
+inline std::string refusal(const TensorShape& shape, const char* kernel, int error) {
+  auto listed = [](const auto& numbers) {
+    std::string all;
+    for (auto n : numbers) all += (all.empty() ? "" : ", ") + std::to_string(n);
+    return all;
+  };
+  return std::string(kernel) + ": cuTensorMapEncodeTiled refused " + shape.name + " with error " +
+         std::to_string(error) + ": sizes (" + listed(shape.sizes) + "), steps (" + listed(shape.steps) +
+         "), address modulo 16: " + std::to_string(reinterpret_cast<uintptr_t>(shape.data) % 16) +
+         "; please report it with these numbers, and meanwhile take another: llmkern.backend.use(\"triton\")";
+}
 inline CUtensorMap tensor_map(const TensorShape& shape, const char* kernel) {
   cuuint64_t sizes[4], strides[3];
   cuuint32_t box[4];
@@ -45,9 +58,7 @@ inline CUtensorMap tensor_map(const TensorShape& shape, const char* kernel) {
   CUresult result = tensor_map_encoder(kernel)(&map, type, 4, const_cast<void*>(shape.data), sizes, strides, box, ones,
                                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS)
-    throw std::runtime_error(std::string(kernel) + ": cuTensorMapEncodeTiled refused a tensor with error " +
-                             std::to_string(static_cast<int>(result)));
+  if (result != CUDA_SUCCESS) throw std::runtime_error(refusal(shape, kernel, static_cast<int>(result)));
   return map;
 }
 

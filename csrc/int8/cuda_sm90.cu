@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 constexpr const char* kName = "int8_tiles_sm90";
 
 // A matrix of bytes whose rows lie `step` apart and are copied `box_rows` at a time.
-CUtensorMap map_of(const void* data, int64_t rows, int64_t depth, int64_t step, int box_rows) {
-  return tensor_map({data, {depth, rows, 1, 1}, {1, step, 1, 1}, {kDepth, box_rows, 1, 1}, 1}, kName);
+CUtensorMap map_of(const char* name, const void* data, int64_t rows, int64_t depth, int64_t step, int box_rows) {
+  return tensor_map({name, data, {depth, rows, 1, 1}, {1, step, 1, 1}, {kDepth, box_rows, 1, 1}, 1}, kName);
 }
 
 int64_t column_tiles(const Int8CudaParams& p, int columns) {
@@ -207,8 +207,8 @@ template <class T>
 void launch(const Int8CudaParams& p, int device, void* stream) {
   DeviceGuard guard(device, kName);  // the driver is asked for its encoder there
   const Int8LinearParams& l = p.linear;
-  const CUtensorMap low = map_of(p.digits.low, l.rows, l.depth, p.digits.stride, kBlockRows);
-  const CUtensorMap weight = map_of(p.weight, l.outputs, l.depth, p.weight_stride, T::kHalf);
+  const CUtensorMap low = map_of("the quantised inputs", p.digits.low, l.rows, l.depth, p.digits.stride, kBlockRows);
+  const CUtensorMap weight = map_of("the weight", p.weight, l.outputs, l.depth, p.weight_stride, T::kHalf);
   const Raster raster = {static_cast<int>(row_tiles(l)), static_cast<int>(column_tiles(p, T::kColumns))};
   device::launch_blocks(kName, device, stream, int64_t{raster.row_tiles} * raster.column_tiles, kBlockThreads,
                         T::kShared, tiles_sm90_kernel<T>, low, weight, p, raster);

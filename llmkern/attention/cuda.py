@@ -16,6 +16,7 @@ from llmkern.backend import Backend
 _WIDEST = 128
 #: Queries and keys are numbered in 32 bits with room for the sum of a place and a window (key_limits.h, kMostRows).
 _MOST_ROWS = 2**28
+_ROWS = 64  # queries of a block, or more
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -51,6 +52,9 @@ def _limits(query: Tensor, key: Tensor, value: Tensor, rules: Sequence[Any]) -> 
     rows = max(query.shape[2], key.shape[2])
     if rows > _MOST_ROWS:
         return f"its kernels take up to 2^28 queries and keys, not {rows}"
+    blocks = query.shape[0] * query.shape[1] * -(-query.shape[2] // _ROWS)
+    if blocks > cuda.MOST_BLOCKS:
+        return f"its kernels take up to 2^31 - 1 blocks of {_ROWS} queries of a head, not {blocks}"
     if rules[9] > 0.0 and rules[11]:
         return "its kernels do not drop weights of rows that attend to all keys alike"
     return None

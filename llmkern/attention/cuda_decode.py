@@ -20,7 +20,13 @@ _MOST_WIDTH = 256
 _MOST_KEYS = 2**30
 _BLOCKS_OF_A_PROCESSOR = 4  # enough that while some wait for the memory, others compute
 _FEWEST_KEYS = 256  # of a piece: four tiles for each warp
-_MOST_PIECES = 128
+_MOST_PIECES = 128  # as kMostPieces of csrc/attention/cuda_decode.cu
+
+
+def _blocks(query: Tensor, k_cache: Tensor) -> int:
+    """Of a launch whose keys are in one piece."""
+    (batch, queries, heads, _), kv_heads = query.shape, k_cache.shape[2]
+    return batch * kv_heads * -(-queries * heads // max(kv_heads, 1) // ROWS)
 
 
 @lru_cache
@@ -36,10 +42,9 @@ def pieces(blocks: int, keys: int, count: int) -> int:
 
 
 def _kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    device, (batch, queries, heads, _), kv_heads = query.device, query.shape, k_cache.shape[2]
-    blocks = batch * kv_heads * -(-queries * heads // max(kv_heads, 1) // ROWS)
-    splits = pieces(blocks, cache.capacity(k_cache, args[5]), processors(device))
-    floats = batch * heads * queries * splits * (v_cache.shape[3] + 2) if splits > 1 else 0
+    device, (batch, queries, heads, _) = query.device, query.shape
+    splits = pieces(_blocks(query, k_cache), cache.capacity(k_cache, args[5]), processors(device))
+    floats = batch * heads * queries * splits * (v_cache.shape[3] + 2) + 7 if splits > 1 else 0
     append, attend = cuda.kernel("cache_append_cuda"), cuda.kernel("attention_decode_cuda")
 
     def append_kernel(plan: Any, *tensors: Tensor | None) -> None:
@@ -66,6 +71,9 @@ def unsupported_call(query: Tensor, k_cache: Tensor, v_cache: Tensor, block_tabl
         return f"its kernels take heads of width 1 to {_MOST_WIDTH}, not {width}"
     if cache.capacity(k_cache, block_table) >= _MOST_KEYS:
         return f"its kernels take caches of fewer than 2^30 tokens, not of {cache.capacity(k_cache, block_table)}"
+    # So many are in one piece each. Those of the append take several rows where they are too many.
+    if _blocks(query, k_cache) > cuda.MOST_BLOCKS:
+        return f"its kernels take up to 2^31 - 1 blocks of {ROWS} rows, not {_blocks(query, k_cache)}"
     if any(plain(t) is not t for t in (k_cache, v_cache)):
         return "its kernels write into caches whose last dimension is contiguous alone"
     return None

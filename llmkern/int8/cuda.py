@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,10 @@ def _refused(
     if reason:
         return reason
     depth = weight.size(1)
+    # A block for each row of x, and one for some outputs. The grid of tiles is smaller than `out` by more than 2^12.
+    rows = max(math.prod(x.shape[:-1]), weight.size(0))
+    if rows > cuda.MOST_BLOCKS:
+        return f"its kernels take up to 2^31 - 1 rows of x and of the weight, not {rows}"
     held = -(-depth // 64) * 64 * x.element_size() + (4 * -(-depth // group) if group else 0)
     if held > MOST_ROW_BYTES:
         return f"a row of x and its scales take {held} bytes, more than the {MOST_ROW_BYTES} that a block holds"

@@ -14,11 +14,11 @@ from torch import Tensor
 from llmkern import extension
 
 # By id(tensor): a weak reference to it, and by what it was packed for the version, address and layout of the tensor
-# then, and the copy. An entry goes when its tensor does, so that a new tensor at the same address or with the same id
-# never meets it.
+# then, and the copy; and what captured graphs read, which may be copies of former versions. An entry goes when its
+# tensor does, so that a new tensor at the same address or with the same id never meets it.
 _Layout = tuple[torch.Size, tuple[int, ...]]
 _Copies = dict[Hashable, tuple[int, int, _Layout, Tensor]]
-_kept: dict[int, tuple[weakref.ref[Tensor], _Copies]] = {}
+_kept: dict[int, tuple[weakref.ref[Tensor], _Copies, list[Tensor]]] = {}
 _change = threading.RLock()  # one thread may come back: a finalizer may call a layer
 
 
@@ -93,6 +93,9 @@ def _found_or_made(tensor: Tensor, layout: _Layout, key: Hashable, make: Callabl
     if not tensor.is_cuda:
         return found if found is not None else _keep(tensor, layout, key, make)
     if found is not None:
+        if torch.cuda.is_current_stream_capturing():
+            _hold(tensor, found)
+            return found
         return _seen_by_this_stream(found)
     if torch.cuda.is_current_stream_capturing():
         return make()  # it belongs to the graph, and holds nothing before the graph has run
@@ -112,16 +115,29 @@ def _seen_by_this_stream(copy: Tensor) -> Tensor:
     stream, event = kept._llmkern_written
     if torch._C._cuda_getCurrentRawStream(copy.device.index) == stream:
         return copy
-    if not torch.cuda.is_current_stream_capturing():  # before a capture torch waits for all streams
-        now = torch.cuda.current_stream(copy.device)
-        now.wait_event(event)
-        copy.record_stream(now)
+    now = torch.cuda.current_stream(copy.device)
+    now.wait_event(event)
+    copy.record_stream(now)
     return copy
 
 
+def _hold(tensor: Tensor, copy: Tensor) -> None:
+    """Keeps a copy that a graph being captured will read at every replay, when another may have taken its place.
+
+    A capture cannot wait for an event from outside of it: torch.cuda.graph waits for the device before it begins.
+    """
+    with _change:
+        entry = _kept.get(id(tensor))
+        if entry is not None and entry[0]() is tensor and not any(held is copy for held in entry[2]):
+            entry[2].append(copy)
+
+
 def forget(tensor: Tensor) -> None:
-    """Drops what is kept of this weight or scale."""
-    _kept.pop(id(tensor), None)
+    """Drops what is kept of this weight or scale, but for copies that captured CUDA graphs read."""
+    with _change:
+        entry = _kept.pop(id(tensor), None)
+        if entry is not None and entry[0]() is tensor and entry[2]:
+            _kept[id(tensor)] = (entry[0], {}, entry[2])
 
 
 def _found(tensor: Tensor, layout: _Layout, key: Hashable) -> Tensor | None:
@@ -143,10 +159,12 @@ def _keep(tensor: Tensor, layout: _Layout, key: Hashable, make: Callable[[], Ten
     with _change:
         entry = _kept.get(id(tensor))
         copies: _Copies = {}
+        held: list[Tensor] = []
         if entry is not None and entry[0]() is tensor:  # a new dictionary, since others may be reading the old one
             copies = {k: kept for k, kept in entry[1].items() if kept[:3] == now and _same_isa(k, key)}
+            held = entry[2]
         copies[key] = (*now, result)
-        _kept[id(tensor)] = (weakref.ref(tensor, _remover(id(tensor))), copies)
+        _kept[id(tensor)] = (weakref.ref(tensor, _remover(id(tensor))), copies, held)
     return result
 
 

@@ -67,6 +67,19 @@ def test_what_it_cannot_serve_anywhere(options, words, monkeypatch):
     assert "no CUDA kernel of the gradients" in cuda.CUDA_ATTENTION_BACKWARD.unsupported(*arguments())
 
 
+def test_more_blocks_than_a_grid_has(monkeypatch):
+    """Are refused before the choice of the backend, so that another serves the call."""
+    monkeypatch.setattr("llmkern.cuda.unsupported", lambda x: None)
+    for batch, queries in ((2**29, 64), (2**30, 65), (2**31, 1)):
+        q = torch.empty(batch, 2 if queries > 1 else 1, queries, 64, dtype=torch.float16, device="meta")
+        reason = cuda.CUDA_ATTENTION.unsupported(q, q, q, *Mask().arguments(), 0.125, False)
+        expected = q.shape[0] * q.shape[1] * -(-queries // 64)
+        if expected < 2**31:
+            assert reason is None
+        else:
+            assert reason == f"its kernels take up to 2^31 - 1 blocks of 64 queries of a head, not {expected}"
+
+
 without_a_device = pytest.mark.skipif(
     extension.MISSING is not None or not extension._C.cuda_architectures or torch.cuda.is_available(),
     reason="needs the CUDA part of the library, and no GPU",

@@ -39,6 +39,14 @@ def test_reasons(arguments, reason, monkeypatch):
     assert cuda_decode.CUDA_KVCACHE.unsupported(*arguments) == reason
 
 
+def test_more_blocks_than_a_grid_has(monkeypatch):
+    monkeypatch.setattr("llmkern.cuda.unsupported", lambda x: None)
+    for batch, heads, words in ((2**31 - 1, 16, None), (2**31, 1, "not 2147483648"), (2**30, 17, "not 2147483648")):
+        query, cache = (torch.empty(batch, 1, h, 64, dtype=torch.float16, device="meta") for h in (heads, 1))
+        reason = cuda_decode.CUDA_KVCACHE.unsupported(query, cache, cache, *call()[3:])
+        assert reason == (words and f"its kernels take up to 2^31 - 1 blocks of 16 rows, {words}")
+
+
 def test_caches_with_gaps_between_elements(monkeypatch):
     monkeypatch.setattr("llmkern.cuda.unsupported", lambda x: None)
     query, k_cache, v_cache, *rest = call()
@@ -71,14 +79,13 @@ def test_pieces():
 #: Registers and bytes spilled by parts of the kernels' names: of blocks of 128 threads, 65536 registers hold 3 or 2.
 ALLOWED = {
     "S2_Li64ELb1": (168, 0), "aLi128ELb1": (168, 0), "S2_Li128ELb1": (255, 0),
-    "aLi256E": (255, 0), "S2_Li256ELb1": (255, 48), "S2_Li256ELb0": (255, 160), "join_pieces": (128, 0),
-    "cache_kernel": (64, 0),
+    "aLi256E": (255, 0), "S2_Li256E": (255, 0), "join_pieces": (48, 0), "cache_kernel": (56, 0),
 }  # fmt: skip
 
 
 @pytest.mark.skipif(compilers.NVCC is None, reason=compilers.NO_NVCC)
 def test_compiled_by_nvcc(tmp_path):
-    """Registers for the blocks that a processor is to hold, and next to no spills."""
+    """Registers for the blocks that a processor is to hold, and no spills."""
     for name, kernels in (("cuda_decode", 16), ("cuda_cache", 4)):
         source = tmp_path / f"{name}.ptx"
         source.write_text(compilers.nvcc(compilers.ROOT / f"csrc/attention/{name}.cu", "80", ()))

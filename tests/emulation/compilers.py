@@ -19,11 +19,12 @@ from tests.emulation.ptx import launch
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "tests/emulation/ptx_kernels"
 NVCC = shutil.which("nvcc")
+Changes = tuple[tuple[str, str], ...]  # of a source: each old text becomes the new one
 NO_NVCC = "there is no nvcc to compile with"
 
 
 @lru_cache(maxsize=64)
-def nvcc(source: Path, architecture: str = "80", changes: tuple[tuple[str, str], ...] = ()) -> str:
+def nvcc(source: Path, architecture: str = "80", changes: Changes = ()) -> str:
     """The PTX of a .cu file with line information. changes: (old, new) texts of the source, or of headers beside it
     that it includes, each found exactly once."""
     texts = {source.name: source.read_text()}

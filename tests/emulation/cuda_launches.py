@@ -18,11 +18,17 @@ from tests.emulation import compilers
 from tests.emulation.ptx.launch import Buffer, Launch, Report, kernels_of, run
 
 HERE = compilers.ROOT / "tests/emulation/cuda"
+#: Modules that have not all the sources of a family: those whose names these begin with.
+PARTS = {
+    "attention": ("attention", "cuda_forward", "cuda_sm90"),
+    "attention_cached": ("attention", "cuda_cache", "cuda_decode"),
+}
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 
 def build(folder: Path, family: str) -> tuple[ModuleType, list[str]]:
-    """The module <family>_launches of tests/emulation/cuda, without a CUDA runtime, and the kernels' PTX."""
+    """The module <family>_launches of tests/emulation/cuda, without a CUDA runtime, and the kernels' PTX. family: a
+    folder of csrc, or a name in PARTS."""
     compile_in(folder, family)
     return load(folder, family)
 
@@ -58,7 +64,8 @@ def load(folder: Path, family: str) -> tuple[ModuleType, list[str]]:
 
 
 def sources_of(family: str) -> list[Path]:
-    return sorted(compilers.ROOT.glob(f"csrc/{family}/cuda*.cu"))
+    folder, *stems = PARTS.get(family, (family, "cuda"))
+    return sorted(p for p in compilers.ROOT.glob(f"csrc/{folder}/cuda*.cu") if p.stem.startswith(tuple(stems)))
 
 
 def architecture_of(source: Path) -> str:
@@ -72,25 +79,29 @@ class Emulated:
     def __init__(self, module: ModuleType, sources: list[str]) -> None:
         self.module, self.options = module, {"schedule": "lockstep"}
         self.reports: list[tuple[str, Report]] = []
-        self.ptx: dict[str, str] = {}
+        self.ptx: dict[str, tuple[str, str]] = {}  # with the name there, by that without the file's namespace
         for ptx in sources:
             self.use(ptx)
 
     def use(self, ptx: str) -> None:
         """Takes the kernels of this PTX from here on."""
         for kernel in kernels_of(ptx).values():
-            self.ptx[kernel.name] = ptx
+            name = self.module.bare(kernel.name)
+            self.ptx[name] = ptx, kernel.name
             own = sum(v.size or 0 for v in kernel.shared)
-            self.module.set_sizes(kernel.name, [p.size for p in kernel.parameters], own)
+            self.module.set_sizes(name, [p.size for p in kernel.parameters], own)
 
     def call(self, launcher: Callable[[], Any], launch: Launch) -> None:
         """launcher: queues kernels that work on the buffers of `launch`."""
         launcher()
         for kernel, grid, block, shared, arguments in self.module.take():
-            report = run(
-                self.ptx[kernel], kernel, grid, block, arguments, shared_bytes=shared, launch=launch, **self.options
-            )
+            ptx, name = self.ptx[kernel]
+            report = run(ptx, name, grid, block, arguments, shared_bytes=shared, launch=launch, **self.options)
             self.reports.append((kernel, report.raise_if_faulty()))
+
+    def last(self, part: str) -> Report | None:
+        """Of the last launch of a kernel with this in its name; None where there was none."""
+        return next((report for kernel, report in reversed(self.reports) if part in kernel), None)
 
 
 def buffer_of(address: int, size: int, name: str, read_only: bool = True) -> Buffer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,18 @@ def test_what_it_does_not_serve_it_says():
     assert "multiples of 16 bytes" in judged(at=4098)
     assert "multiples of 16 bytes" in judged(query=torch.empty(1, 2, 8, 65).half()[..., :64])
     assert "no step is 0" in judged(query=torch.empty(1, 1, 8, 64).half().expand(1, 2, 8, 64))
+
+
+def test_what_the_driver_refuses_is_named():
+    library, x = ctypes.CDLL(str(built())), torch.empty(3, 2, 8, 64, dtype=torch.float16, device="meta")
+    library.refuse_tensor_maps(ctypes.c_bool(True))
+    try:
+        said = call(library, x, x, x, x, [0] * 6)
+    finally:
+        library.refuse_tensor_maps(ctypes.c_bool(False))
+    words = r"^attention_forward_sm90: cuTensorMapEncodeTiled refused the query with error 1: "
+    words += r"sizes \(64, 8, 2, 3\), steps \(1, 64, 512, 1024\), address modulo 16: 0; please report .*use\("
+    assert re.search(words, said)
 
 
 def test_an_old_driver_is_named(tmp_path):

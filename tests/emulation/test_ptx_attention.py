@@ -11,15 +11,13 @@ from llmkern.attention.mask import Mask
 from llmkern.verify import verify
 from tests.attention.cases import FEATURES, RULES, attend, rule, tensors
 from tests.emulation import compilers
-from tests.emulation.attention_forward import Emulated, served
+from tests.emulation.attention_on_ptx import ForwardOnEmulator, serve_forward
 from tests.emulation.ptx.launch import EmulationError
 from tests.emulation.ptx.machine import SCHEDULES
 
 pytestmark = [
     pytest.mark.skipif(compilers.NVCC is None, reason=compilers.NO_NVCC),
-    pytest.mark.skipif(
-        extension.MISSING is not None or not extension._C.cuda_architectures, reason="the library has no CUDA part"
-    ),
+    pytest.mark.skipif(extension.MISSING is not None, reason="the plans are those of the library"),
 ]
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 # (B, H, Hkv, Sq, Sk, D, Dv)
@@ -50,8 +48,7 @@ def plans():
 
 
 def compare(monkeypatch, shape, dtype, rules, uniform=False, **options):
-    kernel = Emulated(**options)
-    served(kernel, monkeypatch)
+    kernel = serve_forward(monkeypatch, ForwardOnEmulator(**options))
     functions = (attend(uniform, plain, logsumexp=True) for plain in (False, True))
     report = verify(*functions, tensors(shape, dtype), rules, gradients=False)
     assert report, str(report)
@@ -83,7 +80,7 @@ def test_empty_rows_are_zeros_or_averages(monkeypatch):
 
 def test_averages_that_are_not_finite(monkeypatch):
     """Rows without keys take the average of all values, column by column."""
-    served(Emulated(), monkeypatch)
+    serve_forward(monkeypatch, ForwardOnEmulator())
     q, k, v = tensors((1, 2, 1, 20, 37, 16, 16), torch.float16)
     v[0, 0, 3, 5], v[0, 0, 30, 9] = torch.inf, torch.nan
     for mask in (Mask(torch.zeros(1, 1, 20, 37, dtype=torch.bool)), Mask(key_lengths=torch.tensor([0]))):
@@ -95,7 +92,7 @@ def test_averages_that_are_not_finite(monkeypatch):
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 3.0])
 def test_scales(scale, monkeypatch):
-    served(Emulated(), monkeypatch)
+    serve_forward(monkeypatch, ForwardOnEmulator())
     inputs, mask = tensors((1, 1, 1, 33, 40, 16, 16), torch.bfloat16), Mask(window_right=0)
     truth = reference.attention(*(t.double() for t in inputs), *mask.arguments(), scale, False)[0]
     got = op.attention(*inputs, mask, scale)[0]
@@ -105,7 +102,7 @@ def test_scales(scale, monkeypatch):
 @HALVES
 def test_masked_values_have_no_part(dtype, monkeypatch):
     """Neither behind the lengths, nor past the diagonal within a block of keys, nor by a dense mask."""
-    served(Emulated(), monkeypatch)
+    serve_forward(monkeypatch, ForwardOnEmulator())
     q, k, v = tensors((2, 2, 1, 40, 70, 64, 64), dtype)
     lengths, boolean = torch.tensor([70, 33]), torch.rand(2, 1, 40, 70) > 0.5
     broken = v.clone()
@@ -123,7 +120,7 @@ def test_masked_values_have_no_part(dtype, monkeypatch):
 
 
 def test_strides_and_misaligned_addresses(monkeypatch):
-    served(Emulated(), monkeypatch)
+    serve_forward(monkeypatch, ForwardOnEmulator())
     shape = (2, 2, 2, 35, 67, 32, 32)
     q, k, v = tensors(shape, torch.bfloat16)
     expected = op.attention(q, k, v, Mask(), 0.2)[0]
@@ -147,9 +144,20 @@ def test_the_same_bits_under_every_schedule(schedule, monkeypatch):
     q, k, v = tensors((1, 2, 1, 70, 140, 64, 64), torch.bfloat16)
     results = []
     for order in ("lockstep", schedule):
-        served(Emulated(schedule=order), monkeypatch)
+        serve_forward(monkeypatch, ForwardOnEmulator(schedule=order))
         results.append(op.attention(q, k, v, Mask(window_left=90, window_right=0, bottom_right=True), 0.125))
     assert all(map(torch.equal, *results))
+
+
+def test_on_hopper_the_launcher_takes_wgmma_where_it_can(monkeypatch):
+    kernel = serve_forward(monkeypatch, ForwardOnEmulator(), hopper=True)
+    q, k, v = tensors((1, 2, 1, 20, 30, 64, 64), torch.float16)
+    for softcap, name in ((0.0, "attention_sm90_kernel"), (2.0, "attention_forward_kernel")):
+        got = op.attention(q, k, v, Mask(softcap=softcap), 0.125)[0]
+        assert [name in launched for launched, _ in kernel.reports] == [True]
+        kernel.reports.clear()
+        expected = reference.attention(q, k, v, *Mask(softcap=softcap).arguments(), 0.125, False)[0]
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("features", [False, True])
@@ -158,10 +166,9 @@ def test_counts(width, features, monkeypatch):
     """No bank conflicts, no piece of less than 16 bytes, and no products but those needed."""
     rows = 64 if features else 128  # two tiles of rows for a warp without
     q, k, v = tensors((1, 1, 1, rows, 192, width, width), torch.bfloat16)
-    kernel = Emulated(counts=True)
-    served(kernel, monkeypatch)
+    kernel = serve_forward(monkeypatch, ForwardOnEmulator(counts=True))
     op.attention(q, k, v, Mask(softcap=float(features)), 0.125)
-    counts = kernel.reports[-1].counts
+    counts = kernel.reports[-1][1].counts
     products = 2 * rows * 192 * width // (16 * 8 * 16)
     assert counts.matrix == {"mma.m16n8k16.f32.bf16.bf16.f32": products}
     assert counts.conflicts == 0
@@ -171,7 +178,7 @@ def test_counts(width, features, monkeypatch):
     # A warp of 16 or 32 rows takes the tiles of keys that some of its rows see: here that of the diagonal.
     tiles = 192 // (32 if width == 128 and not features else 64)
     op.attention(q, k, v, Mask(window_left=0, window_right=0, softcap=float(features)), 0.125)
-    assert kernel.reports[-1].counts.matrix == {"mma.m16n8k16.f32.bf16.bf16.f32": products // tiles}
+    assert kernel.reports[-1][1].counts.matrix == {"mma.m16n8k16.f32.bf16.bf16.f32": products // tiles}
 
 
 FAULTS = {
@@ -203,14 +210,14 @@ PLANTED = (1, 1, 1, 70, 130, 64, 64)
 
 @pytest.mark.parametrize("change", FAULTS.values(), ids=FAULTS)
 def test_planted_faults_are_found(change, monkeypatch):
-    served(Emulated(changes=(ONE, change)), monkeypatch)
+    serve_forward(monkeypatch, ForwardOnEmulator(changes=(ONE, change)))
     with pytest.raises(EmulationError):
         op.attention(*tensors(PLANTED, torch.bfloat16), Mask(), 0.125)
 
 
 @pytest.mark.parametrize("change", [None, *WRONG.values()], ids=["none", *WRONG])
 def test_planted_errors_are_found(change, monkeypatch):
-    served(Emulated(changes=(ONE, change) if change else (ONE,)), monkeypatch)
+    serve_forward(monkeypatch, ForwardOnEmulator(changes=(ONE, change) if change else (ONE,)))
     inputs, mask = tensors(PLANTED, torch.bfloat16), Mask()
     run = lambda *x: reference.attention(*x, *mask.arguments(), 0.125, False)[0]  # noqa: E731
     truth = run(*(t.double() for t in inputs))

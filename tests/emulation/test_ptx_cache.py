@@ -9,7 +9,7 @@ from llmkern import backend
 from llmkern.attention import reference
 from llmkern.functional import attention_with_kvcache
 from tests.emulation import compilers
-from tests.emulation.attention_on_ptx import Emulated, serve
+from tests.emulation.attention_on_ptx import CachedOnEmulator, serve_cached
 
 pytestmark = pytest.mark.skipif(compilers.NVCC is None, reason=compilers.NO_NVCC)
 HALVES = [torch.float16, torch.bfloat16]
@@ -17,19 +17,19 @@ BEFORE = torch.tensor([5, 0, 17])
 B, H, HKV, SIZE, PAGE = 3, 4, 2, 21, 4
 
 
-class OnlyAppend(Emulated):
+class OnlyAppend(CachedOnEmulator):
     """What attends to the cache is not run, but kept: the rotated queries are its argument."""
 
     query: torch.Tensor
 
-    def decode(self, plan, device, stream, splits, workspace, *tensors):
+    def attention_decode_cuda(self, plan, device, stream, splits, workspace, *tensors):
         self.query = tensors[7]
 
 
 @pytest.fixture
 def emulated(monkeypatch):
     found = OnlyAppend()
-    serve(monkeypatch, found, 1)
+    serve_cached(monkeypatch, found, 1)
     yield found
     backend.forget_plans()
 
@@ -187,9 +187,27 @@ def test_what_lies_outside_is_neither_written_nor_read(emulated):
 @pytest.mark.parametrize("schedule", ["reverse", "random"])
 def test_traffic(schedule, emulated):
     """Each byte once, by 16-byte accesses, in any order of the warps."""
-    emulated.counts, emulated.schedule = True, schedule
+    emulated.options = {"counts": True, "schedule": schedule}
     found(emulated, *[inputs(128, 128, 3, torch.float16)[i] for i in (0, 3, 4, 1, 2)])
-    counts = emulated.reports["cache_kernel"].counts
+    counts = emulated.last("cache_kernel").counts
     floor = 2 * B * 3 * HKV * 128 * 2 / 32
     assert counts.touched[1] == floor and counts.sectors[1] <= 1.05 * floor
     assert counts.touched[0] <= 1.05 * floor + 1 and counts.sectors[0] <= 1.05 * counts.fewest[0] + 1
+
+
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize(("width", "rotated"), [(128, 128), (128, 64), (64, 64)])
+def test_traffic_of_rotation(width, rotated, interleaved, table_dtype, emulated):
+    """Of the rows each byte once; of the tables each sector once by the rows of a warp. Halves are whole sectors."""
+    emulated.options["counts"] = True
+    q, k, v, k_cache, v_cache = inputs(width, width, 3, torch.float16)
+    found(
+        emulated, q, k_cache, v_cache, k, v, *angles(rotated, table_dtype), rotary_interleaved=interleaved, causal=True
+    )
+    counts = emulated.last("cache_kernel").counts
+    rows = (B * 3 * (2 * HKV + H)) * width * 2 // 32
+    assert counts.sectors[1] == counts.touched[1] == rows
+    assert counts.sectors[0] <= 1.05 * counts.fewest[0]
+    wide = sum(s.bytes for s in counts.sites if s.space == "global" and s.writes and "v4" in s.text)
+    assert wide == 32 * rows

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from llmkern import backend
-from llmkern.attention import reference
+from llmkern.attention import cuda_decode, reference
 from llmkern.functional import attention_with_kvcache
 from llmkern.verify import verify
 from tests.attention.decode_cases import ONE_PIECE, PIECES, RULES, check, in_pages, inputs, ours
 from tests.emulation import compilers
-from tests.emulation.attention_on_ptx import DECODE, Emulated, serve
+from tests.emulation.attention_on_ptx import DECODE, CachedOnEmulator, serve_cached
 
 pytestmark = pytest.mark.skipif(compilers.NVCC is None, reason=compilers.NO_NVCC)
 HALVES = [torch.float16, torch.bfloat16]
@@ -21,8 +21,8 @@ HALVES = [torch.float16, torch.bfloat16]
 
 @pytest.fixture
 def emulated(monkeypatch):
-    found = Emulated()
-    serve(monkeypatch, found, ONE_PIECE)
+    found = CachedOnEmulator()
+    serve_cached(monkeypatch, found, ONE_PIECE)
     yield found
     backend.forget_plans()
 
@@ -35,6 +35,8 @@ SHAPES = {
     "wide": (1, 2, 2, 1, 256, 200, 40),
     "narrow": (1, 1, 2, 1, 8, 16, 19),
     "odd heads": (1, 1, 2, 1, 20, 13, 18),
+    "odd values": (1, 1, 2, 1, 64, 20, 18),
+    "wider values": (1, 1, 2, 1, 64, 128, 18),
 }
 
 
@@ -48,13 +50,13 @@ def test_shapes(shape, dtype, emulated):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_rules_and_lengths(rule, processors, emulated, monkeypatch):
     """The tokens behind the lengths are NaN; one sequence has none, one fewer than there are queries."""
-    serve(monkeypatch, emulated, processors)
+    serve_cached(monkeypatch, emulated, processors)
     q, k_cache, v_cache = inputs(3, 3, 2, 1, 64, 64, 300, torch.float16)
     lengths = torch.tensor([280, 0, 2], dtype=torch.int32)
     for b, length in enumerate(lengths.tolist()):
         k_cache[b, length:], v_cache[b, length:] = torch.nan, torch.nan
     check(q, k_cache, v_cache, lengths, **rule)
-    assert ("join_pieces_kernel" in emulated.reports) == (processors == PIECES)
+    assert (emulated.last("join_pieces_kernel") is not None) == (processors == PIECES)
 
 
 def test_keys_that_were_just_appended_are_seen(emulated):
@@ -97,7 +99,7 @@ def test_a_page_outside_the_pool_is_not_read(emulated):
 @pytest.mark.parametrize("shape", [(2, 1, 4, 1, 64, 128, 37), (1, 2, 2, 1, 256, 144, 300), (1, 1, 2, 1, 24, 20, 21)])
 def test_int8(shape, dtype, emulated, monkeypatch):
     """Scales of many magnitudes, of zeros too; the values' are no small numbers in float16."""
-    serve(monkeypatch, emulated, PIECES)
+    serve_cached(monkeypatch, emulated, PIECES)
     q, *floats = inputs(*shape, dtype)
     caches = [torch.randint(-128, 128, x.shape, dtype=torch.int8) for x in floats]
     scales = [torch.rand(x.shape[:3]) * 10.0 ** torch.randint(-4, 1, x.shape[:3]) / 64 for x in floats]
@@ -142,14 +144,30 @@ def test_layouts(emulated):
     off = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in (q, *caches)]
     for some in ((q, *by_head), in_rows, off, (off[0], *caches)):
         assert torch.equal(ours(*some)[0], expected)
+    narrow = [x[..., :20] for x in (q, *caches)]  # rows lie at multiples of 16 bytes, and end elsewhere
+    assert torch.equal(ours(*narrow)[0], ours(*(x.contiguous() for x in narrow))[0])
+
+
+def test_more_pieces_than_a_block_joins_are_refused(emulated, monkeypatch):
+    monkeypatch.setattr(cuda_decode, "pieces", lambda *args: 129)
+    with pytest.raises(ValueError, match="attention_decode: expected 1 to 128 pieces, got 129"):
+        ours(*inputs(1, 1, 1, 1, 64, 64, 20, torch.float16))
+
+
+@pytest.mark.parametrize("count", [2, 7, 128])
+@pytest.mark.parametrize("value_width", [8, 20, 72, 200])
+def test_pieces_of_any_number_and_width(value_width, count, emulated, monkeypatch):
+    """Some pieces have no key."""
+    monkeypatch.setattr(cuda_decode, "pieces", lambda *args: count)
+    check(*inputs(1, 2, 3, 1, 64, value_width, 90, torch.float16), causal=True, sink=torch.tensor([0.3, -2.0, 9.0]))
 
 
 @pytest.mark.parametrize("schedule", ["forward", "reverse", "random"])
 def test_schedules(schedule, emulated, monkeypatch):
-    emulated.schedule = schedule
+    emulated.options["schedule"] = schedule
     q, *caches = inputs(1, 1, 2, 1, 64, 64, 130, torch.float16)
     out = ours(q, *caches)[0]
-    emulated.schedule = "lockstep"
+    emulated.options["schedule"] = "lockstep"
     assert torch.equal(ours(q, *caches)[0], out)
 
 
@@ -157,13 +175,13 @@ def test_schedules(schedule, emulated, monkeypatch):
 @pytest.mark.parametrize("int8", [False, True])
 def test_keys_and_values_are_read_once(width, int8, emulated):
     """By loads of 16 bytes, which move little more than they must."""
-    emulated.counts = True
+    emulated.options["counts"] = True
     q, *caches = inputs(1, 1, 8, 1, width, width, 96, torch.float16)
     scales = [None, None]
     if int8:
         caches, scales = [c.to(torch.int8) for c in caches], [torch.ones(c.shape[:3]) for c in caches]
     ours(q, *caches, None, None, *scales)
-    counts = emulated.reports["decode_kernel"].counts
+    counts = emulated.last("decode_kernel").counts
     of_caches = [s for s in counts.sites if s.space == "global" and not s.writes and "v4" in s.text]
     read = sum(s.bytes for s in of_caches)
     of_query = q.numel() * q.element_size()
@@ -173,11 +191,39 @@ def test_keys_and_values_are_read_once(width, int8, emulated):
     assert counts.touched[0] <= 1.02 * floor + 1
 
 
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("int8", [False, True])
+def test_pieces_are_written_and_joined_in_whole_sectors(width, int8, emulated, monkeypatch):
+    """All accesses to what the pieces have of the outputs, and to the output, are of 16 bytes."""
+    serve_cached(monkeypatch, emulated, PIECES)
+    emulated.options["counts"] = True
+    q, *caches = inputs(1, 1, 8, 1, width, width, 600, torch.float16)
+    scales = [None, None]
+    if int8:
+        caches, scales = [c.to(torch.int8) for c in caches], [torch.ones(c.shape[:3]) for c in caches]
+    ours(q, *caches, None, None, *scales)
+    attend, join = (emulated.last(name).counts for name in ("decode_kernel", "join_pieces_kernel"))
+    for counts in (attend, join):
+        assert sum(counts.sectors) <= 1.05 * sum(counts.fewest)
+    of_pieces, of_output = 8 * 3 * width * 4, 8 * width * 2
+    for counts, writes, moved in ((attend, True, of_pieces), (join, False, of_pieces), (join, True, of_output)):
+        sites = [s for s in counts.sites if s.space == "global" and s.writes == writes and "v4" in s.text]
+        assert sum(s.bytes for s in sites) == moved and sum(s.units for s in sites) == moved // 32
+    assert join.conflicts == 0
+
+
+def test_the_only_piece_writes_its_output_in_whole_sectors(emulated):
+    emulated.options["counts"] = True
+    ours(*inputs(1, 1, 8, 1, 128, 128, 20, torch.float16))
+    counts = emulated.last("decode_kernel").counts
+    assert counts.sectors[1] == counts.fewest[1] == 8 * 128 * 2 // 32 + 8 * 8 // 32  # and the log-sum-exp
+
+
 def test_in_the_loop_no_bank_conflicts(emulated):
     """The queries are read from shared memory again for every tile."""
-    emulated.counts = True
+    emulated.options["counts"] = True
     ours(*inputs(1, 1, 8, 1, 64, 64, 96, torch.float16))
-    sites = emulated.reports["decode_kernel"].counts.sites
+    sites = emulated.last("decode_kernel").counts.sites
     loads = [s for s in sites if s.space == "shared" and not s.writes and "v4" in s.text]
     assert loads and all(s.units == s.fewest for s in loads)
 
@@ -207,7 +253,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(("old", "new", "message"), FAULTS.values(), ids=FAULTS)
 def test_planted_faults_are_found(old, new, message, emulated):
-    emulated.changes = (*one_kernel(), (old, new))
-    emulated.schedule = "reverse" if "sync" in old else "lockstep"
+    emulated.use(compilers.nvcc(DECODE, "80", (*one_kernel(), (old, new))))
+    emulated.options["schedule"] = "reverse" if "sync" in old else "lockstep"
     with pytest.raises(AssertionError, match=message):
         check(*inputs(1, 1, 2, 1, 64, 64, 150, torch.float16))

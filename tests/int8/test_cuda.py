@@ -251,12 +251,14 @@ def test_another_device_is_an_error(emulator):
         emulator.module.int8_linear_cuda(plan, *[0] * 12, 3, 0, False)
 
 
-def refused(depth=8, dtype=torch.float32, bias_dtype=torch.float32, rotate=1, group=0, inputs="row"):
+def refused(
+    depth=8, dtype=torch.float32, bias_dtype=torch.float32, rotate=1, group=0, inputs="row", rows=2, outputs=3
+):  # fmt: skip
     x, weight = (
-        torch.empty(2, depth, dtype=dtype, device="meta"),
-        torch.empty(3, depth, dtype=torch.int8, device="meta"),
+        torch.empty(rows, depth, dtype=dtype, device="meta"),
+        torch.empty(outputs, depth, dtype=torch.int8, device="meta"),
     )
-    scale, bias = torch.empty(3, device="meta"), torch.empty(3, dtype=bias_dtype, device="meta")
+    scale, bias = torch.empty(outputs, device="meta"), torch.empty(outputs, dtype=bias_dtype, device="meta")
     return cuda._refused(x, weight, scale, bias, None, None, inputs, group, rotate, "none")
 
 
@@ -267,6 +269,9 @@ def test_why_it_cannot_serve():
     assert "Hadamard" in refused(depth=32, rotate=2)
     assert "groups of 'symmetric' inputs alone" in refused(depth=64, group=32)
     assert "overflow" in refused(depth=MOST_DEPTH + 1)
+    assert refused(depth=32, rows=2**31 - 1) is None
+    words = "its kernels take up to 2^31 - 1 rows of x and of the weight, not 2147483648"
+    assert refused(depth=32, rows=2**31) == refused(depth=32, outputs=2**31) == words
     assert "a block holds" in refused(depth=24577) and refused(depth=24576) is None
     assert refused(depth=49152, dtype=torch.bfloat16) is None
     assert "its scales take 101376 bytes" in refused(depth=24576, group=32, inputs="symmetric")

@@ -8,6 +8,7 @@ import gc
 import io
 import multiprocessing
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -272,6 +273,60 @@ def test_what_is_kept_goes_with_the_weight():
     del weight, scales
     gc.collect()
     assert not keys & set(packing._kept)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """Whether the stream is being captured, as a test sets it; no stream is another's, and none waits."""
+    state = {"capturing": False}
+
+    def noted(copy):
+        copy._llmkern_written = 0, None
+        return copy
+
+    monkeypatch.setattr(packing, "_noted", noted)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    return state
+
+
+def test_a_copy_that_a_captured_graph_reads_lives_as_long_as_the_weight(capture):
+    weights = [torch.randint(-9, 9, (8, 32), dtype=torch.int8).as_subclass(OnGpu)]
+    sums = lambda: packing.sums_over_k(weights[0], packing.layout_of(weights[0]))  # noqa: E731
+    eager = weakref.ref(sums())
+    capture["capturing"] = True
+    first = weakref.ref(sums())
+    assert first() is eager() is sums()
+    capture["capturing"] = False
+    weights[0].add_(1)
+    assert first() is not None
+    second = weakref.ref(sums())
+    assert first() is not None and second() is not first()
+    weights[0].add_(1)
+    sums()
+    gc.collect()
+    assert first() is not None and second() is None  # the second, which no graph has seen, went with its values
+    key = id(weights[0])
+    packing.forget(weights[0])
+    assert first() is not None and len(packing._kept[key][2]) == 1
+    assert torch.equal(sums(), weights[0].sum(1, dtype=torch.int32))
+    weights.clear()
+    gc.collect()
+    assert first() is None and key not in packing._kept
+
+
+def test_what_is_made_during_a_capture_is_the_graphs(capture):
+    """It holds nothing before the graph has run, so that no other call may meet it."""
+    weight = torch.randint(-9, 9, (8, 32), dtype=torch.int8).as_subclass(OnGpu)
+    capture["capturing"] = True
+    packing.sums_over_k(weight, packing.layout_of(weight))
+    assert id(weight) not in packing._kept
 
 
 def test_an_update_leaves_no_copy_of_before():

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../../../csrc/common/call.h"
 #include "../launches/launch_shape.h"
 #include "../launches/tensor_map.h"
 
@@ -20,6 +21,14 @@ struct Noted {
   size_t shared;
   std::vector<std::string> arguments;
 };
+// A kernel's name without its file's own namespace, whose name is another in each compilation.
+inline std::string bare(const std::string& name) {
+  const size_t at = name.find("_GLOBAL__N__");
+  if (at == std::string::npos) return name;
+  size_t digits = at;
+  while (name[digits - 1] >= '0' && name[digits - 1] <= '9') digits--;
+  return name.substr(0, digits) + name.substr(at + std::stoul(name.substr(digits, at - digits)));
+}
 // Names of kernels, by the address that a launch gives; kernels are made known before other globals are made.
 inline std::map<const void*, std::string>& names() {
   static std::map<const void*, std::string> all;
@@ -52,6 +61,9 @@ inline cudaError_t note(const cudaLaunchConfig_t& c, const void* function, void*
 
 inline void bind(pybind11::module_& m) {
   namespace py = pybind11;
+  // In place of tensors the functions take what has a method data_ptr, as they do where torch has no exchange API.
+  llmkern::call::torch().data_ptr = PyUnicode_InternFromString("data_ptr");
+  m.def("bare", bare, "A kernel's name without its file's own namespace.");
   m.def(
       "set_sizes",
       [](const std::string& kernel, const std::vector<size_t>& bytes, size_t shared) {
@@ -84,7 +96,7 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
                             int*) {
-  launches::names()[host] = name;
+  launches::names()[host] = launches::bare(name);
 }
 // Of the stubs for <<<>>>, which no launcher uses.
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }

@@ -7,6 +7,9 @@
 #include <cstring>
 #include <string>
 
+// Whether every map is refused, as a driver may do for reasons of its own.
+inline bool tensor_maps_are_refused = false;
+
 // What the driver refuses, of tiles without an interleaved layout (CUDA driver API, cuTensorMapEncodeTiled).
 inline CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                                   const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
@@ -20,7 +23,7 @@ inline CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cu
   for (cuuint32_t i = 0; good && i < rank; i++)
     good = sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256 && steps[i] == 1 &&
            (i == 0 || (strides[i - 1] % 16 == 0 && strides[i - 1] > 0 && strides[i - 1] < uint64_t{1} << 40));
-  if (!good) return CUDA_ERROR_INVALID_VALUE;
+  if (!good || tensor_maps_are_refused) return CUDA_ERROR_INVALID_VALUE;
   unsigned char bytes[128] = {};
   auto put = [&](int offset, auto x) { std::memcpy(bytes + offset, &x, sizeof(x)); };
   put(0, at), put(8, rank - 1), put(12, bytes_each - 1), put(16, static_cast<uint32_t>(swizzle));

@@ -22,9 +22,9 @@ class Target:
     ptx: tests that execute or read the PTX, which cannot tell a change of the launchers. host: those that run what the
     host's compiler makes of the source. interpreted: those for Triton's interpreter. What fails soonest stands first.
     architectures: for which the PTX is compared, those whose code the tests run. launchers: a family whose launchers
-    the tests run (tests/emulation/cuda_launches.py); they are compiled once, but for faults of theirs. quick: what is
-    run before all of this, where compiling takes longest, with the kernels alone that the changes `only` leave of the
-    source.
+    the tests run (tests/emulation/cuda_launches.py), or a part of one; they are compiled once, but for faults of
+    theirs. quick: what is run before all of this, where compiling takes longest, with the kernels alone that the
+    changes `only` leave of the source.
     """
 
     source: str
@@ -113,10 +113,14 @@ TARGETS = (
                 "launch_forward<Bf16, 128, 1, true>(p, l, device, stream);",
             ),
         ),
+        host=(f"{FORWARD} -k 'shapes and (fp16 or tails) or scales or misaligned or rules and dropout or hopper'",),
+        launchers="attention",
     ),
     Target(
         "csrc/attention/cuda_cache.cu",
         ptx=(f"{CACHE} -k 'rotated and dtype1 or int8 and dtype0'", f"{CACHE} -k 'not planted'"),
+        host=(f"{CACHE} -k 'rotated and dtype0 or written or layouts or int8 and dtype0'",),
+        launchers="attention_cached",
     ),
     Target(
         "csrc/attention/cuda_decode.cu",
@@ -129,6 +133,8 @@ TARGETS = (
             ("bf16 ? decode_typed<Bf16, int8_t>(p, workspace, splits, device, stream)\n                :", ""),
             ("bf16 ? decode_typed<Bf16, Bf16>(p, workspace, splits, device, stream)\n              :", ""),
         ),
+        host=(f"{DECODE} -k 'shapes and dtype0 or rules and causal or layouts or pieces'",),
+        launchers="attention_cached",
     ),
     Target(
         "csrc/attention/cuda_sm90.cu",

@@ -61,4 +61,12 @@ PLANTED = (
     Planted(MMA, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}",
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %6, %5, %7}"),
     Planted(PHILOX, "c0 = high1 ^ c1 ^ k0, c1 = low1", "c1 = low1, c0 = high1 ^ c1 ^ k0"),
+    # The launcher: which kernel, how much work, what is aligned.
+    Planted(FORWARD, "p.width <= 64 && p.value_width <= 64 ? 64 : 128", "p.width <= 64 ? 64 : 128", host=True),
+    Planted(FORWARD, "p.alibi || p.drop_below || !(p.scale > 0);", "p.alibi || !(p.scale > 0);", host=True),
+    Planted(FORWARD, "p.drop_below || !(p.scale > 0);", "p.drop_below;", host=True),
+    Planted(FORWARD, "l.blocks = p.batch * p.heads * ((p.queries + rows - 1) / rows);",
+            "l.blocks = p.batch * p.heads * (p.queries / rows);", host=True),
+    Planted(FORWARD, "aligned(p.value, p.value_width),", "aligned(p.key, p.width),", host=True),
+    Planted(FORWARD, "aligned(p.output, p.value_width)}", "true}", host=True),
 )  # fmt: skip
