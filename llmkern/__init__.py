@@ -10,6 +10,7 @@ from llmkern.attention.module import MultiHeadAttention
 from llmkern.int8.module import Int8Linear
 from llmkern.int8.scheme import Int8Scheme
 from llmkern.models.quantize import quantize_like, quantize_model
+from llmkern.norm.module import LayerNorm, RMSNorm
 from llmkern.positional.module import PositionalEncoding, RotaryEmbedding
 from llmkern.transformer import Transformer
 from llmkern.verify import verify
@@ -21,8 +22,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Int8Linear",
     "Int8Scheme",
+    "LayerNorm",
     "MultiHeadAttention",
     "PositionalEncoding",
+    "RMSNorm",
     "RotaryEmbedding",
     "Transformer",
     "functional",
