@@ -5,15 +5,23 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 
 import llmkern  # which must bring its rooms along
 
-MODULES = ["MultiHeadAttention", "PositionalEncoding", "RotaryEmbedding", "Int8Linear", "Transformer"]
+MODULES = [
+    "MultiHeadAttention", "PositionalEncoding", "RotaryEmbedding", "Int8Linear", "Transformer", "LayerNorm", "RMSNorm",
+]  # fmt: skip
 FUNCTIONS = ["quantize_like", "quantize_model", "verify"]
 FUNCTIONAL = llmkern.functional.__all__
 PUBLIC = [
     *((llmkern, name) for name in MODULES + FUNCTIONS),
-    *((llmkern.reference, name) for name in [*MODULES, "quantize_model"]),
+    # But for torch's own, which documents and types itself.
+    *(
+        (llmkern.reference, name)
+        for name in [*MODULES, "quantize_model"]
+        if not hasattr(torch.nn, name) or name == "Transformer"
+    ),
     *((llmkern.functional, name) for name in FUNCTIONAL),
 ]
 

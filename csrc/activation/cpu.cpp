@@ -10,13 +10,15 @@ struct Activated {
   Float value, slope;
 };
 
-// The logistic function s and its slope s (1 - s), which keeps its digits where s is near 1.
+// The logistic function s, 0 where it is below every normal number, and its slope s (1 - s), which keeps its digits
+// where s is near 1.
 struct Logistic {
   Float value, slope;
 };
 LLMKERN_INLINE Logistic logistic(Float x) {
   Float e = exp_negative(sub(zero(), abs(x)));
-  Float large = div(broadcast(1.0f), add(broadcast(1.0f), e)), small = mul(e, large);
+  Float large = div(broadcast(1.0f), add(broadcast(1.0f), e));
+  Float small = where_less(x, broadcast(-87.3f), zero(), mul(e, large));
   return {where_less(x, zero(), small, large), mul(small, large)};
 }
 

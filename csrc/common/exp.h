@@ -80,11 +80,13 @@ LLMKERN_INLINE Float erf(Float x) {  // odd
   Float y = where_less(e.size, broadcast(1.0f), e.near, sub(broadcast(1.0f), e.missing));
   return where_less(x, zero(), sub(zero(), y), y);
 }
-// The normal distribution function, (1 + erf(x / sqrt(2))) / 2, which keeps its digits where it is small.
+// The normal distribution function, (1 + erf(x / sqrt(2))) / 2, which keeps its digits where it is small; 0 where it is
+// below every normal number.
 LLMKERN_INLINE Float normal_below(Float x) {
   ErrorFunction e = error_function(mul(x, broadcast(0.707106781f)));
   Float half = broadcast(0.5f), one = broadcast(1.0f);
   Float tail = where_less(e.size, one, fma(e.near, broadcast(-0.5f), half), mul(half, e.missing));
+  tail = where_less(x, broadcast(-13.2f), zero(), tail);
   return where_less(x, zero(), tail, sub(one, tail));
 }
 

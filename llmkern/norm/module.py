@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ class LayerNorm(nn.LayerNorm):
     Raises what torch.nn.LayerNorm raises. Source: Ba et al. 2016, "Layer Normalization", section 3.
     """
 
+    def __init__(
+        self, normalized_shape: int | Sequence[int], eps: float = 1e-5, elementwise_affine: bool = True,
+        bias: bool = True, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
+        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
+
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Any:
         """input (..., *normalized_shape). Returns its shape and dtype; with a residual of the same shape and dtype
         (normalised sum, sum)."""
@@ -36,6 +44,13 @@ class RMSNorm(nn.RMSNorm):
     Constructor, state_dict and results are torch's; as `LayerNorm` otherwise. Source: Zhang and Sennrich 2019, "Root
     Mean Square Layer Normalization", section 4.
     """
+
+    def __init__(
+        self, normalized_shape: int | Sequence[int], eps: float | None = None, elementwise_affine: bool = True,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
+        super().__init__(shape, eps, elementwise_affine, device, dtype)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Any:
         """x (..., *normalized_shape). Returns its shape and dtype; with a residual of the same shape and dtype
