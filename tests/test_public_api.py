@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 
 import pytest
-import torch
-
 import llmkern  # which must bring its rooms along
 
 MODULES = [
