@@ -9,6 +9,7 @@ from llmkern import flops, functional, reference
 from llmkern.attention.module import MultiHeadAttention
 from llmkern.int8.module import Int8Linear
 from llmkern.int8.scheme import Int8Scheme
+from llmkern.models.kernelize import kernelize, report, restore
 from llmkern.models.quantize import quantize_like, quantize_model
 from llmkern.norm.module import LayerNorm, RMSNorm
 from llmkern.positional.module import PositionalEncoding, RotaryEmbedding
@@ -29,8 +30,11 @@ __all__ = [
     "RotaryEmbedding",
     "Transformer",
     "functional",
+    "kernelize",
     "quantize_like",
     "quantize_model",
     "reference",
+    "report",
+    "restore",
     "verify",
 ]

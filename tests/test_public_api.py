@@ -11,7 +11,7 @@ import llmkern  # which must bring its rooms along
 MODULES = [
     "MultiHeadAttention", "PositionalEncoding", "RotaryEmbedding", "Int8Linear", "Transformer", "LayerNorm", "RMSNorm",
 ]  # fmt: skip
-FUNCTIONS = ["quantize_like", "quantize_model", "verify"]
+FUNCTIONS = ["kernelize", "quantize_like", "quantize_model", "report", "restore", "verify"]
 FUNCTIONAL = llmkern.functional.__all__
 PUBLIC = [
     *((llmkern, name) for name in MODULES + FUNCTIONS),
