@@ -30,7 +30,7 @@ def attention_change(module: Any) -> tuple[Callable[[], None] | None, str]:
         from llmkern.models.transformers import register
 
         register()
-        vars(module)[_BEFORE] = getattr(module.config, "_attn_implementation", None)
+        vars(module)[_BEFORE] = now
         module.set_attn_implementation(NAME)
 
     return change, ""

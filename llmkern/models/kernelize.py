@@ -135,6 +135,7 @@ def restore(model: nn.Module) -> nn.Module:
 def _plan(model: nn.Module) -> list[tuple[Replacement, Callable[[], None] | None]]:
     """For each module that kernels might serve: what becomes of it, and what does it."""
     found: list[tuple[Replacement, Callable[[], None] | None]] = []
+    models: list[str] = []  # of transformers, by their paths
     for name, module in model.named_modules():
         if exchanged(module) is not None:
             continue
@@ -145,7 +146,11 @@ def _plan(model: nn.Module) -> list[tuple[Replacement, Callable[[], None] | None
             found.append((Replacement(name, kind, into.__name__), change))
         elif left:
             found.append((Replacement(name, kind, "", left), None))
+        if any(name.startswith(f"{outer}." if outer else "") for outer in models):
+            continue  # its attention is that of the model around it
         of_model, reason = huggingface.attention_change(module)
+        if of_model is not None or reason:
+            models.append(name)
         if of_model is not None:
             found.append((Replacement(name, kind, "attn_implementation='llmkern'"), of_model))
         elif reason:
