@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-FAMILIES = ("overhead", "positional", "int8", "attention", "decode")
+FAMILIES = ("overhead", "positional", "rows", "int8", "attention", "decode")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "activation/bindings.h"
 #include "attention/bindings.h"
 #include "common/architectures.h"
 #include "common/bindings.h"
@@ -13,6 +14,7 @@
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "int8/bindings.h"
+#include "norm/bindings.h"
 #include "positional/bindings.h"
 #ifdef LLMKERN_CUDA
 #include "attention/bindings_cuda.h"
@@ -44,7 +46,9 @@ PYBIND11_MODULE(_C, m) {
 #endif
   llmkern::call::bind(m);
   llmkern::bind_common(m);
+  llmkern::bind_activation(m);
   llmkern::bind_attention(m);
   llmkern::bind_int8(m);
+  llmkern::bind_norm(m);
   llmkern::bind_positional(m);
 }

@@ -9,7 +9,9 @@ from llmkern import flops, functional, reference
 from llmkern.attention.module import MultiHeadAttention
 from llmkern.int8.module import Int8Linear
 from llmkern.int8.scheme import Int8Scheme
+from llmkern.models.kernelize import kernelize, report, restore
 from llmkern.models.quantize import quantize_like, quantize_model
+from llmkern.norm.module import LayerNorm, RMSNorm
 from llmkern.positional.module import PositionalEncoding, RotaryEmbedding
 from llmkern.transformer import Transformer
 from llmkern.verify import verify
@@ -21,13 +23,18 @@ __version__ = "0.1.0"
 __all__ = [
     "Int8Linear",
     "Int8Scheme",
+    "LayerNorm",
     "MultiHeadAttention",
     "PositionalEncoding",
+    "RMSNorm",
     "RotaryEmbedding",
     "Transformer",
     "functional",
+    "kernelize",
     "quantize_like",
     "quantize_model",
     "reference",
+    "report",
+    "restore",
     "verify",
 ]

@@ -1,5 +1,7 @@
 """The plain PyTorch versions, under the names of the fast ones: what every kernel is held to."""
 
+from torch.nn import LayerNorm, RMSNorm
+
 from llmkern.attention.reference import MultiHeadAttention
 from llmkern.int8.reference import Int8Linear, quantize_model
 from llmkern.positional.reference import PositionalEncoding, RotaryEmbedding
@@ -7,8 +9,10 @@ from llmkern.transformer.reference import Transformer
 
 __all__ = [
     "Int8Linear",
+    "LayerNorm",
     "MultiHeadAttention",
     "PositionalEncoding",
+    "RMSNorm",
     "RotaryEmbedding",
     "Transformer",
     "quantize_model",

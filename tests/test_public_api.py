@@ -8,12 +8,15 @@ import pytest
 
 import llmkern  # which must bring its rooms along
 
-MODULES = ["MultiHeadAttention", "PositionalEncoding", "RotaryEmbedding", "Int8Linear", "Transformer"]
-FUNCTIONS = ["quantize_like", "quantize_model", "verify"]
+MODULES = [
+    "MultiHeadAttention", "PositionalEncoding", "RotaryEmbedding", "Int8Linear", "Transformer", "LayerNorm", "RMSNorm",
+]  # fmt: skip
+FUNCTIONS = ["kernelize", "quantize_like", "quantize_model", "report", "restore", "verify"]
 FUNCTIONAL = llmkern.functional.__all__
 PUBLIC = [
     *((llmkern, name) for name in MODULES + FUNCTIONS),
-    *((llmkern.reference, name) for name in [*MODULES, "quantize_model"]),
+    # But for torch's own, which documents and types itself.
+    *((llmkern.reference, name) for name in [*MODULES, "quantize_model"] if name not in ("LayerNorm", "RMSNorm")),
     *((llmkern.functional, name) for name in FUNCTIONAL),
 ]
 

@@ -90,7 +90,19 @@ def int8_arguments(name: str):
     )
 
 
+def row_arguments(name: str):
+    x, other, weight, statistics = torch.randn(5, 16), torch.randn(5, 16), torch.randn(16), torch.rand(5, 2)
+    return {
+        "norm": (x, other, weight, torch.randn(16), 0.1, 1.0, True),
+        "norm_backward": (torch.randn(5, 16), other, x, weight, statistics, 0.1, 1.0, True, True),
+        "gated": (x, other, "gelu"),
+        "gated_backward": (torch.randn(5, 16), x, other, "gelu"),
+    }[name]
+
+
 def arguments(name: str):
+    if name.startswith(("norm", "gated")):
+        return row_arguments(name)
     if name.startswith("attention"):
         return attention_arguments(name)
     return int8_arguments(name) if name.startswith("int8") else positional_arguments(name)

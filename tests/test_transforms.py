@@ -10,8 +10,18 @@ from torch.func import grad, jacrev, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llmkern.functional import int8_linear, rotary, scaled_dot_product_attention, sinusoidal_add
+from llmkern.activation import reference as activation
+from llmkern.functional import (
+    gated,
+    int8_linear,
+    layer_norm,
+    rms_norm,
+    rotary,
+    scaled_dot_product_attention,
+    sinusoidal_add,
+)
 from llmkern.int8 import reference as int8
+from llmkern.norm import reference as norm
 from llmkern.positional import reference as positional
 from llmkern.verify.report import judge_row
 
@@ -70,6 +80,19 @@ FUNCTIONS = {
         (2, 3, 5, 8),
         lambda x: both(rotary(x * 1, x[:, :1] * 2, *TABLES, inplace=True)),
         lambda x: both(positional.rotary(x, x[:, :1] * 2, *TABLES)),
+    ),
+    "layer norm with a residual": (
+        (5, 8),
+        lambda x: both(layer_norm(x, PE[0, 0], PE[1, 0], residual=x * 2)),
+        lambda x: both(norm.norm(x, x * 2, PE[0, 0], PE[1, 0], 1e-5, 0.0, True)[:2]),
+    ),
+    "rms norm's weight": (
+        (8,),
+        lambda x: rms_norm(PE[:5, 0], x, offset=1.0).sin().sum(),
+        lambda x: norm.norm(PE[:5, 0], None, x, None, 1e-6, 1.0, False)[0].sin().sum(),
+    ),
+    "a gated activation": (
+        (5, 8), lambda x: gated(x, x * 2, "gelu").sin().sum(), lambda x: activation.gated(x, x * 2, "gelu").sin().sum(),
     ),
     "sinusoidal add": (
         (5, 2, 8),

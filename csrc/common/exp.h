@@ -1,4 +1,4 @@
-// e^x for x <= 0 and tanh, for softmax: a power of two by integer addition, times a polynomial for e^r with |r| <=
+// e^x for x <= 0, and what is made of it: tanh, the logistic and the error function. A power of two by integer addition, times a polynomial for e^r with |r| <=
 // ln(2) / 2 (Cody and Waite, Software Manual for the Elementary Functions, chapter 6).
 #pragma once
 #include "simd.h"
@@ -48,6 +48,46 @@ LLMKERN_INLINE Float tanh(Float x) {
   Float large = div(sub(broadcast(1), e), add(broadcast(1), e));
   large = where_less(x, zero(), sub(zero(), large), large);
   return where_less(size, broadcast(0.7f), small, large);
+}
+
+LLMKERN_INLINE Float sigmoid(Float x) {  // both branches of 1 / (1 + e^-x) by e^-|x|
+  Float e = exp_negative(sub(zero(), abs(x)));
+  Float large = div(broadcast(1.0f), add(broadcast(1.0f), e));
+  return where_less(x, zero(), mul(e, large), large);
+}
+
+// The error function of |x| below 1, and what is missing from it to 1 beyond: x P(x^2) and e^(-x^2) Q(1 / (1 + x / 2)),
+// both of least maximal error.
+struct ErrorFunction {
+  Float size, near, missing;
+};
+LLMKERN_INLINE ErrorFunction error_function(Float x) {
+  Float size = abs(x), square = mul(x, x);
+  Float p = fma(broadcast(-5.46292795e-4f), square, broadcast(4.87070325e-3f));
+  p = fma(p, square, broadcast(-2.66638101e-2f));
+  p = fma(p, square, broadcast(1.12780642e-1f));
+  p = fma(p, square, broadcast(-3.76119390e-1f));
+  p = fma(p, square, broadcast(1.12837892f));
+  Float t = div(broadcast(1.0f), fma(size, broadcast(0.5f), broadcast(1.0f)));
+  Float q = fma(broadcast(-3.87608258e-2f), t, broadcast(7.23656671e-1f));
+  q = fma(q, t, broadcast(-6.14486404e-2f));
+  q = fma(q, t, broadcast(3.92460099e-1f));
+  q = fma(q, t, broadcast(-1.35062862e-2f));
+  return {size, mul(size, p), mul(exp_negative(sub(zero(), square)), q)};
+}
+LLMKERN_INLINE Float erf(Float x) {  // odd
+  ErrorFunction e = error_function(x);
+  Float y = where_less(e.size, broadcast(1.0f), e.near, sub(broadcast(1.0f), e.missing));
+  return where_less(x, zero(), sub(zero(), y), y);
+}
+// The normal distribution function, (1 + erf(x / sqrt(2))) / 2, which keeps its digits where it is small; 0 where it is
+// below every normal number.
+LLMKERN_INLINE Float normal_below(Float x) {
+  ErrorFunction e = error_function(mul(x, broadcast(0.707106781f)));
+  Float half = broadcast(0.5f), one = broadcast(1.0f);
+  Float tail = where_less(e.size, one, fma(e.near, broadcast(-0.5f), half), mul(half, e.missing));
+  tail = where_less(x, broadcast(-13.2f), zero(), tail);
+  return where_less(x, zero(), tail, sub(one, tail));
 }
 
 }  // namespace llmkern::LLMKERN_ISA

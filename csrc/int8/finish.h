@@ -30,30 +30,6 @@ struct Work {
   const int8_t* panel(int64_t p) const { return weights + p * layout->panel_bytes; }
 };
 
-LLMKERN_INLINE Float sigmoid(Float x) {  // both branches of 1 / (1 + e^-x) by e^-|x|
-  Float e = exp_negative(sub(zero(), abs(x)));
-  Float large = div(broadcast(1.0f), add(broadcast(1.0f), e));
-  return where_less(x, zero(), mul(e, large), large);
-}
-
-// The error function, odd: x P(x^2) below 1, else 1 - e^(-x^2) Q(1 / (1 + x / 2)); both of least maximal error.
-LLMKERN_INLINE Float erf(Float x) {
-  Float size = abs(x), square = mul(x, x);
-  Float p = fma(broadcast(-5.46292795e-4f), square, broadcast(4.87070325e-3f));
-  p = fma(p, square, broadcast(-2.66638101e-2f));
-  p = fma(p, square, broadcast(1.12780642e-1f));
-  p = fma(p, square, broadcast(-3.76119390e-1f));
-  p = fma(p, square, broadcast(1.12837892f));
-  Float t = div(broadcast(1.0f), fma(size, broadcast(0.5f), broadcast(1.0f)));
-  Float q = fma(broadcast(-3.87608258e-2f), t, broadcast(7.23656671e-1f));
-  q = fma(q, t, broadcast(-6.14486404e-2f));
-  q = fma(q, t, broadcast(3.92460099e-1f));
-  q = fma(q, t, broadcast(-1.35062862e-2f));
-  Float far = sub(broadcast(1.0f), mul(exp_negative(sub(zero(), square)), q));
-  Float y = where_less(size, broadcast(1.0f), mul(size, p), far);
-  return where_less(x, zero(), sub(zero(), y), y);
-}
-
 LLMKERN_INLINE Float activate(Activation f, Float x) {
   switch (f) {
     case Activation::relu:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmkern import second_order
 from llmkern.attention import op, reference
 from llmkern.attention.mask import Mask
-from llmkern.attention.op import second
 from llmkern.functional import attention_varlen
 from tests.attention.cases import attend, differentiable, tensors
 
@@ -47,10 +47,10 @@ class Exact(torch.autograd.Function):
 class ExactBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        second.setup(ctx, inputs, None)
+        second_order.setup(ctx, inputs, None)
         return reference.attention_backward(*inputs)
 
-    backward = staticmethod(second.backward_of(reference.attention_backward))
+    backward = staticmethod(second_order.backward_of(reference.attention_backward))
 
 
 @pytest.mark.parametrize("name", RULES)

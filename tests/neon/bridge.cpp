@@ -63,6 +63,12 @@ void move_pointers(Int8LinearParams& p) {
 void move_pointers(QuantizeRowsParams& p) { move_all(p.x, p.integer, p.scale, p.zero, p.quantize.given); }
 void move_pointers(SinusoidalAddParams& p) { move_all(p.x, p.pe, p.out); }
 void move_pointers(RotaryParams& p) { move_all(p.q, p.k, p.q_out, p.k_out, p.cos, p.sin, p.positions); }
+void move_pointers(NormParams& p) { move_all(p.x, p.residual, p.weight, p.bias, p.out, p.total, p.statistics); }
+void move_pointers(NormBackwardParams& p) {
+  move_all(p.grad, p.grad_total, p.total, p.weight, p.statistics, p.dx, p.weight_sums, p.bias_sums);
+}
+void move_pointers(GatedParams& p) { move_all(p.gate, p.up, p.out); }
+void move_pointers(GatedBackwardParams& p) { move_all(p.grad, p.gate, p.up, p.dgate, p.dup); }
 void move_pointers(RooflineParams& p) { move_all(p.data, p.sink, p.work); }
 
 // A process under QEMU that serves one call after the other.

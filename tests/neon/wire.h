@@ -9,9 +9,11 @@
 #include <cerrno>
 #include <cstdint>
 
+#include "../../csrc/activation/params.h"
 #include "../../csrc/attention/params.h"
 #include "../../csrc/common/roofline.h"
 #include "../../csrc/int8/params.h"
+#include "../../csrc/norm/params.h"
 #include "../../csrc/positional/params.h"
 
 // Every kernel, with its parameters; and those that instruction sets which add products of bytes alone have for
@@ -23,7 +25,11 @@
   X(attention_weights_backward, AttentionParams) \
   X(cache_append, CacheParams)                   \
   X(sinusoidal_add, SinusoidalAddParams)         \
-  X(rotary, RotaryParams)
+  X(rotary, RotaryParams)                        \
+  X(norm, NormParams)                            \
+  X(norm_backward, NormBackwardParams)           \
+  X(gated, GatedParams)                          \
+  X(gated_backward, GatedBackwardParams)
 #define LLMKERN_FOR_EACH_BYTE_KERNEL(X) \
   X(int8_pack, Int8PackParams)          \
   X(int8_linear, Int8LinearParams)      \

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern import second_order
 from llmkern.attention import compiled, cuda, reference
 from llmkern.attention.layout import empty_in_order
 from llmkern.attention.mask import RULE_COUNT, RULES, Mask
-from llmkern.attention.op import checks, second
+from llmkern.attention.op import checks
 from llmkern.attention.triton_launch import TRITON_ATTENTION, TRITON_ATTENTION_BACKWARD
 from llmkern.backend import Operator, reference_backend
 from llmkern.operator import call_key, define, dispatch, is_compiling, is_plain, refuse_forward_ad, short_autograd
@@ -152,7 +153,7 @@ define(
     "attention_backward(Tensor grad_output, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
     f"Tensor output, Tensor logsumexp, {RULES}, bool mask_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _BACKWARD.run, _fake_backward,
-    setup_context=second.setup, backward=second.backward_of(reference.attention_backward),
+    setup_context=second_order.setup, backward=second_order.backward_of(reference.attention_backward),
 )  # fmt: skip
 
 _Attention = short_autograd(_ATTENTION.run, _setup, _backward)

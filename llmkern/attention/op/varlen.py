@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern import autocast, check
+from llmkern import autocast, check, second_order
 from llmkern.attention import compiled, reference
 from llmkern.attention.mask import SCORE_RULES, window
-from llmkern.attention.op import checks, second
+from llmkern.attention.op import checks
 from llmkern.attention.triton_varlen_launch import TRITON_VARLEN, TRITON_VARLEN_BACKWARD
 from llmkern.backend import Operator, reference_backend
 from llmkern.operator import check_types, define, is_compiling, refuse_forward_ad
@@ -201,5 +201,5 @@ define(
     "attention_varlen_backward(Tensor grad_output, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
     f"Tensor output, Tensor logsumexp, {_SEQUENCES}, {SCORE_RULES}) -> (Tensor, Tensor, Tensor, Tensor)",
     _BACKWARD.run, _fake_backward,
-    setup_context=second.setup, backward=second.backward_of(reference.attention_varlen_backward),
+    setup_context=second_order.setup, backward=second_order.backward_of(reference.attention_varlen_backward),
 )  # fmt: skip

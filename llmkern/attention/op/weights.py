@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern import second_order
 from llmkern.attention import compiled, reference
 from llmkern.attention.layout import empty_in_order
 from llmkern.attention.mask import RULE_COUNT, RULES, Mask
-from llmkern.attention.op import checks, second
+from llmkern.attention.op import checks
 from llmkern.attention.op.dense import CAUSAL, fake_mask_grad, fake_sink_grad
 from llmkern.attention.triton_weights_launch import TRITON_COLUMN_SUMS, TRITON_WEIGHTS, TRITON_WEIGHTS_BACKWARD
 from llmkern.backend import Operator, reference_backend
@@ -142,7 +143,7 @@ define(
     f"attention_weights_backward(Tensor grad_weights, Tensor query, Tensor key, Tensor logsumexp, {RULES}, "
     "bool mask_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _BACKWARD.run, _fake_backward,
-    setup_context=second.setup, backward=second.backward_of(reference.attention_weights_backward),
+    setup_context=second_order.setup, backward=second_order.backward_of(reference.attention_weights_backward),
 )  # fmt: skip
 define(
     f"attention_column_sums(Tensor query, Tensor key, Tensor logsumexp, {RULES}) -> Tensor",

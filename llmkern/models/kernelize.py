@@ -1,0 +1,194 @@
+"""Existing models on the kernels: one call changes the model itself, another changes it back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from llmkern import check
+from llmkern.attention import module as attention
+from llmkern.attention import reference as plain_attention
+from llmkern.models import huggingface, structure
+from llmkern.models.swap import change_back, exchange, exchanged
+from llmkern.norm.module import LayerNorm, RMSNorm
+from llmkern.positional import module as positional
+from llmkern.positional import reference as plain_positional
+from llmkern.transformer.layers import FusedAttention, FusedDecoderLayer, FusedEncoderLayer
+from llmkern.verify import verify as hold
+
+#: Classes that are exchanged as they are, and the attributes that the new one needs besides.
+CLASSES: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
+    plain_attention.MultiHeadAttention: (attention.MultiHeadAttention, {}),
+    plain_positional.PositionalEncoding: (positional.PositionalEncoding, {"dropout": 0.0, "scale": 1.0}),
+    plain_positional.RotaryEmbedding: (positional.RotaryEmbedding, {}),
+    nn.LayerNorm: (LayerNorm, {}),
+    nn.RMSNorm: (RMSNorm, {}),
+    nn.MultiheadAttention: (FusedAttention, {}),
+    nn.TransformerEncoderLayer: (FusedEncoderLayer, {}),
+    nn.TransformerDecoderLayer: (FusedDecoderLayer, {}),
+    # Nothing but torch's own function for inference takes the nested tensors that it would make of padding.
+    nn.TransformerEncoder: (type("FusedEncoder", (nn.TransformerEncoder,), {}), {"use_nested_tensor": False}),
+}
+_REPORT = "_llmkern_report"
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One module: what became of it."""
+
+    name: str  #: its path in the model; empty for the model itself
+    kind: str  #: its class before
+    by: str  #: what serves it now; empty where it was left
+    left: str = ""  #: why it was left
+
+
+@dataclass
+class Report:
+    """What `kernelize` did, or would do; printed, a table."""
+
+    modules: list[Replacement] = field(default_factory=list)
+    dry_run: bool = False
+    verification: Any = None  #: what `verify` found, where it was asked for
+
+    @property
+    def replaced(self) -> list[str]:
+        return [m.name for m in self.modules if m.by]
+
+    def __str__(self) -> str:
+        lines = [("module", "class", "")]
+        for m in self.modules:
+            lines.append((m.name or "(the model)", m.kind, m.by or f"left: {m.left}"))
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        done = "would be replaced" if self.dry_run else "replaced"
+        table.append(f"{len(self.replaced)} of {len(self.modules)} modules that kernels might serve {done}")
+        return "\n".join(table if self.verification is None else [*table, str(self.verification)])
+
+
+def kernelize(model: nn.Module, *, dry_run: bool = False, verify: Any = None) -> Report:
+    """Puts everything in the model that the kernels serve on them, in place; returns a report.
+
+    model: any nn.Module, which itself is changed where it is one that is served: modules of llmkern.reference, torch's
+    LayerNorm, RMSNorm, MultiheadAttention and Transformer layers, and of Hugging Face models the attention, RMSNorms
+    and gated feed-forward layers. Parameters, buffers, state_dict, hooks and the objects stay; what changes is the
+    forward. Subclasses, modules with a forward of their own and everything unknown are left as they are; the report
+    says so where a kernel might have served.
+
+    dry_run: changes nothing and reports what would be done. verify: inputs of the model (a tuple of arguments, a dict
+    of keywords, or one argument), on which its outputs before and after are held to the numerical contract
+    (`llmkern.verify`) in the mode that it is in; where they do not keep it, the model is changed back and RuntimeError
+    raised.
+
+    `report(model)` gives the report again, `restore(model)` changes the model back. Raises TypeError where model is no
+    module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check.flag("dry_run", dry_run)
+    found = _plan(model)
+    result = Report([made for made, _ in found], dry_run)
+    if dry_run:
+        return result
+    before = None if verify is None else copy.deepcopy(model)
+    for _, change in found:
+        if change is not None:
+            change()
+    if verify is not None:
+        args, kwargs = _inputs(verify)
+        result.verification = hold(model, before, args, kwargs, gradients=False)
+        if not result.verification:
+            restore(model)
+            raise RuntimeError(f"kernelize: the model does not keep the contract, and was changed back\n{result}")
+    earlier = vars(model).get(_REPORT)
+    if earlier is not None:  # what was done then is still so
+        done = [m for m in earlier.modules if m.by]
+        names = {m.name for m in done}
+        result.modules = [*done, *(m for m in result.modules if m.name not in names)]
+    vars(model)[_REPORT] = result
+    return result
+
+
+def report(model: nn.Module) -> Report:
+    """The report of the last `kernelize` of this model. Raises ValueError for a model that was not kernelized."""
+    found = vars(model).get(_REPORT) if isinstance(model, nn.Module) else None
+    if not isinstance(found, Report):
+        raise ValueError("model: expected one that llmkern.kernelize has changed, got one that it has not")
+    return found
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes `kernelize` in place, for the model and everything in it; returns the model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if exchanged(module) is not None:
+            change_back(module)
+        huggingface.restore_attention(module)
+        vars(module).pop(_REPORT, None)
+    return model
+
+
+def _plan(model: nn.Module) -> list[tuple[Replacement, Callable[[], None] | None]]:
+    """For each module that kernels might serve: what becomes of it, and what does it."""
+    found: list[tuple[Replacement, Callable[[], None] | None]] = []
+    models: list[str] = []  # of transformers, by their paths
+    for name, module in model.named_modules():
+        if exchanged(module) is not None:
+            continue
+        kind = type(module).__name__
+        into, attributes, left = _choice(module)
+        if into is not None:
+            change = _exchange(module, into, attributes)
+            found.append((Replacement(name, kind, into.__name__), change))
+        elif left:
+            found.append((Replacement(name, kind, "", left), None))
+        if any(name.startswith(f"{outer}." if outer else "") for outer in models):
+            continue  # its attention is that of the model around it
+        of_model, reason = huggingface.attention_change(module)
+        if of_model is not None or reason:
+            models.append(name)
+        if of_model is not None:
+            found.append((Replacement(name, kind, "attn_implementation='llmkern'"), of_model))
+        elif reason:
+            found.append((Replacement(name, kind, "", reason), None))
+    return found
+
+
+def _exchange(module: nn.Module, into: type[nn.Module], attributes: dict[str, Any]) -> Callable[[], None]:
+    return lambda: exchange(module, into, **attributes)
+
+
+def _choice(module: nn.Module) -> tuple[type[nn.Module] | None, dict[str, Any], str]:
+    """The class that a module gets, its attributes, or why it gets none (empty: no kernel has to do with it)."""
+    kind = type(module)
+    own = "forward" in vars(module)
+    if kind in CLASSES:
+        into, attributes = CLASSES[kind]
+        return (None, {}, "it has a forward of its own") if own else (into, attributes, "")
+    ours = tuple(into for into, _ in CLASSES.values())
+    if isinstance(module, tuple(CLASSES)) and not isinstance(module, ours):
+        parents = [k for k in CLASSES if isinstance(module, k)]
+        return None, {}, f"a subclass of {parents[0].__name__}, whose forward may be another"
+    for look, forward in ((structure.rms_norm, structure.FusedRMSNorm), (structure.gated, structure.FusedGated)):
+        if isinstance(module, forward):
+            continue
+        needs = "it has a forward of its own" if own else None if _has_hooks(module) else look(module)
+        if isinstance(needs, str) and not own:
+            return None, {}, needs
+        if isinstance(needs, dict):
+            return structure.fused_class(kind, forward), needs, ""
+    return None, {}, ""
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
+
+
+def _inputs(verify: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(verify, dict):
+        return (), verify
+    return (verify if isinstance(verify, tuple) else (verify,)), {}

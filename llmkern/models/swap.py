@@ -1,0 +1,38 @@
+"""A module's class exchanged in place: parameters, buffers, hooks and whoever holds the module stay as they are.
+
+What a class is exchanged for is a subclass with another forward and no state of its own; the class before, and the
+attributes that were changed, are kept in the module, so that a copy or an unpickled one can be changed back too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_BEFORE = "_llmkern_before"
+
+
+def exchange(module: nn.Module, into: type[nn.Module], **attributes: Any) -> None:
+    """Makes `module`, in place, one of the class `into`, with these attributes set."""
+    before = {name: vars(module).get(name) for name in attributes}
+    vars(module)[_BEFORE] = (type(module), before)
+    vars(module).update(attributes)
+    module.__class__ = into
+
+
+def exchanged(module: nn.Module) -> type[nn.Module] | None:
+    """The class that the module had; None where it is as it was made."""
+    before = vars(module).get(_BEFORE)
+    return None if before is None else before[0]
+
+
+def change_back(module: nn.Module) -> None:
+    """Undoes `exchange`."""
+    kind, attributes = vars(module).pop(_BEFORE)
+    module.__class__ = kind
+    for name, value in attributes.items():
+        if value is None:
+            vars(module).pop(name, None)
+        else:
+            vars(module)[name] = value

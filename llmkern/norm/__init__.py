@@ -1,0 +1,1 @@
+"""LayerNorm and RMSNorm, with the residual added in the same pass."""
