@@ -1,5 +1,6 @@
-// e^x for x <= 0, and what is made of it: tanh, the logistic and the error function. A power of two by integer addition, times a polynomial for e^r with |r| <=
-// ln(2) / 2 (Cody and Waite, Software Manual for the Elementary Functions, chapter 6).
+// e^x for x <= 0, and what is made of it: tanh, the logistic and the error function. A power of two by integer
+// addition, times a polynomial for e^r with |r| <= ln(2) / 2 (Cody and Waite, Software Manual for the Elementary
+// Functions, chapter 6).
 #pragma once
 #include "simd.h"
 

@@ -28,8 +28,8 @@ inline void bind_norm(pybind11::module_& m) {
               strides[1], eps, offset, centred, static_cast<DType>(dtypes[0]), static_cast<DType>(dtypes[1]), threads});
       },
       py::call_guard<py::gil_scoped_release>());
-  // addresses: grad, grad_total, total, weight, statistics, dx, weight_sums, bias_sums; sizes: rows, width, chunks, rows
-  // of a chunk; strides: grad, grad_total, total; dtypes as above.
+  // addresses: grad, grad_total, total, weight, statistics, dx, weight_sums, bias_sums; sizes: rows, width, chunks,
+  // rows of a chunk; strides: grad, grad_total, total; dtypes as above.
   m.def(
       "norm_backward",
       [](const std::array<uintptr_t, 8>& addresses, const std::array<int64_t, 4>& sizes,
@@ -37,10 +37,26 @@ inline void bind_norm(pybind11::module_& m) {
          int threads) {
         auto in = [&](int i) { return reinterpret_cast<const void*>(addresses[i]); };
         auto sums = [&](int i) { return reinterpret_cast<float*>(addresses[i]); };
-        norm_backward({in(0), in(1), in(2), in(3), static_cast<const float*>(in(4)),
-                       reinterpret_cast<void*>(addresses[5]), sums(6), sums(7), sizes[0], sizes[1], sizes[2], sizes[3],
-                       strides[0], strides[1], strides[2], offset, centred, static_cast<DType>(dtypes[0]),
-                       static_cast<DType>(dtypes[1]), threads});
+        norm_backward({in(0),
+                       in(1),
+                       in(2),
+                       in(3),
+                       static_cast<const float*>(in(4)),
+                       reinterpret_cast<void*>(addresses[5]),
+                       sums(6),
+                       sums(7),
+                       sizes[0],
+                       sizes[1],
+                       sizes[2],
+                       sizes[3],
+                       strides[0],
+                       strides[1],
+                       strides[2],
+                       offset,
+                       centred,
+                       static_cast<DType>(dtypes[0]),
+                       static_cast<DType>(dtypes[1]),
+                       threads});
       },
       py::call_guard<py::gil_scoped_release>());
 }

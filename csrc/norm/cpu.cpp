@@ -41,9 +41,8 @@ Moments moments(const T* row, int64_t width, float eps, bool centred) {
 
 template <class T>
 void add_residual(const T* x, const T* residual, T* total, int64_t width) {
-  for_each_vector(width, [&](int64_t d, int n) {
-    store_some(total + d, add(load_some(x + d, n), load_some(residual + d, n)), n);
-  });
+  for_each_vector(
+      width, [&](int64_t d, int n) { store_some(total + d, add(load_some(x + d, n), load_some(residual + d, n)), n); });
 }
 
 template <class T, class W>

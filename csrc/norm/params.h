@@ -10,8 +10,8 @@ namespace llmkern {
 // a row of it
 //   out = (total - mean) / sqrt(variance + eps) * (offset + weight) + bias   where centred,
 //   out = total / sqrt(mean of total^2 + eps) * (offset + weight) + bias     elsewhere.
-// A null weight stands for 1 - offset, a null bias for 0. out and total are contiguous; total may be null where residual
-// is. statistics: (rows, 2), the mean (0 where not centred) and the reciprocal of the root.
+// A null weight stands for 1 - offset, a null bias for 0. out and total are contiguous; total may be null where
+// residual is. statistics: (rows, 2), the mean (0 where not centred) and the reciprocal of the root.
 struct NormParams {
   const void *x, *residual, *weight, *bias;
   void *out, *total;

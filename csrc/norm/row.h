@@ -4,8 +4,8 @@
 
 namespace llmkern::LLMKERN_ISA {
 
-// The sum of f(column, count) over the vectors of a row, in four chains, so that additions need not wait for each other.
-// f must give 0 in the lanes from `count` on.
+// The sum of f(column, count) over the vectors of a row, in four chains, so that additions need not wait for each
+// other. f must give 0 in the lanes from `count` on.
 template <class F>
 LLMKERN_INLINE float sum_over(int64_t width, F f) {
   Float sums[4] = {zero(), zero(), zero(), zero()};
@@ -44,9 +44,7 @@ template <class W>
 struct Factors {
   const W* weight;
   Float offset;
-  Float at(int64_t d, int n) const {
-    return weight ? add(offset, load_some(weight + d, n)) : broadcast(1.0f);
-  }
+  Float at(int64_t d, int n) const { return weight ? add(offset, load_some(weight + d, n)) : broadcast(1.0f); }
 };
 
 // Calls f with a value of the element type and one of the weights' type; weights are of either or float.
