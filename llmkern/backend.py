@@ -47,6 +47,18 @@ def _any_shape(*args: Any) -> bool:
     return True
 
 
+def _few_rows(x: Tensor, *args: Any) -> bool:
+    return x.numel() <= 8 * x.shape[-1]
+
+
+def _for_hopper(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> bool:
+    """What csrc/attention/cuda_sm90.cu takes: 16 bits, 64 or 128 wide, no mask, slopes, sink, soft cap or dropout."""
+    usual = query.element_size() == 2 and query.shape[-1] == value.shape[-1] in (64, 128)
+    mask, _, slopes, sink = rules[:4]
+    softcap, dropout = rules[8:10]
+    return usual and mask is slopes is sink is None and softcap == 0.0 and dropout == 0.0
+
+
 @dataclass(frozen=True)
 class Preference:
     """Which GPU backend comes first in an operator's list where more than one has a kernel.
@@ -73,7 +85,8 @@ class Preference:
 NEWEST = (99, 0)  # newer than every device: a range that ends here is open
 
 #: The choice between CUDA C++ and Triton; the first line that holds decides. Nothing here was measured on a GPU: the
-#: reasons are what the compilers show (`python -m llmkern inspect`) and how each of the two is loaded and launched.
+#: reasons are what the compilers show (`python -m llmkern inspect`: the serial share of the peak of the main loop's
+#: mix) and how each of the two is loaded and launched.
 PREFERENCES: list[Preference] = [
     Preference(
         "rotary", (8, 0), NEWEST, "any", _any_shape, "cuda",
@@ -89,14 +102,36 @@ PREFERENCES: list[Preference] = [
         "as sinusoidal_add, whose gradient it is",
     ),
     Preference(
-        "int8_linear", (8, 0), NEWEST, "any", _any_shape, "cuda",
+        "int8_linear", (8, 0), NEWEST, "up to 8 rows", _few_rows, "cuda",
         "weights of few rows are read once, without filling up tiles of 16 rows, pairs read their inputs once, and the "
         "machine code is in the library; rotation and groups with zero points are in Triton alone",
     ),
     Preference(
+        "int8_linear", (9, 0), (9, 0), "more rows", _any_shape, "cuda",
+        "it adds one wgmma to the next without waiting for either, where Triton waits after every step: 94 to 99 % of "
+        "the serial share with one digit or two, and 19 to 32 % with groups, where Triton has 20 to 21 %",
+    ),
+    Preference(
+        "int8_linear", (8, 0), NEWEST, "more rows", _any_shape, "triton",
+        "its tiles keep more products for each byte that they read: the serial share is 32 and 50 % on sm_80 with one "
+        "digit and two, where CUDA C++ has 23 and 26 %, 13 % with groups to 5 %, and on sm_100 it takes tcgen05, where "
+        "CUDA C++ takes mma.sync, a fifth of the peak at most",
+    ),
+    Preference(
+        "attention", (9, 0), (9, 0), "heads of 64 or 128, keys hidden by place alone", _for_hopper, "cuda",
+        "its kernel for Hopper gives the softmax of one warpgroup the time of another's products, which no share of a "
+        "single warp's mix shows",
+    ),
+    Preference(
+        "attention", (9, 0), (11, 99), "any other", _any_shape, "triton",
+        "it multiplies by wgmma and tcgen05, where CUDA C++ has mma.sync left: at most 49 % of the peak on sm_90, 24 % "
+        "on sm_100",
+    ),
+    Preference(
         "attention", (8, 0), NEWEST, "any", _any_shape, "cuda",
-        "its machine code is in the library for all rules, where Triton compiles at the first call with "
-        "each; Triton has float32, heads up to 256 wide, and GPUs of AMD besides",
+        "both multiply by mma.sync, with shares of the peak alike; its machine code is in the library for all rules, "
+        "where Triton compiles at the first call with each; Triton has float32, heads up to 256 wide, and GPUs of AMD "
+        "besides",
     ),
     Preference(
         "attention_backward", (8, 0), NEWEST, "any", _any_shape, "triton",
@@ -105,7 +140,7 @@ PREFERENCES: list[Preference] = [
     Preference(
         "attention_kvcache", (8, 0), NEWEST, "any", _any_shape, "cuda",
         "it reads keys and values straight into the operands of the matrix units, without shared memory, and its "
-        "machine code is in the library; Triton has float32, and GPUs of AMD besides",
+        "machine code is in the library; Triton has GPUs of AMD besides",
     ),
 ]  # fmt: skip
 

@@ -166,6 +166,23 @@ def test_every_line_of_the_table_is_of_an_operator_and_a_backend_that_there_are(
     assert several == {line.operator for line in backend.PREFERENCES}
 
 
+def test_the_choice_by_architecture_and_shape():
+    def chosen(operator, capability, *args):
+        return backend.preference(operator, capability, args).backend
+
+    q = torch.empty(1, 4, 8, 128, dtype=torch.bfloat16)
+    plain = (None, None, None, None, None, -1, 0, False, 0.0, 0.0, 0.1, False)
+    capped = (*plain[:8], 30.0, *plain[9:])
+    for capability, of_plain, of_capped in (((8, 0), "cuda", "cuda"), ((9, 0), "cuda", "triton"),
+                                            ((10, 0), "triton", "triton"), ((12, 0), "cuda", "cuda")):  # fmt: skip
+        assert chosen("attention", capability, q, q, q, *plain) == of_plain
+        assert chosen("attention", capability, q, q, q, *capped) == of_capped
+    assert chosen("attention", (9, 0), *[q[..., :80]] * 3, *plain) == "triton"
+    few, many = torch.empty(2, 4, 64), torch.empty(2, 5, 64)
+    for capability, of_many in (((8, 0), "triton"), ((9, 0), "cuda"), ((10, 0), "triton")):
+        assert chosen("int8_linear", capability, few) == "cuda" and chosen("int8_linear", capability, many) == of_many
+
+
 def test_ranges_in_words():
     def words(first, last):
         return backend.Preference("", first, last, "", lambda: True, "", "").capabilities

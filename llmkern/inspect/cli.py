@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.json:
         try:  # before minutes of compiling
-            with open(options.json, "w"):
+            with open(options.json, "a"):  # what it holds stays until there is something better
                 pass
         except OSError as error:
             print(f"llmkern inspect: --json {options.json}: {error.strerror}", file=sys.stderr)
