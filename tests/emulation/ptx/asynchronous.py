@@ -63,6 +63,10 @@ def _copy(form: Form) -> Run:
             take = np.where(given, 0, size) if by_predicate else np.minimum(given, size).astype(np.int64)
         words = np.zeros((size // 4, unit.count), np.uint32)
         begin = full(source(unit), unit.count)
+        odd = active & (take == 0) & (begin % size != 0)  # asked of the address also where nothing is read
+        if odd.any():
+            message = f"cp.async that reads nothing, from an address that is no multiple of {size}"
+            machine.faults.add("misaligned", message, form.ins, 0, int(unit.thread[odd.argmax()]), int(odd.sum()))
         for n in np.unique(take[active]):
             some = active & (take == n)
             if n in pieces:
