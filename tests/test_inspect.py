@@ -374,9 +374,9 @@ __global__ void __launch_bounds__(1024, 2) spilling(float* x) {{
 
 def test_budgets_name_what_is_over():
     rows = [a_row(registers=65, shared_bytes=2048)]
-    kept = {"k": {"cuda": {"sm_90": {"registers": 65, "spill_bytes": 0, "shared_bytes": 2048}}}}
+    kept = {"k": {"cuda": {"float": {"sm_90": [65, 0, 2048]}, "double": {"sm_90": [32, 0, 0]}}}}
     assert budgets.over(rows, kept) == [] and budgets.over(rows, {}) == []
-    kept["k"]["cuda"]["sm_90"] |= {"registers": 64, "shared_bytes": 2047}
+    kept["k"]["cuda"]["float"]["sm_90"] = [64, 0, 2047]
     assert budgets.over(rows, kept) == [
         "k (cuda, float) for sm_90a: 65 registers, the budget is 64",
         "k (cuda, float) for sm_90a: 2048 shared bytes, the budget is 2047",
@@ -384,13 +384,31 @@ def test_budgets_name_what_is_over():
     assert budgets.over([a_row(occupancy=0.0)], {}) == ["k (cuda, float) for sm_90a: no block fits on an SM"]
 
 
+def test_budgets_are_written(tmp_path):
+    """Of what was compiled; other targets and kernels stay, and so does the reason of spills."""
+    path = tmp_path / "budgets.json"
+    before = {
+        "k": {"cuda": {"gone": {"sm_90": [8, 0, 0]}, "float": {"sm_80": [16, 0, 0]}, "why": "because"}},
+        "other": {"triton": {"float": {"sm_90": [24, 0, 0]}}},
+    }
+    path.write_text(budgets.text(before))
+    budgets.write([a_row(registers=65, spill_bytes=4, shared_bytes=None)], path)
+    after = json.loads(path.read_text())
+    of_float = {"sm_80": [16, 0, 0], "sm_90": [72, 4, None]}
+    assert after == {"k": {"cuda": {"float": of_float, "why": "because"}}, "other": before["other"]}
+
+
 def test_budgets_are_well_formed():
+    assert budgets.text(budgets.load()) == budgets.FILE.read_text()
     for kernel, sources in budgets.load().items():
-        for source, targets in sources.items():
+        for source, configs in sources.items():
+            why = configs.pop("why", "")
             assert source in inspector.SOURCES
-            for target, budget in targets.items():
-                assert target in inspector.TARGETS and set(budget) - {"why"} == set(budgets.FIELDS), (kernel, target)
-                assert (budget["spill_bytes"] > 0) == bool(budget.get("why")), (kernel, target)
+            for config, targets in configs.items():
+                assert targets and set(targets) <= set(inspector.TARGETS), (kernel, config)
+                assert all(len(numbers) == len(budgets.FIELDS) for numbers in targets.values()), (kernel, config)
+            spills = [n for targets in configs.values() for _, n, _ in targets.values() if n]
+            assert bool(spills) == bool(why), (kernel, "spills, or says why and does not")
 
 
 ENFORCED = ["sm_80", "sm_90", "sm_120", "gfx942"]
@@ -400,10 +418,15 @@ def enforce(source: str) -> None:
     rows = inspector.inspect(ENFORCED, sources=(source,))
     of_source = {t for t in ENFORCED if source == "triton" or t in limits.LIMITS}
     assert {r.target if r.target in amd.LIMITS else limits.base(r.target) for r in rows} == of_source
-    assert budgets.over(rows, budgets.load()) == []
-    names, listed = {r.kernel for r in rows}, budgets.load()
-    gone = [k for k in listed if source in listed[k] and k not in names]
-    assert not gone, f"budgets of kernels that are not there: {gone}"
+    listed = budgets.load()
+    assert budgets.over(rows, listed) == []
+    made = {(r.kernel, r.config, budgets.target_of(r)) for r in rows}
+    known = {
+        (kernel, config, target) for kernel, sources in listed.items()
+        for config, targets in sources.get(source, {}).items() if config != "why" for target in targets
+        if target in ENFORCED
+    }  # fmt: skip
+    assert made == known, "`python -m llmkern inspect --write-budgets` lists what there is"
 
 
 @needs_nvcc

@@ -74,6 +74,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE, as a list of objects")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.add_argument("--check", action="store_true", help="fail where a kernel needs more than its budget")
+    parser.add_argument(
+        "--write-budgets", action="store_true", help="set the budgets of what is compiled to what it needs"
+    )
     options = parser.parse_args(arguments)
     if options.json:
         try:  # before minutes of compiling
@@ -94,6 +97,8 @@ def main(arguments: list[str]) -> int:
     if options.json:
         with open(options.json, "w") as file:
             file.write(to_json(rows))
+    if options.write_budgets:
+        budgets.write(rows)
     complaints = budgets.over(rows, budgets.load()) if options.check else []
     for complaint in complaints:
         print(f"llmkern inspect: {complaint}", file=sys.stderr)
