@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llmkern.functional as F
 from llmkern import backend, cuda, extension
 from llmkern.attention.cuda import CUDA_ATTENTION_BACKWARD
+from llmkern.attention.mask import Mask
 from tests.emulation import cuda_on_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,7 +288,37 @@ def _positional():
     F.sinusoidal_add(x, pe, dropout_p=0.5, seed=torch.tensor(3)).sum().backward()
 
 
+def _weights(*, sums: bool):
+    q, k = torch.randn(1, 4, 5, 64, requires_grad=True), torch.randn(1, 2, 7, 64)
+    logsumexp = torch.randn(1, 4, 5, dtype=torch.float64)
+    rules = (*Mask().arguments(), 0.125, False)
+    if sums:
+        return torch.ops.llmkern.attention_column_sums(q.detach(), k, logsumexp, *rules)
+    return torch.ops.llmkern.attention_weights(q, k, logsumexp, *rules).sum().backward()
+
+
+def _end_to_end():
+    q, k = torch.randn(9, 4, 64, requires_grad=True), torch.randn(9, 2, 64)
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    F.attention_varlen(q, k, k, bounds, bounds, max_seqlen_q=5, max_seqlen_k=5).sum().backward()
+
+
+def _integers():
+    q, k = torch.randn(1, 4, 5, 64).bfloat16(), torch.randn(1, 2, 7, 64).bfloat16()
+    F.attention_int8(q, k, k, enable_gqa=True)
+
+
+def _rows():
+    x = torch.randn(5, 16, requires_grad=True)
+    sum(F.layer_norm(x, torch.rand(16), residual=x * 2)).sum().backward()
+    F.swiglu(x, x * 2).sum().backward()
+
+
 CALLED = {
+    "attention_weights": lambda: _weights(sums=False), "attention_weights_backward": lambda: _weights(sums=False),
+    "attention_column_sums": lambda: _weights(sums=True), "attention_varlen": _end_to_end,
+    "attention_varlen_backward": _end_to_end, "attention_int8": _integers, "norm": _rows, "norm_backward": _rows,
+    "gated": _rows, "gated_backward": _rows,
     "attention": lambda: _attention(False), "attention_backward": lambda: _attention(True),
     "attention_kvcache": _cached, "int8_linear": _linear, "int8_linear_backward": _linear, "rotary": _positional,
     "sinusoidal_add": _positional, "sinusoidal_dropout": _positional,
@@ -328,7 +359,8 @@ def test_planning_and_launching_wait_for_nothing(name, found, monkeypatch):
     monkeypatch.setattr("llmkern.cuda.stream", lambda device: (0, 0))
     monkeypatch.setattr("llmkern.triton.run", lambda launch: None)
     monkeypatch.setattr("llmkern.triton.family", lambda device: "sm_80")
-    for module in ("triton_launch", "triton_decode_launch"):
+    launchers = ("launch", "decode_launch", "int8_launch", "varlen_launch", "weights_launch")
+    for module in (f"triton_{name}" for name in launchers):
         monkeypatch.setattr(f"llmkern.attention.{module}.family_of", lambda device: "sm_80")
     for module in ("cuda_decode", "triton_decode_launch"):
         monkeypatch.setattr(f"llmkern.attention.{module}.processors", lambda device: 64)

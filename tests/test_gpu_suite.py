@@ -206,7 +206,7 @@ def first_of_each(part, count):
     ("part", "count", "expected"),
     [
         (device_rates.part, 1, {"passed", "measured"}),
-        (contract.part, 1, {"passed"}),
+        (contract.part, 1, {"passed", "skipped"}),  # attention_int8 has no kernel there
         (graphs.part, 1, {"passed", "skipped"}),
     ],
 )

@@ -122,7 +122,8 @@ def attention_column_sums_kernel(
     k = load_rows(key + b * k_b + h // group * k_h, k_s, start, keys, D, BLOCK_D, BLOCK_N, True)
     col = start + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float64)
-    begin, _, _, end = query_tiles(start, tl.minimum(start + BLOCK_N, all_keys) - 1, limits, LEFT, RIGHT, BLOCK_M)
+    tiles = query_tiles(start, tl.minimum(start + BLOCK_N, all_keys) - 1, limits, LEFT, RIGHT, BLOCK_M)
+    begin, end = tiles[0], tiles[3]
     if LENGTHS:
         end = tl.where(start < keys, end, begin)
     for first in range(begin, end, BLOCK_M):

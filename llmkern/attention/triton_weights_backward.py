@@ -151,7 +151,8 @@ def _key_rows(
     k = load_rows(key[0], key[1], start, keys, D, BLOCK_D, BLOCK_N, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     col = start + tl.arange(0, BLOCK_N)[:, None]
-    begin, _, _, end = query_tiles(start, tl.minimum(start + BLOCK_N, all_keys) - 1, limits, LEFT, RIGHT, BLOCK_M)
+    tiles = query_tiles(start, tl.minimum(start + BLOCK_N, all_keys) - 1, limits, LEFT, RIGHT, BLOCK_M)
+    begin, end = tiles[0], tiles[3]
     if LENGTHS:
         end = tl.where(start < keys, end, begin)
     for member in range(group):

@@ -133,7 +133,8 @@ def run(
     threads_at_once: how many threads' blocks run together; blocks beyond them run afterwards.
     most_dynamic: what the kernel's cudaFuncAttributeMaxDynamicSharedMemorySize was set to, 0 if it was not: without it
         a block has at most 48 KB. None: as much as needed. The target's limit holds always.
-    init_fences: whether a copy to an mbarrier without a fence behind its init is a fault.
+    init_fences: whether a copy to an mbarrier without a fence behind its init is a fault, and a wgmma that adds to a
+        constant which a mov brought behind the last wgmma.fence.
     limit: instructions (of a warp) after which a kernel counts as endless.
 
     Faults are in the report, not raised. PtxError: what cannot be executed.

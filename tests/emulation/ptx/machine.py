@@ -79,6 +79,7 @@ class Machine:
         self.barriers = Barriers(self)
         #: Threads that wait for a phase of an mbarrier: (unit, instruction, mask).
         self.blocked: list[tuple[Unit, int, np.ndarray]] = []
+        self.init_fences = init_fences
         self.mbarriers = Mbarriers(self, init_fences) if "mbarrier" in kinds else None
         #: Registers of each warpgroup's threads, and what a block's have given up: what setmaxnreg moves.
         groups = (self.clocks.warps + 3) // 4

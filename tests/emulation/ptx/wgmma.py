@@ -252,6 +252,7 @@ def watch(form: Form, run: Run, registers: set[str]) -> Run:
     if not used and not written:
         return run
     renames = _renames(form)
+    constant = form.ins.opcode == "mov" and not renames
 
     def watched(unit: Any, mask: Mask) -> Any:
         active = unit.exists if mask is None else mask
@@ -263,6 +264,8 @@ def watch(form: Form, run: Run, registers: set[str]) -> Run:
             if bad.any():
                 message = f"wgmma still uses {name}, which needs wgmma.wait_group"
                 unit.fault("missing wait", message, form.ins, int(bad.argmax()))
+        if constant and not unit.machine.init_fences:
+            return run(unit, mask)
         for name in written:
             before = unit.unfenced.get(name)
             unit.unfenced[name] = active.copy() if before is None else before | active
