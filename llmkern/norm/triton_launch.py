@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from llmkern.inspect.triton_source import Compilation
 
 MODULE = "llmkern.norm.triton_kernels"
-#: The longest row: 64 elements for each of 512 threads in the forward, whose registers hold it once, and half as many
+#: The longest row: 32 elements for each of 512 threads in the forward, whose registers hold it once, and half as many
 #: in the backward, which holds a row three times.
 WIDEST = 16384
+WIDEST_BACKWARD = 8192
 #: Elements of a program's tile, at least: short rows come several at a time.
 TILE = 2048
 #: The fewest rows of a program of the backward, and the most programs: some for each SM of the largest GPUs.
@@ -101,17 +102,21 @@ def norm_backward(
     return dx, dweight, dbias
 
 
-def _unsupported(x: Tensor, *args: Any) -> str | None:
-    return triton.unsupported(x) or limits(x)
+def limits(x: Tensor, widest: int) -> str | None:
+    """Why a kernel cannot take rows of x, wherever it is."""
+    return f"its kernel takes rows of up to {widest} elements, not {x.size(-1)}" if x.size(-1) > widest else None
 
 
-def limits(x: Tensor) -> str | None:
-    """Why the kernels cannot take rows of x, wherever it is."""
-    return f"its kernels take rows of up to {WIDEST} elements, not {x.size(-1)}" if x.size(-1) > WIDEST else None
-
-
-TRITON_NORM = Backend("triton", lambda *args: lambda *args: norm(triton.run, *args), _unsupported)
-TRITON_NORM_BACKWARD = Backend("triton", lambda *args: lambda *args: norm_backward(triton.run, *args), _unsupported)
+TRITON_NORM = Backend(
+    "triton",
+    lambda *args: lambda *args: norm(triton.run, *args),
+    lambda x, *args: triton.unsupported(x) or limits(x, WIDEST),
+)
+TRITON_NORM_BACKWARD = Backend(
+    "triton",
+    lambda *args: lambda *args: norm_backward(triton.run, *args),
+    lambda x, *args: triton.unsupported(x) or limits(x, WIDEST_BACKWARD),
+)
 
 
 def examples(dtype: torch.dtype, width: int, centred: bool) -> Iterator[triton.Launch]:
@@ -122,7 +127,8 @@ def examples(dtype: torch.dtype, width: int, centred: bool) -> Iterator[triton.L
     bias = weight if centred else None
     statistics = torch.empty(4096, 2, device="meta")
     norm(made.append, x, x, weight, bias, 1e-5, 0.0, centred)
-    norm_backward(made.append, x, x, x, weight, statistics, 1e-5, 0.0, centred, centred)
+    if width <= WIDEST_BACKWARD:
+        norm_backward(made.append, x, x, x, weight, statistics, 1e-5, 0.0, centred, centred)
     yield from made
 
 
@@ -130,7 +136,8 @@ def compilations() -> Iterator[Compilation]:
     """What `python -m llmkern inspect` compiles: rows of 4096 and of the widest, with residual and weights."""
     from llmkern.inspect.triton_source import Compilation
 
-    rows = ((torch.bfloat16, "bf16", 4096), (torch.bfloat16, "bf16", WIDEST), (torch.float32, "fp32", WIDEST))
+    widths = (4096, WIDEST_BACKWARD, WIDEST)
+    rows = (*((torch.bfloat16, "bf16", n) for n in widths), *((torch.float32, "fp32", n) for n in widths[1:]))
     for (dtype, short, width), centred in itertools.product(rows, (True, False)):
         for launch in examples(dtype, width, centred):
             kind = "LayerNorm" if centred else "RMSNorm"

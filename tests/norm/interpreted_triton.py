@@ -53,5 +53,5 @@ def test_strides(layout, centred):
 def test_the_widest_rows():
     for centred in (False, True):
         hold_forward(interpret, (2, triton_launch.WIDEST), torch.float32, centred)
-        hold_backward(interpret, (3, triton_launch.WIDEST), torch.float32, centred)
-    assert "up to 16384 elements, not 16385" in triton_launch.limits(torch.empty(1, 16385))
+        hold_backward(interpret, (3, triton_launch.WIDEST_BACKWARD), torch.float32, centred)
+    assert "up to 16384 elements, not 16385" in triton_launch.limits(torch.empty(1, 16385), triton_launch.WIDEST)
