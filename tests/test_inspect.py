@@ -194,7 +194,7 @@ def test_what_amds_metadata_say_is_read():
         amd.resources(AMDGCN + "    .vgpr_count: 3\n")
     made = amd.row("k", "x", "gfx942", 1024, 256, AMDGCN)
     assert (made.registers, made.spill_bytes, made.bracket_serial, made.bracket_bound) == (200, 36, None, None)
-    told = budgets.over([made], {"k": {"triton": {"gfx942": {"registers": 192}}}})
+    told = budgets.over([made], {"k": {"triton": {"x": {"gfx942": [192, 0, 1024]}}}})
     assert [t.split(": ")[1] for t in told] == [
         "200 registers, the budget is 192", "36 spill bytes, the budget is 0",
     ]  # fmt: skip
