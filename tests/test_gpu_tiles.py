@@ -89,7 +89,7 @@ GOOD = {
         ("[]", 'expected {"version": 1, "lines": [...]}'),
         ({"version": 2, "lines": []}, 'expected {"version": 1'),
         ([{**GOOD, "family": "loss"}], "lines[0]: family: expected one of attention, int8, got 'loss'"),
-        ([GOOD, {**GOOD, "kernel": "x"}], "lines[1]: kernel: expected one of forward, queries, keys, got 'x'"),
+        ([GOOD, {**GOOD, "kernel": "x"}], "lines[1]: kernel: expected one of forward, queries, keys, int8, got 'x'"),
         ([{**GOOD, "architecture": 90}], 'architecture: expected "sm_90"'),
         ([{**GOOD, "width": "64"}], "width: expected an integer of at least 0, got '64'"),
         ([{**GOOD, "more": 1}], "expected the keys architecture, family, kernel, tile, width"),
