@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import family, peers
-from benchmarks.family import Case, Options
+from benchmarks.family import DTYPES, Case, Options
 from llmkern import functional
 from llmkern.verify import Report, verify
 
 SHAPES = [(1, 12, 512, 64), (1, 12, 2048, 64), (4, 8, 1024, 64), (1, 32, 2048, 128)]
 QUICK = [(1, 12, 512, 64), (1, 12, 2048, 64)]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,15 +68,7 @@ def contestants(
         "torch eager": lambda: peers.attention_eager(*args, **peer),
         "llmkern": lambda: ours(*args),
     }
-    skipped = {}
-    if compile:
-        missing = peers.compile_missing()
-        if missing:
-            skipped["torch.compile"] = missing
-        else:
-            function = peers.compiled(peers.attention_eager)
-            found["torch.compile"] = lambda: function(*args, **peer)
-    return found, skipped
+    return found, peers.with_compiled(found, peers.attention_eager, args, compile, **peer)
 
 
 def forward(shape: Sequence[int], short: str, causal: bool, options: Options) -> Case:

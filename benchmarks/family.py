@@ -24,6 +24,7 @@ from llmkern.verify import Report
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "llmkern"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass

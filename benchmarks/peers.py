@@ -67,6 +67,21 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+def with_compiled(
+    found: dict[str, Callable[[], Any]], function: Callable[..., Any], args: tuple[Any, ...], compile: bool,
+    **options: Any,
+) -> dict[str, str]:  # fmt: skip
+    """Adds function(*args, **options) by torch.compile to the contestants; tells why not, where it cannot run."""
+    if not compile:
+        return {}
+    missing = compile_missing()
+    if missing:
+        return {"torch.compile": missing}
+    made = compiled(function)
+    found["torch.compile"] = lambda: made(*args, **options)
+    return {}
+
+
 def quantized_engines() -> list[str]:
     """torch's engines for a dynamically quantised linear that this build and processor have."""
     return [e for e in ("x86", "onednn", "fbgemm", "qnnpack") if e in torch.backends.quantized.supported_engines]

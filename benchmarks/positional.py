@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import family, peers
-from benchmarks.family import Case, Options
+from benchmarks.family import DTYPES, Case, Options
 from llmkern import functional
 from llmkern.verify import Report, verify
 
 ROTARY = [(1, 32, 1, 128), (1, 12, 512, 64), (4, 32, 2048, 128)]
 SINUSOIDAL = [(128, 32, 384), (512, 1, 768), (2048, 8, 512)]  # (S, B, D)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,20 +36,6 @@ def cases(options: Options) -> Iterator[Case]:
         for width in SINUSOIDAL[:2] if options.quick else SINUSOIDAL:
             for short in DTYPES:
                 yield sinusoidal(width, short, options)
-
-
-def with_compiled(
-    found: dict[str, Callable[[], Any]], function: Callable[..., Any], args: tuple[Any, ...], options: Options
-) -> dict[str, str]:
-    """Adds torch.compile to the contestants, or says why not."""
-    if not options.compile:
-        return {}
-    missing = peers.compile_missing()
-    if missing:
-        return {"torch.compile": missing}
-    made = peers.compiled(function)
-    found["torch.compile"] = lambda: made(*args)
-    return {}
 
 
 def rotary(shape: Sequence[int], short: str, interleaved: bool, options: Options) -> Case:
@@ -78,7 +63,7 @@ def rotary(shape: Sequence[int], short: str, interleaved: bool, options: Options
         "llmkern": lambda: ours(q, k, cos, sin),
         "llmkern, in place": lambda: in_place(own_q, own_k, cos, sin),
     }
-    skipped = with_compiled(found, peers.rotary_eager, args, options)
+    skipped = peers.with_compiled(found, peers.rotary_eager, args, options.compile)
     name = f"rotary {','.join(map(str, shape))} {short}{' interleaved' if interleaved else ''}"
     return Case(name, found, "torch eager", check, bytes=4.0 * q.nbytes, skipped=skipped)
 
@@ -92,7 +77,7 @@ def sinusoidal(shape: Sequence[int], short: str, options: Options) -> Case:
         "torch eager": lambda: peers.sinusoidal_eager(x, pe),
         "llmkern": lambda: functional.sinusoidal_add(x, pe),
     }
-    skipped = with_compiled(found, peers.sinusoidal_eager, (x, pe), options)
+    skipped = peers.with_compiled(found, peers.sinusoidal_eager, (x, pe), options.compile)
     return Case(
         f"sinusoidal {','.join(map(str, shape))} {short}", found, "torch eager",
         lambda: verify(functional.sinusoidal_add, peers.sinusoidal_eager, (x, pe), gradients=False),

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import family
-from benchmarks.family import Case, Options
-from benchmarks.positional import DTYPES, with_compiled
+from benchmarks import family, peers
+from benchmarks.family import DTYPES, Case, Options
 from llmkern import functional
 from llmkern.verify import verify
 
@@ -80,12 +79,12 @@ def arguments(name: str, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tens
 
 
 def forward(name: str, shape: Sequence[int], short: str, options: Options) -> Case:
-    ours, peers, moved, _ = FUNCTIONS[name]
+    ours, others, moved, _ = FUNCTIONS[name]
     given = arguments(name, shape, DTYPES[short])
-    found: dict[str, Callable[[], Any]] = {n: partial(f, *given) for n, f in peers.items()}
+    found: dict[str, Callable[[], Any]] = {n: partial(f, *given) for n, f in others.items()}
     found["llmkern"] = partial(ours, *given)
-    plain = peers["torch eager"]
-    skipped = with_compiled(found, plain, given, options)
+    plain = others["torch eager"]
+    skipped = peers.with_compiled(found, plain, given, options.compile)
     return Case(
         f"{title(name)} {shape[0]},{shape[1]} {short}", found, "torch eager",
         lambda: verify(ours, plain, given, gradients=False), bytes=float(moved * given[0].nbytes), skipped=skipped,
@@ -94,7 +93,7 @@ def forward(name: str, shape: Sequence[int], short: str, options: Options) -> Ca
 
 def backward(name: str, shape: Sequence[int], short: str, options: Options) -> Case:
     """The gradients alone, of graphs that were made before."""
-    ours, peers, _, moved = FUNCTIONS[name]
+    ours, others, _, moved = FUNCTIONS[name]
     given = arguments(name, shape, DTYPES[short])
 
     def gradients(function: Callable[..., Any]) -> Callable[[], Any]:
@@ -104,14 +103,17 @@ def backward(name: str, shape: Sequence[int], short: str, options: Options) -> C
         grads = [torch.ones_like(r) for r in results]
         return lambda: torch.autograd.grad(results, leaves, grads, retain_graph=True)
 
-    found = {n: gradients(f) for n, f in peers.items()}
+    found = {n: gradients(f) for n, f in others.items()}
     found["llmkern"] = gradients(ours)
-    skipped = {} if not options.compile else with_compiled({}, peers["torch eager"], given, options)
-    if options.compile and not skipped:
-        found["torch.compile"] = gradients(torch.compile(peers["torch eager"], dynamic=False))
+    skipped = {}
+    if options.compile:
+        if missing := peers.compile_missing():
+            skipped["torch.compile"] = missing
+        else:
+            found["torch.compile"] = gradients(peers.compiled(others["torch eager"]))
     return Case(
         f"{title(name)} backward {shape[0]},{shape[1]} {short}", found, "torch eager",
-        lambda: verify(ours, peers["torch eager"], given), bytes=float(moved * given[0].nbytes), skipped=skipped,
+        lambda: verify(ours, others["torch eager"], given), bytes=float(moved * given[0].nbytes), skipped=skipped,
     )  # fmt: skip
 
 

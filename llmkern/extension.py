@@ -76,3 +76,8 @@ else:
 
 #: How many threads a kernel may use now: torch's own setting.
 threads = torch.get_num_threads
+
+
+def missing(*args: Any) -> str | None:
+    """Why a compiled kernel that takes every call cannot serve these arguments; None where the library is there."""
+    return MISSING

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern.backend import Backend
+
 
 @lru_cache(maxsize=1)
 def _missing() -> str | None:
@@ -30,11 +32,6 @@ def unsupported(x: Tensor) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     return _missing()
-
-
-def unsupported_call(x: Tensor, *args: Any) -> str | None:
-    """The same of a backend that takes every call."""
-    return unsupported(x)
 
 
 def has_descriptors(family: str) -> bool:
@@ -119,6 +116,20 @@ def run(launch: Launch) -> None:
 def placed(launch: Launch) -> list[Any]:
     """The arguments as Triton takes them."""
     return [x.made() if isinstance(x, Descriptor) else x for x in launch.arguments]
+
+
+def served_by(
+    function: Callable[..., Any], *between: Any, limits: Callable[..., str | None] = lambda x, *args: None
+) -> Backend:
+    """A backend whose launcher is `function(run, x, *between, *rest)` of a call's arguments (x, *rest), on the GPU.
+
+    limits: why the kernel cannot take these arguments, wherever they are.
+    """
+    return Backend(
+        "triton",
+        lambda *args: lambda x, *rest: function(run, x, *between, *rest),
+        lambda x, *args: unsupported(x) or limits(x, *args),
+    )
 
 
 _POINTERS = {

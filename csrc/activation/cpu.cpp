@@ -1,6 +1,7 @@
 // Gated activations (SwiGLU, GeGLU, ReGLU) for the CPU; compiled once per instruction set.
 #include "../common/exp.h"
 #include "../common/parallel.h"
+#include "../common/row.h"
 #include "params.h"
 
 namespace llmkern::LLMKERN_ISA {
@@ -50,11 +51,9 @@ void forward(const GatedParams& p, int64_t begin, int64_t end) {
     const T* gate = static_cast<const T*>(p.gate) + i * p.gate_stride;
     const T* up = static_cast<const T*>(p.up) + i * p.up_stride;
     T* out = static_cast<T*>(p.out) + i * p.width;
-    int64_t d = 0;
-    for (; d + kWidth <= p.width; d += kWidth)
-      store(out + d, mul(activated<kFunction>(load(gate + d)).value, load(up + d)));
-    const int n = static_cast<int>(p.width - d);
-    if (n) store_first(out + d, mul(activated<kFunction>(load_first(gate + d, n)).value, load_first(up + d, n)), n);
+    for_each_vector(p.width, [&](int64_t d, int n) {
+      store_some(out + d, mul(activated<kFunction>(load_some(gate + d, n)).value, load_some(up + d, n)), n);
+    });
   }
 }
 
@@ -66,19 +65,12 @@ void backward(const GatedBackwardParams& p, int64_t begin, int64_t end) {
     const T* up = static_cast<const T*>(p.up) + i * p.up_stride;
     T* dgate = static_cast<T*>(p.dgate) + i * p.dgate_stride;
     T* dup = static_cast<T*>(p.dup) + i * p.dup_stride;
-    int64_t d = 0;
-    for (; d + kWidth <= p.width; d += kWidth) {
-      Float g = load(grad + d);
-      Activated a = activated<kFunction>(load(gate + d));
-      store(dgate + d, mul(mul(g, load(up + d)), a.slope)), store(dup + d, mul(g, a.value));
-    }
-    const int n = static_cast<int>(p.width - d);
-    if (n) {
-      Float g = load_first(grad + d, n);
-      Activated a = activated<kFunction>(load_first(gate + d, n));
-      store_first(dgate + d, mul(mul(g, load_first(up + d, n)), a.slope), n);
-      store_first(dup + d, mul(g, a.value), n);
-    }
+    for_each_vector(p.width, [&](int64_t d, int n) {
+      Float g = load_some(grad + d, n);
+      Activated a = activated<kFunction>(load_some(gate + d, n));
+      store_some(dgate + d, mul(mul(g, load_some(up + d, n)), a.slope), n);
+      store_some(dup + d, mul(g, a.value), n);
+    });
   }
 }
 

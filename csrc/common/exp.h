@@ -1,4 +1,4 @@
-// e^x for x <= 0, and what is made of it: tanh, the logistic and the error function. A power of two by integer
+// e^x for x <= 0, and what is made of it: tanh and the error function. A power of two by integer
 // addition, times a polynomial for e^r with |r| <= ln(2) / 2 (Cody and Waite, Software Manual for the Elementary
 // Functions, chapter 6).
 #pragma once
@@ -49,12 +49,6 @@ LLMKERN_INLINE Float tanh(Float x) {
   Float large = div(sub(broadcast(1), e), add(broadcast(1), e));
   large = where_less(x, zero(), sub(zero(), large), large);
   return where_less(size, broadcast(0.7f), small, large);
-}
-
-LLMKERN_INLINE Float sigmoid(Float x) {  // both branches of 1 / (1 + e^-x) by e^-|x|
-  Float e = exp_negative(sub(zero(), abs(x)));
-  Float large = div(broadcast(1.0f), add(broadcast(1.0f), e));
-  return where_less(x, zero(), mul(e, large), large);
 }
 
 // The error function of |x| below 1, and what is missing from it to 1 beyond: x P(x^2) and e^(-x^2) Q(1 / (1 + x / 2)),

@@ -30,6 +30,12 @@ struct Work {
   const int8_t* panel(int64_t p) const { return weights + p * layout->panel_bytes; }
 };
 
+LLMKERN_INLINE Float sigmoid(Float x) {  // both branches of 1 / (1 + e^-x) by e^-|x|
+  Float e = exp_negative(sub(zero(), abs(x)));
+  Float large = div(broadcast(1.0f), add(broadcast(1.0f), e));
+  return where_less(x, zero(), mul(e, large), large);
+}
+
 LLMKERN_INLINE Float activate(Activation f, Float x) {
   switch (f) {
     case Activation::relu:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +13,6 @@ from llmkern.rows import as_rows
 
 #: The numbers of enum Gate in csrc/activation/params.h.
 CODES = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
-
-
-def _missing(*args: Any) -> str | None:
-    return extension.MISSING
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str) -> Callable[..., Tensor]:
@@ -55,5 +50,5 @@ def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> 
     return launch
 
 
-CPU_GATED = Backend("cpu", _gated, _missing)
-CPU_GATED_BACKWARD = Backend("cpu", _gated_backward, _missing)
+CPU_GATED = Backend("cpu", _gated, extension.missing)
+CPU_GATED_BACKWARD = Backend("cpu", _gated_backward, extension.missing)

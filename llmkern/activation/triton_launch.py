@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from llmkern import triton
-from llmkern.backend import Backend
 from llmkern.rows import as_rows
 
 if TYPE_CHECKING:
@@ -61,10 +60,8 @@ def gated_backward(run: triton.Run, grad: Tensor, gate: Tensor, up: Tensor, acti
     return dgate, dup
 
 
-TRITON_GATED = Backend("triton", lambda *args: lambda *args: gated(triton.run, *args), triton.unsupported_call)
-TRITON_GATED_BACKWARD = Backend(
-    "triton", lambda *args: lambda *args: gated_backward(triton.run, *args), triton.unsupported_call
-)
+TRITON_GATED = triton.served_by(gated)
+TRITON_GATED_BACKWARD = triton.served_by(gated_backward)
 
 
 def compilations() -> Iterator[Compilation]:

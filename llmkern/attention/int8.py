@@ -14,8 +14,8 @@ from llmkern import autocast, check
 from llmkern.attention import op, reference
 from llmkern.attention.arrange import arranged
 from llmkern.attention.mask import Mask, window
-from llmkern.attention.op import attention, checks
-from llmkern.attention.sdpa import check_arguments
+from llmkern.attention.op import attention
+from llmkern.attention.sdpa import checked_scale
 
 
 def attention_int8(
@@ -155,17 +155,10 @@ def _arguments(
     for name, t in (("query", query), ("key", key), ("value", value)):
         check.is_tensor(name, t)
     query, key, value = autocast.cast(query, key, value)
-    check.flag("is_causal", is_causal)
-    check.flag("enable_gqa", enable_gqa)
-    check_arguments(query, key, value, attn_mask, is_causal, enable_gqa)
-    for name, given in (
-        ("key_lengths", key_lengths), ("alibi_slopes", alibi_slopes), ("learnable_sink", learnable_sink),
-    ):  # fmt: skip
-        if given is not None:
-            check.is_tensor(name, given)
-    if scale is None:
-        scale = 1.0 / math.sqrt(max(query.size(-1), 1))
-    checks.scores(causal_alignment, scale, softcap)
+    scale = checked_scale(
+        query, key, value, attn_mask, is_causal, scale, enable_gqa, key_lengths, causal_alignment, softcap,
+        alibi_slopes, learnable_sink,
+    )  # fmt: skip
     left, right = window(window_size, is_causal)
     query, key, value, attn_mask, shape = arranged(query, key, value, attn_mask, key_lengths is not None)
     rules = (left, right, causal_alignment == "bottom_right", softcap)

@@ -91,20 +91,12 @@ def scaled_dot_product_attention(
     query, key, value = autocast.cast(query, key, value)
     if isinstance(attn_mask, Tensor) and autocast.is_on(query.device) and attn_mask.dtype in check.FLOATS:
         attn_mask = attn_mask.float()  # which kernels take with any query: no bit of the mask is lost
-    for name, flag in (
-        ("is_causal", is_causal), ("enable_gqa", enable_gqa), ("deterministic", deterministic),
-        ("return_logsumexp", return_logsumexp),
-    ):  # fmt: skip
-        check.flag(name, flag)
-    check_arguments(query, key, value, attn_mask, is_causal, enable_gqa)
-    for name, given in (
-        ("key_lengths", key_lengths), ("alibi_slopes", alibi_slopes), ("learnable_sink", learnable_sink),
-    ):  # fmt: skip
-        if given is not None:
-            check.is_tensor(name, given)
-    if scale is None:
-        scale = 1.0 / math.sqrt(max(query.size(-1), 1))
-    checks.scores(causal_alignment, scale, softcap)
+    check.flag("deterministic", deterministic)
+    check.flag("return_logsumexp", return_logsumexp)
+    scale = checked_scale(
+        query, key, value, attn_mask, is_causal, scale, enable_gqa, key_lengths, causal_alignment, softcap,
+        alibi_slopes, learnable_sink,
+    )  # fmt: skip
     check.probability("dropout_p", dropout_p)
     rules = (*window(window_size, is_causal), causal_alignment == "bottom_right", softcap, dropout_p)
     as_they_are = query.dim() == 4 and query.size(0) == key.size(0) == value.size(0) and key.size(1) == value.size(1)
@@ -127,10 +119,15 @@ def scaled_dot_product_attention(
     return (output, logsumexp) if return_logsumexp else output
 
 
-def check_arguments(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
-) -> None:
-    """Raises on what the operator would name by its own arguments' names, or not see."""
+def checked_scale(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None,
+    enable_gqa: bool, key_lengths: Tensor | None, causal_alignment: str, softcap: float, alibi_slopes: Tensor | None,
+    learnable_sink: Tensor | None,
+) -> float:  # fmt: skip
+    """The scale, 1 / sqrt(D) by default; raises on what the operator would name by its own arguments' names, or not
+    see."""
+    check.flag("is_causal", is_causal)
+    check.flag("enable_gqa", enable_gqa)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2 or t.dim() != query.dim():
             raise ValueError(
@@ -145,6 +142,15 @@ def check_arguments(
             raise ValueError(f"{name}: expected {expected}, got shape {tuple(t.shape)}")
     if attn_mask is not None:
         checks.is_mask("attn_mask", attn_mask, query)
+    for name, given in (
+        ("key_lengths", key_lengths), ("alibi_slopes", alibi_slopes), ("learnable_sink", learnable_sink),
+    ):  # fmt: skip
+        if given is not None:
+            check.is_tensor(name, given)
+    if scale is None:
+        scale = 1.0 / math.sqrt(max(query.size(-1), 1))
+    checks.scores(causal_alignment, scale, softcap)
+    return scale
 
 
 #: Launchers of calls that need no arranging.

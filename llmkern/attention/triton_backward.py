@@ -15,6 +15,7 @@ import triton.language as tl
 from llmkern.attention.triton_configurations import FEW_KEYS, FEW_QUERIES
 from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
+    PLAIN,
     bend,
     exponents,
     kept,
@@ -23,13 +24,6 @@ from llmkern.attention.triton_rules import (
     sequence,
     slope_of,
 )
-
-#: Arguments for whose values no kernel is compiled anew.
-PLAIN = [
-    "heads", "group", "queries", "keys", "left", "right", "seed", "drop_below", "m_b", "m_h", "m_q", "m_k", "lengths_b",
-    "slopes_b", "slopes_h", "rows", "sequences",
-]  # fmt: skip
-
 
 _FEW_QUERIES, _FEW_KEYS = tl.constexpr(FEW_QUERIES), tl.constexpr(FEW_KEYS)
 

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 
 from llmkern.attention.triton_backward import (
-    PLAIN,
     gradients,
     load_statistics,
 )
 from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
+    PLAIN,
     add_exactly,
     all_finite,
     load_rows,

@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 
 from llmkern.attention.triton_backward import (
-    PLAIN,
     few,
     gradients,
     load_statistics,
 )
 from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
+    PLAIN,
     add_exactly,
     all_finite,
     key_tiles,

@@ -10,6 +10,7 @@ import triton.language as tl
 from llmkern.attention.triton_integers import integer_products, of_keys, of_queries
 from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
+    PLAIN,
     add_exactly,
     all_finite,
     bend,
@@ -139,12 +140,7 @@ def _rows(
     return all_finite(acc)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "heads", "group", "queries", "keys", "left", "right", "seed", "drop_below", "m_b", "m_h", "m_q", "m_k",
-        "lengths_b", "slopes_b", "slopes_h", "sequences",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=PLAIN)
 def attention_forward_kernel(
     query, key, value, key_rows, value_rows, output, logsumexp, mask, key_lengths, slopes, sink, seed,
     heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,

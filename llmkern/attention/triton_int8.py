@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from llmkern.attention.triton_forward import _rows
-from llmkern.attention.triton_rules import load_rows, sequence, slope_of
+from llmkern.attention.triton_rules import PLAIN, load_rows, sequence, slope_of
 from llmkern.int8.triton_kernels import round_to_even, usable
 
 
@@ -86,12 +86,7 @@ def attention_quantize_kernel(
     tl.store(scale + to, s, mask=row < rows)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "heads", "group", "queries", "keys", "left", "right", "m_b", "m_h", "m_q", "m_k", "lengths_b", "slopes_b",
-        "slopes_h",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=PLAIN)
 def attention_int8_kernel(
     query, query_scale, lift, key, key_scale, value, output, logsumexp, mask, key_lengths, slopes, sink,
     heads, group, queries, keys, left, right, scale, unit, softcap,

@@ -19,6 +19,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+#: Arguments of the kernels of whole sequences for whose values none is compiled anew.
+PLAIN = [
+    "heads", "group", "queries", "keys", "left", "right", "seed", "drop_below", "m_b", "m_h", "m_q", "m_k", "lengths_b",
+    "slopes_b", "slopes_h", "rows", "sequences",
+]  # fmt: skip
+
 
 @triton.jit
 def sequence(key_lengths, b, lengths_b, queries, keys, LENGTHS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr):

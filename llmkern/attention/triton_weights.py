@@ -7,13 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from llmkern.attention.triton_rules import bend, exponents, key_tiles, load_rows, query_tiles, sequence, slope_of
-
-#: Arguments for whose values no kernel is compiled anew.
-PLAIN = [
-    "heads", "group", "queries", "keys", "left", "right", "seed", "drop_below", "m_b", "m_h", "m_q", "m_k", "lengths_b",
-    "slopes_b", "slopes_h",
-]  # fmt: skip
+from llmkern.attention.triton_rules import PLAIN, bend, exponents, key_tiles, load_rows, query_tiles, sequence, slope_of
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from llmkern.inspect import SOURCES, TARGETS, budgets, inspect, triton_source
 from llmkern.inspect.errors import InspectError
 from llmkern.inspect.row import Row
+from llmkern.table import in_columns
 
 HEAD = (
     "kernel",
@@ -47,8 +48,7 @@ def cells(r: Row) -> tuple[str, ...]:
 
 def table(rows: Iterable[Row]) -> str:
     lines = [HEAD, *map(cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(in_columns(lines))
 
 
 def to_json(rows: Iterable[Row]) -> str:

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from llmkern import check
 from llmkern.int8.scheme import Int8Scheme
+from llmkern.table import in_columns
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,8 @@ class QuantizationReport:
                 numbers.append("" if layer.output_error is None else f"{layer.output_error:.2%}")
             outcome = f"left: {layer.left}" if layer.left else f"int8{layer.note and ', ' + layer.note}"
             lines.append((layer.name or "(the model)", size, *numbers, outcome))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         total = f"{len(self.replaced)} of {len(self.layers)} linear layers in int8, {before / 1e6:.1f} MB before and "
-        return "\n".join([*table, f"{total}{after / 1e6:.1f} MB after"])
+        return "\n".join([*in_columns(lines), f"{total}{after / 1e6:.1f} MB after"])
 
 
 def replace_linears(
@@ -177,6 +176,11 @@ def _leave_torchs_fused_layers(model: nn.Module, replaced: set[nn.Module]) -> No
                 module.activation_relu_or_gelu = 0  # says that it is neither, which the fused function needs
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else than the module's forward runs with it."""
+    return any(hooks for attribute, hooks in vars(module).items() if attribute.endswith("_hooks"))
+
+
 def _reasons(linears: list[tuple[str, nn.Linear]], skip: list[str]) -> dict[int, str]:
     used = {pattern: False for pattern in skip}
     reasons: dict[int, str] = {}
@@ -184,7 +188,7 @@ def _reasons(linears: list[tuple[str, nn.Linear]], skip: list[str]) -> dict[int,
         reason = ""
         if type(linear) is not nn.Linear:
             reason = f"a {type(linear).__name__}, not an nn.Linear itself"
-        elif any(hooks for attribute, hooks in vars(linear).items() if attribute.endswith("_hooks")):
+        elif has_hooks(linear):
             reason = "it has hooks"
         elif linear.weight._backward_hooks or linear.weight._post_accumulate_grad_hooks:
             reason = "its weight has hooks"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,14 @@ from torch import nn
 from llmkern import check
 from llmkern.attention import module as attention
 from llmkern.attention import reference as plain_attention
+from llmkern.int8.replace import has_hooks
 from llmkern.models import huggingface, structure
 from llmkern.models.swap import change_back, exchange, exchanged
 from llmkern.norm.module import LayerNorm, RMSNorm
 from llmkern.positional import module as positional
 from llmkern.positional import reference as plain_positional
-from llmkern.transformer.layers import FusedAttention, FusedDecoderLayer, FusedEncoderLayer
+from llmkern.table import in_columns
+from llmkern.transformer.layers import FusedAttention, FusedDecoderLayer, FusedEncoder, FusedEncoderLayer
 from llmkern.verify import verify as hold
 
 #: Classes that are exchanged as they are, and the attributes that the new one needs besides.
@@ -31,8 +34,9 @@ CLASSES: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     nn.TransformerEncoderLayer: (FusedEncoderLayer, {}),
     nn.TransformerDecoderLayer: (FusedDecoderLayer, {}),
     # Nothing but torch's own function for inference takes the nested tensors that it would make of padding.
-    nn.TransformerEncoder: (type("FusedEncoder", (nn.TransformerEncoder,), {}), {"use_nested_tensor": False}),
+    nn.TransformerEncoder: (FusedEncoder, {"use_nested_tensor": False}),
 }
+_OURS = tuple(into for into, _ in CLASSES.values())
 _REPORT = "_llmkern_report"
 
 
@@ -62,8 +66,7 @@ class Report:
         lines = [("module", "class", "")]
         for m in self.modules:
             lines.append((m.name or "(the model)", m.kind, m.by or f"left: {m.left}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(3)]
-        table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        table = in_columns(lines)
         done = "would be replaced" if self.dry_run else "replaced"
         table.append(f"{len(self.replaced)} of {len(self.modules)} modules that kernels might serve {done}")
         return "\n".join(table if self.verification is None else [*table, str(self.verification)])
@@ -142,8 +145,7 @@ def _plan(model: nn.Module) -> list[tuple[Replacement, Callable[[], None] | None
         kind = type(module).__name__
         into, attributes, left = _choice(module)
         if into is not None:
-            change = _exchange(module, into, attributes)
-            found.append((Replacement(name, kind, into.__name__), change))
+            found.append((Replacement(name, kind, into.__name__), partial(exchange, module, into, **attributes)))
         elif left:
             found.append((Replacement(name, kind, "", left), None))
         if any(name.startswith(f"{outer}." if outer else "") for outer in models):
@@ -158,10 +160,6 @@ def _plan(model: nn.Module) -> list[tuple[Replacement, Callable[[], None] | None
     return found
 
 
-def _exchange(module: nn.Module, into: type[nn.Module], attributes: dict[str, Any]) -> Callable[[], None]:
-    return lambda: exchange(module, into, **attributes)
-
-
 def _choice(module: nn.Module) -> tuple[type[nn.Module] | None, dict[str, Any], str]:
     """The class that a module gets, its attributes, or why it gets none (empty: no kernel has to do with it)."""
     kind = type(module)
@@ -169,23 +167,18 @@ def _choice(module: nn.Module) -> tuple[type[nn.Module] | None, dict[str, Any], 
     if kind in CLASSES:
         into, attributes = CLASSES[kind]
         return (None, {}, "it has a forward of its own") if own else (into, attributes, "")
-    ours = tuple(into for into, _ in CLASSES.values())
-    if isinstance(module, tuple(CLASSES)) and not isinstance(module, ours):
+    if isinstance(module, tuple(CLASSES)) and not isinstance(module, _OURS):
         parents = [k for k in CLASSES if isinstance(module, k)]
         return None, {}, f"a subclass of {parents[0].__name__}, whose forward may be another"
+    if own or has_hooks(module):  # asking it would run what is not its forward
+        return None, {}, ""
     for look, forward in ((structure.rms_norm, structure.FusedRMSNorm), (structure.gated, structure.FusedGated)):
-        if isinstance(module, forward):
-            continue
-        needs = "it has a forward of its own" if own else None if _has_hooks(module) else look(module)
-        if isinstance(needs, str) and not own:
+        needs = look(module)
+        if isinstance(needs, str):
             return None, {}, needs
-        if isinstance(needs, dict):
+        if needs is not None:
             return structure.fused_class(kind, forward), needs, ""
     return None, {}, ""
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
 
 
 def _inputs(verify: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -15,8 +15,8 @@ _BEFORE = "_llmkern_before"
 
 def exchange(module: nn.Module, into: type[nn.Module], **attributes: Any) -> None:
     """Makes `module`, in place, one of the class `into`, with these attributes set."""
-    before = {name: vars(module).get(name) for name in attributes}
-    vars(module)[_BEFORE] = (type(module), before)
+    before = {name: vars(module)[name] for name in attributes if name in vars(module)}
+    vars(module)[_BEFORE] = (type(module), before, list(attributes))
     vars(module).update(attributes)
     module.__class__ = into
 
@@ -29,10 +29,8 @@ def exchanged(module: nn.Module) -> type[nn.Module] | None:
 
 def change_back(module: nn.Module) -> None:
     """Undoes `exchange`."""
-    kind, attributes = vars(module).pop(_BEFORE)
+    kind, before, added = vars(module).pop(_BEFORE)
     module.__class__ = kind
-    for name, value in attributes.items():
-        if value is None:
-            vars(module).pop(name, None)
-        else:
-            vars(module)[name] = value
+    for name in added:
+        vars(module).pop(name, None)
+    vars(module).update(before)

@@ -13,10 +13,6 @@ from llmkern.backend import Backend
 from llmkern.rows import as_rows
 
 
-def _missing(*args: Any) -> str | None:
-    return extension.MISSING
-
-
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -101,5 +97,5 @@ def _norm_backward(
     return launch
 
 
-CPU_NORM = Backend("cpu", _norm, _missing)
-CPU_NORM_BACKWARD = Backend("cpu", _norm_backward, _missing)
+CPU_NORM = Backend("cpu", _norm, extension.missing)
+CPU_NORM_BACKWARD = Backend("cpu", _norm_backward, extension.missing)

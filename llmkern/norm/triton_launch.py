@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from llmkern import triton
-from llmkern.backend import Backend
 from llmkern.norm.compiled import chunks, outputs
 from llmkern.rows import as_rows
 
@@ -107,16 +106,8 @@ def limits(x: Tensor, widest: int) -> str | None:
     return f"its kernel takes rows of up to {widest} elements, not {x.size(-1)}" if x.size(-1) > widest else None
 
 
-TRITON_NORM = Backend(
-    "triton",
-    lambda *args: lambda *args: norm(triton.run, *args),
-    lambda x, *args: triton.unsupported(x) or limits(x, WIDEST),
-)
-TRITON_NORM_BACKWARD = Backend(
-    "triton",
-    lambda *args: lambda *args: norm_backward(triton.run, *args),
-    lambda x, *args: triton.unsupported(x) or limits(x, WIDEST_BACKWARD),
-)
+TRITON_NORM = triton.served_by(norm, limits=lambda x, *args: limits(x, WIDEST))
+TRITON_NORM_BACKWARD = triton.served_by(norm_backward, limits=lambda grad, *args: limits(grad, WIDEST_BACKWARD))
 
 
 def examples(dtype: torch.dtype, width: int, centred: bool) -> Iterator[triton.Launch]:

@@ -13,10 +13,6 @@ from llmkern.backend import Backend
 from llmkern.random import drop_below
 
 
-def _missing(*args: Any) -> str | None:
-    return extension.MISSING
-
-
 def _sinusoidal_add(
     x: Tensor, pe: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float
 ) -> Callable[..., Tensor]:
@@ -48,11 +44,11 @@ def _sinusoidal_add(
     return launch
 
 
-CPU_SINUSOIDAL_ADD = Backend("cpu", _sinusoidal_add, _missing)
+CPU_SINUSOIDAL_ADD = Backend("cpu", _sinusoidal_add, extension.missing)
 CPU_SINUSOIDAL_DROPOUT = Backend(
     "cpu",
     lambda x, seed, scale, dropout_p: _dropout(_sinusoidal_add(x, None, seed, scale, dropout_p)),
-    _missing,
+    extension.missing,
 )
 
 
@@ -128,4 +124,4 @@ def _rotary(*args: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return rotary_launcher(extension._C.rotary, lambda: (extension.threads(),), *args)
 
 
-CPU_ROTARY = Backend("cpu", _rotary, _missing)
+CPU_ROTARY = Backend("cpu", _rotary, extension.missing)

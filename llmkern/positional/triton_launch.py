@@ -6,14 +6,13 @@ Triton is imported when a call comes, never with the package.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llmkern import triton
-from llmkern.backend import Backend
 from llmkern.positional.compiled import rotary_output, side_by_side
 from llmkern.random import drop_below
 
@@ -109,16 +108,9 @@ def sinusoidal_add(
     return out
 
 
-def _by(function: Callable[..., Any], *between: Any) -> Backend:
-    """A backend whose launcher is `function` on the GPU. between: what stands behind a call's first argument."""
-    return Backend(
-        "triton", lambda *args: lambda x, *rest: function(triton.run, x, *between, *rest), triton.unsupported_call
-    )
-
-
-TRITON_ROTARY = _by(rotary)
-TRITON_SINUSOIDAL_ADD = _by(sinusoidal_add)
-TRITON_SINUSOIDAL_DROPOUT = _by(sinusoidal_add, None)
+TRITON_ROTARY = triton.served_by(rotary)
+TRITON_SINUSOIDAL_ADD = triton.served_by(sinusoidal_add)
+TRITON_SINUSOIDAL_DROPOUT = triton.served_by(sinusoidal_add, None)
 
 
 def compilations() -> Iterator[Compilation]:

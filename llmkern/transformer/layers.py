@@ -169,6 +169,10 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
         return _added(self.norm2, x, self._ff_block(x))[0]
 
 
+class FusedEncoder(nn.TransformerEncoder):
+    """torch.nn.TransformerEncoder of such layers, which no nested tensor may reach."""
+
+
 class FusedDecoderLayer(nn.TransformerDecoderLayer):
     """torch.nn.TransformerDecoderLayer, each residual added in the norm behind it."""
 

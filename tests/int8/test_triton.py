@@ -63,7 +63,7 @@ def test_which_launches_have_descriptors(family, rows, group, described):
     assert product.constants["DESCRIBED"] == described
     assert types["low"].startswith("tensordesc<i8[") == types["weight"].startswith("tensordesc<i8[") == described
     if described:
-        given = dict(zip(launches.function(product).arg_names, launches.arguments(product), strict=False))["weight"]
+        given = dict(zip(launches.function(product).arg_names, launches.placed(product), strict=False))["weight"]
         assert given.shape == [40, 1025] and given.strides == [1040, 1] and given.base.data_ptr() % 16 == 0
         assert given.block_shape == [product.constants["COLUMNS"], product.constants["DEPTH"]]
 
