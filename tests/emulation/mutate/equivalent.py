@@ -25,6 +25,7 @@ class Equivalent:
 TRITON = "llmkern/positional/triton_kernels.py"
 LOADS = {n: f"{n[0]} = tl.load({n[2:]} + position * {n[2:]}_s + pair, mask=known" for n in ("c_cos", "d_sin")}
 QUANTIZE = "csrc/int8/cuda_quantize.cu"
+DECODE_TILE = "csrc/attention/cuda_decode_tile.cuh"
 FORWARD, CACHE, DECODE, SM90 = (f"csrc/attention/cuda_{name}.cu" for name in ("forward", "cache", "decode", "sm90"))
 EQUIVALENT = (
     *(
@@ -71,6 +72,34 @@ EQUIVALENT = (
         "if (thread == 0 && first < w.queries) {",
         "if (thread == 0 && first <= w.queries) {",
         "a copy that begins behind the last row lies outside of the tensor map, and writes nothing",
+    ),
+    Equivalent(
+        SM90,
+        "run",
+        "wgmma_wait<1>(scores);",
+        "wgmma_wait<0>(scores);",
+        "it waits for the product with the values too, which comes to the same sums, later",
+    ),
+    Equivalent(
+        DECODE,
+        "decode_kernel",
+        "Place place = {0, -1};",
+        "Place place = {0, 1};",
+        "read_keys sets it before anything reads it",
+    ),
+    Equivalent(
+        DECODE,
+        "",
+        "place = find(p.pages, unit.b, key, tile < last && key >= first && key < end);",
+        "place = find(p.pages, unit.b, key, tile < last && key < end);",
+        "keys in front of the window are read too, with a weight of 0; what is not finite is left out as elsewhere",
+    ),
+    Equivalent(
+        DECODE_TILE,
+        "add_some",
+        "for (int j = 0; j < 4; j++) y[j] = keys >> key(j, lane) & 1 ? word(x[j][c], i / 2) : 0;",
+        "for (int j = 0; j < 4; j++) y[j] = keys >> key(j, lane) & 1 ? word(x[j][c], i / 2) : 1;",
+        "the weights of these keys are 0, and the elements of a word that is 1 are finite",
     ),
 )
 
