@@ -114,7 +114,7 @@ PREFERENCES: list[Preference] = [
     Preference(
         "int8_linear", (8, 0), NEWEST, "more rows", _any_shape, "triton",
         "its tiles keep more products for each byte that they read: the serial share is 32 and 50 % on sm_80 with one "
-        "digit and two, where CUDA C++ has 23 and 26 %, 13 % with groups to 5 %, and on sm_100 it takes tcgen05, where "
+        "digit and two, where CUDA C++ has 23 and 27 %, 14 % with groups to 5 %, and on sm_100 it takes tcgen05, where "
         "CUDA C++ takes mma.sync, a fifth of the peak at most",
     ),
     Preference(
@@ -124,7 +124,7 @@ PREFERENCES: list[Preference] = [
     ),
     Preference(
         "attention", (9, 0), (11, 99), "any other", _any_shape, "triton",
-        "it multiplies by wgmma and tcgen05, where CUDA C++ has mma.sync left: at most 49 % of the peak on sm_90, 24 % "
+        "it multiplies by wgmma and tcgen05, where CUDA C++ has mma.sync left: at most 50 % of the peak on sm_90, 25 % "
         "on sm_100",
     ),
     Preference(
