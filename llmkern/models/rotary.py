@@ -148,6 +148,7 @@ def _fused_class(kind: type[nn.Module], turn: Turn) -> type[nn.Module]:
         own: Any = kind.forward
         plain = own.__globals__[_NAME]
         names = {**own.__globals__, _NAME: partial(_rotate, plain, turn)}
+        names.pop("__name__", None)  # torch.compile would read the globals of the module of that name instead of these
         forward = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
         forward.__kwdefaults__, forward.__annotations__ = own.__kwdefaults__, own.__annotations__
 
