@@ -14,7 +14,7 @@ from llmkern import check
 from llmkern.attention import module as attention
 from llmkern.attention import reference as plain_attention
 from llmkern.int8.replace import has_hooks
-from llmkern.models import huggingface, structure
+from llmkern.models import huggingface, rotary, structure
 from llmkern.models.swap import change_back, exchange, exchanged
 from llmkern.norm.module import LayerNorm, RMSNorm
 from llmkern.positional import module as positional
@@ -76,10 +76,10 @@ def kernelize(model: nn.Module, *, dry_run: bool = False, verify: Any = None) ->
     """Puts everything in the model that the kernels serve on them, in place; returns a report.
 
     model: any nn.Module, which itself is changed where it is one that is served: modules of llmkern.reference, torch's
-    LayerNorm, RMSNorm, MultiheadAttention and Transformer layers, and of Hugging Face models the attention, RMSNorms
-    and gated feed-forward layers. Parameters, buffers, state_dict, hooks and the objects stay; what changes is the
-    forward. Subclasses, modules with a forward of their own and everything unknown are left as they are; the report
-    says so where a kernel might have served.
+    LayerNorm, RMSNorm, MultiheadAttention and Transformer layers, and of Hugging Face models the attention, rotary
+    embeddings, RMSNorms and gated feed-forward layers. Parameters, buffers, state_dict, hooks and the objects stay;
+    what changes is the forward. Subclasses, modules with a forward of their own and everything unknown are left as they
+    are; the report says so where a kernel might have served.
 
     dry_run: changes nothing and reports what would be done. verify: inputs of the model (a tuple of arguments, a dict
     of keywords, or one argument), on which its outputs before and after are held to the numerical contract
@@ -143,7 +143,7 @@ def _plan(model: nn.Module) -> list[tuple[Replacement, Callable[[], None] | None
         if exchanged(module) is not None:
             continue
         kind = type(module).__name__
-        into, attributes, left = _choice(module)
+        into, attributes, left = _choice(model, name, module)
         if into is not None:
             found.append((Replacement(name, kind, into.__name__), partial(exchange, module, into, **attributes)))
         elif left:
@@ -160,7 +160,7 @@ def _plan(model: nn.Module) -> list[tuple[Replacement, Callable[[], None] | None
     return found
 
 
-def _choice(module: nn.Module) -> tuple[type[nn.Module] | None, dict[str, Any], str]:
+def _choice(model: nn.Module, name: str, module: nn.Module) -> tuple[type[nn.Module] | None, dict[str, Any], str]:
     """The class that a module gets, its attributes, or why it gets none (empty: no kernel has to do with it)."""
     kind = type(module)
     own = "forward" in vars(module)
@@ -178,7 +178,8 @@ def _choice(module: nn.Module) -> tuple[type[nn.Module] | None, dict[str, Any], 
             return None, {}, needs
         if needs is not None:
             return structure.fused_class(kind, forward), needs, ""
-    return None, {}, ""
+    rotating = rotary.attention(model, name, module)
+    return (None, {}, rotating) if isinstance(rotating, str) else (rotating, {}, "")
 
 
 def _inputs(verify: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -7,22 +7,47 @@ is not known here is either served rightly or left.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
 
 from llmkern import check
 from llmkern.activation import op as activation
 from llmkern.activation import reference as plain_activation
+from llmkern.int8 import reference as plain_int8
 from llmkern.norm import op as norm
 from llmkern.norm import reference as plain_norm
 
 #: Names under which models keep the number that is added to the mean of squares.
 _EPS = ("variance_epsilon", "eps", "epsilon")
-_PARTS = ("gate_proj", "up_proj", "down_proj")
+_LINEAR = (nn.Linear, plain_int8.Int8Linear)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The names under which a gated feed-forward layer keeps what it is made of."""
+
+    gate: str
+    up: str  #: empty: gate makes both, the gate in the first half
+    down: str
+    function: str
+    dropout: str = ""
+    casts: bool = False  #: down may be of another dtype, which its input is then made
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.gate, self.up, self.down) if name)
+
+
+GATED = (
+    Parts("gate_proj", "up_proj", "down_proj", "act_fn"),  # Llama and most since
+    Parts("gate_up_proj", "", "down_proj", "activation_fn"),  # Phi-3, GLM
+    Parts("wi_0", "wi_1", "wo", "act", "dropout", casts=True),  # T5 1.1; keeps wo in float32
+    Parts("Wi", "", "Wo", "act", "drop"),  # ModernBERT
+)
 
 
 class FusedRMSNorm(nn.Module):
@@ -31,11 +56,13 @@ class FusedRMSNorm(nn.Module):
     weight: nn.Parameter
     _llmkern_eps: float
     _llmkern_offset: float
+    _llmkern_keeps: bool
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states (..., N). Returns its shape and dtype."""
-        dtype = hidden_states.dtype
-        if dtype not in check.FLOATS or self.weight.dtype not in (dtype, torch.float32):
+        """hidden_states (..., N). Returns its shape, in the dtype of the model's own forward."""
+        dtype, weight = hidden_states.dtype, self.weight.dtype
+        same = weight == dtype or (self._llmkern_keeps and weight == torch.float32)
+        if dtype not in check.FLOATS or not same:
             plain: Tensor = super().forward(hidden_states)
             return plain
         result: Tensor = norm.rms_norm(hidden_states, self.weight, self._llmkern_eps, offset=self._llmkern_offset)
@@ -43,18 +70,29 @@ class FusedRMSNorm(nn.Module):
 
 
 class FusedGated(nn.Module):
-    """The forward of a gated feed-forward layer, down_proj(f(gate_proj(x)) * up_proj(x)), for `fused_class`."""
+    """The forward of a gated feed-forward layer, down(f(gate(x)) * up(x)), for `fused_class`."""
 
     _llmkern_activation: str
+    _llmkern_parts: Parts
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """x (..., W). Returns its shape and dtype."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if gate.dtype not in check.FLOATS or gate.dtype != up.dtype:
-            gate = self.act_fn(gate) * up
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        """x (..., W), under whatever name the model gives it. Returns its shape and dtype."""
+        (x,) = *args, *named.values()
+        parts = self._llmkern_parts
+        if parts.up:
+            gate, up = getattr(self, parts.gate)(x), getattr(self, parts.up)(x)
         else:
-            gate = activation.gated(gate, up, self._llmkern_activation)
-        result: Tensor = self.down_proj(gate)
+            gate, up = getattr(self, parts.gate)(x).chunk(2, -1)
+        if gate.dtype not in check.FLOATS or gate.dtype != up.dtype:
+            middle = getattr(self, parts.function)(gate) * up
+        else:
+            middle = activation.gated(gate, up, self._llmkern_activation)
+        if parts.dropout:
+            middle = getattr(self, parts.dropout)(middle)
+        down = getattr(self, parts.down)
+        if parts.casts and down.weight.is_floating_point():
+            middle = middle.to(down.weight.dtype)
+        result: Tensor = down(middle)
         return result
 
 
@@ -89,31 +127,61 @@ def rms_norm(module: Any) -> dict[str, Any] | str | None:
     if parameters["weight"].dim() != 1 or list(module.buffers()):
         return "it has more than a weight of one dimension"
     shape = tuple(parameters["weight"].shape)
-    x, weight = _numbers((3, *shape)), _numbers(shape)
+    x, weight = numbers((3, *shape)), numbers(shape)
+    asked = stand_in(module, _parameters={"weight": nn.Parameter(weight)})
+    given = answer(asked, x)
     for offset in (0.0, 1.0):
-        if _agrees(module, {"weight": weight}, x, plain_norm.norm(x, None, weight, None, eps, offset, False)[0]):
-            return {"_llmkern_eps": eps, "_llmkern_offset": offset}
+        if agree(given, plain_norm.norm(x, None, weight, None, eps, offset, False)[0]):
+            short = answer(asked, x.bfloat16())
+            keeps = isinstance(short, Tensor) and short.dtype == torch.bfloat16
+            return {"_llmkern_eps": eps, "_llmkern_offset": offset, "_llmkern_keeps": keeps}
     return "it computes something else than an RMSNorm of the last dimension"
 
 
 def gated(module: Any) -> dict[str, Any] | str | None:
     """As `rms_norm`, of a gated feed-forward layer."""
     children = dict(module.named_children())
-    if any(not isinstance(children.get(p), nn.Linear) for p in _PARTS) or not hasattr(module, "act_fn"):
+    parts = next((p for p in GATED if _has(module, children, p)), None)
+    if parts is None:
         return None
-    more = sorted(set(children) - {*_PARTS, "act_fn"})
+    more = sorted(set(children) - {*parts.projections, parts.function, parts.dropout})
     if more:
-        return f"it has more than gate_proj, up_proj, down_proj and act_fn: {', '.join(more)}"
-    function = _activation(module.act_fn)
+        return f"it has more than {', '.join(parts.projections)} and {parts.function}: {', '.join(more)}"
+    function = _activation(getattr(module, parts.function))
     if function is None:
-        return f"its activation, {type(module.act_fn).__name__}, has no kernel"
-    parameters = {name: _numbers(tuple(p.shape)) for name, p in module.named_parameters()}
-    linear = [(parameters[f"{p}.weight"], parameters.get(f"{p}.bias")) for p in _PARTS]
-    x = _numbers((3, linear[0][0].size(1)))
-    middle = plain_activation.gated(F.linear(x, *linear[0]), F.linear(x, *linear[1]), function)
-    if _agrees(module, parameters, x, F.linear(middle, *linear[2])):
-        return {"_llmkern_activation": function}
-    return "it computes something else than down_proj(act_fn(gate_proj(x)) * up_proj(x))"
+        return f"its activation, {type(getattr(module, parts.function)).__name__}, has no kernel"
+    # Asked with plain layers of random weights in place of its own, which may be int8 or without values.
+    linear = {name: _random_linear(children[name], seed) for seed, name in enumerate(parts.projections)}
+    dropout = {parts.dropout: nn.Identity()} if parts.dropout else {}
+    asked = stand_in(module, _modules={**module._modules, **linear, **dropout})
+    x = numbers((3, children[parts.gate].in_features))
+    with torch.no_grad():
+        gate = linear[parts.gate](x)
+        gate, up = (gate, linear[parts.up](x)) if parts.up else gate.chunk(2, -1)
+        expected = linear[parts.down](plain_activation.gated(gate, up, function))
+    if agree(answer(asked, x), expected):
+        return {"_llmkern_activation": function, "_llmkern_parts": parts}
+    gate_up = f"{parts.gate}(x)) * {parts.up}(x)" if parts.up else f"a) * b), a and b the halves of {parts.gate}(x"
+    return f"it computes something else than {parts.down}({parts.function}({gate_up})"
+
+
+def _has(module: nn.Module, children: dict[str, nn.Module], parts: Parts) -> bool:
+    """Whether a module has these parts, of sizes that fit."""
+    made = [children.get(name) for name in parts.projections]
+    if not all(isinstance(m, _LINEAR) for m in made) or not hasattr(module, parts.function):
+        return False
+    if parts.dropout and not isinstance(children.get(parts.dropout), nn.Dropout):
+        return False
+    gate, *_, down = made
+    return bool(gate.out_features == (1 if parts.up else 2) * down.in_features)  # type: ignore[union-attr, operator]
+
+
+def _random_linear(layer: Any, seed: int) -> nn.Linear:
+    made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+    made.weight = nn.Parameter(numbers((layer.out_features, layer.in_features), seed), requires_grad=False)
+    if layer.bias is not None:
+        made.bias = nn.Parameter(numbers((layer.out_features,), seed), requires_grad=False)
+    return made
 
 
 def _activation(function: Any) -> str | None:
@@ -129,21 +197,35 @@ def _activation(function: Any) -> str | None:
     return next((name for name, plain in names if torch.allclose(given, plain(x), rtol=1e-5, atol=1e-6)), None)
 
 
-def _numbers(shape: tuple[int, ...]) -> Tensor:
-    """Random numbers, the same every time, in float32 on the CPU; no generator of torch's moves on."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+def numbers(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Random numbers, the same every time, in float32 on the CPU; no generator of torch's moves on.
+
+    A matrix has the rows that a window sees which moves along one sequence: numbers for a large model cost time.
+    """
+    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
+    if len(shape) != 2:
+        return torch.randn(shape, generator=generator)
+    rows, columns = shape
+    return torch.randn(rows + columns, generator=generator).as_strided((rows, columns), (1, 1)).contiguous()
+
+
+def stand_in(module: nn.Module, **attributes: Any) -> nn.Module:
+    """A copy of a module, in inference, with other parts; the module itself stays as it is."""
+    asked = copy.copy(module)
+    vars(asked).update(attributes, training=False)
+    return asked
 
 
 @torch.no_grad()
-def _agrees(module: nn.Module, weights: dict[str, Tensor], x: Tensor, expected: Tensor) -> bool:
-    """Whether the module's own forward, with these weights and in inference, gives what is expected."""
-    training = module.training
-    module.eval()
+def answer(asked: nn.Module, *inputs: Any) -> Any:
+    """What a module's forward gives; None where it raises."""
     try:
-        given = functional_call(module, weights, (x,))
+        return asked.forward(*inputs)
     except Exception:  # of a forward that is nobody's here: then it is not known
-        return False
-    finally:
-        module.train(training)
+        return None
+
+
+def agree(given: Any, expected: Tensor) -> bool:
+    """Whether what was given is what is expected, but for the rounding of float32."""
     same = isinstance(given, Tensor) and given.shape == expected.shape
     return same and torch.allclose(given.float(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

