@@ -41,7 +41,7 @@ def for_int8(config: LoraConfig) -> LoraConfig:
     return config
 
 
-class LoraInt8Linear(Linear):  # type: ignore[misc]  # of a package that may be missing
+class LoraInt8Linear(Linear):
     """peft's LoRA layer around an Int8Linear.
 
     The base is frozen, its gradient that of the dequantised weight. Merging dequantises the base, adds the adapters and
@@ -66,7 +66,7 @@ class LoraInt8Linear(Linear):  # type: ignore[misc]  # of a package that may be 
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         bias = None if base.bias is None else base.bias.detach().clone()
         before = self._before_merge or (base.weight, base.weight_scale, bias)
         values, scale, bias = before
@@ -79,7 +79,8 @@ class LoraInt8Linear(Linear):  # type: ignore[misc]  # of a package that may be 
                 bias = bias + self.lora_B[name].bias * self.scaling[name]
         if not weight.isfinite().all():
             raise ValueError(f"adapter_names: expected adapters of finite numbers, got {', '.join(names)}")
-        self._set(*base.quantize(weight, base.scheme), bias)
+        values, scale = base.quantize(weight, base.scheme)
+        self._set(values, scale, bias)
         self._before_merge = before
         self.merged_adapters.extend(names)
 
@@ -95,7 +96,7 @@ class LoraInt8Linear(Linear):  # type: ignore[misc]  # of a package that may be 
 
     def _set(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """New tensors and not new values: the old ones may be another layer's too."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         base.weight, base.weight_scale = weight, scale
         if bias is not None:
             base.bias.data = bias.to(base.bias.dtype)

@@ -109,7 +109,7 @@ def test_exported_it_is_one_graph_of_our_operators(make):
 def test_exported_with_sizes_left_open():
     model, inputs = kernelized(llama)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=512)
-    sizes = dict.fromkeys(inputs, {0: batch, 1: length})
+    sizes = {name: {0: batch, 1: length} for name in inputs}
     model, fixed = model.model.eval(), {"use_cache": False}
     exported = torch.export.export(
         model, (), inputs | fixed, dynamic_shapes=sizes | dict.fromkeys(fixed), strict=False
