@@ -453,4 +453,6 @@ def test_the_command_line():
     said = subprocess.run([*command, "inspect", "--help"], capture_output=True, text=True, check=True).stdout
     assert "--target" in said and "--json" in said and "not measured" in " ".join(said.split())
     wrong = subprocess.run([*command, "look"], capture_output=True, text=True)
-    assert wrong.returncode == 1 and wrong.stderr == "python -m llmkern: expected nothing or inspect, got 'look'\n"
+    assert (
+        wrong.returncode == 1 and wrong.stderr == "python -m llmkern: expected nothing, inspect or serve, got 'look'\n"
+    )

@@ -1,4 +1,4 @@
-"""The attention of Hugging Face models under kernelize: their own switch, turned to llmkern and back."""
+"""Hugging Face models: their own switch of attentions, turned to llmkern and back, and their head."""
 
 from __future__ import annotations
 
@@ -41,3 +41,9 @@ def restore_attention(module: nn.Module) -> None:
     if _BEFORE in vars(module):
         model: Any = module
         model.set_attn_implementation(vars(module).pop(_BEFORE))
+
+
+def head(model: Any) -> list[str]:
+    """The names of the linear layer of a transformers model that makes the logits; empty where it has none."""
+    made = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is made and isinstance(module, nn.Linear)]

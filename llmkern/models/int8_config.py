@@ -21,6 +21,7 @@ from torch import nn
 from llmkern import check
 from llmkern.int8.module import Int8Linear
 from llmkern.int8.scheme import Int8Scheme, named
+from llmkern.models.huggingface import head
 from llmkern.models.quantize import quantize_model
 
 try:
@@ -137,8 +138,7 @@ class LlmkernInt8Quantizer(HfQuantizer):
             return model
         skip = config.skip
         if skip is None:
-            head = model.get_output_embeddings()
-            skip = [n for n, m in model.named_modules() if m is head and isinstance(m, nn.Linear)]
+            skip = head(model)
         quantize_model(model, scheme=Int8Scheme(**config.scheme), skip=skip, measure=config.measure, progress=False)
         config.layers = _layers(model)
         return model

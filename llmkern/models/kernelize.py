@@ -13,9 +13,8 @@ from torch import nn
 from llmkern import check
 from llmkern.attention import module as attention
 from llmkern.attention import reference as plain_attention
-from llmkern.int8.replace import has_hooks
 from llmkern.models import huggingface, rotary, structure
-from llmkern.models.swap import change_back, exchange, exchanged
+from llmkern.models.swap import as_exchanged, change_back, exchange, exchanged
 from llmkern.norm.module import LayerNorm, RMSNorm
 from llmkern.positional import module as positional
 from llmkern.positional import reference as plain_positional
@@ -124,9 +123,17 @@ def report(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes `kernelize` in place, for the model and everything in it; returns the model."""
+    """Undoes `kernelize` in place, for the model and everything in it; returns the model.
+
+    Raises TypeError where model is no module, and ValueError, with nothing changed, where something else, such as
+    torch's fully_shard, has exchanged a module's class since.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if exchanged(module) is not None and not as_exchanged(module):
+            came = f"{name or 'the model'!r}, which has become a {type(module).__name__} since"
+            raise ValueError(f"model: expected one whose modules are as kernelize left them, got {came}")
     for module in model.modules():
         if exchanged(module) is not None:
             change_back(module)
@@ -170,7 +177,7 @@ def _choice(model: nn.Module, name: str, module: nn.Module) -> tuple[type[nn.Mod
     if isinstance(module, tuple(CLASSES)) and not isinstance(module, _OURS):
         parents = [k for k in CLASSES if isinstance(module, k)]
         return None, {}, f"a subclass of {parents[0].__name__}, whose forward may be another"
-    if own or has_hooks(module):  # asking it would run what is not its forward
+    if own or _has_call_hooks(module):  # asking it would run what is not its forward
         return None, {}, ""
     for look, forward in ((structure.rms_norm, structure.FusedRMSNorm), (structure.gated, structure.FusedGated)):
         needs = look(module)
@@ -180,6 +187,15 @@ def _choice(model: nn.Module, name: str, module: nn.Module) -> tuple[type[nn.Mod
             return structure.fused_class(kind, forward), needs, ""
     rotating = rotary.attention(model, name, module)
     return (None, {}, rotating) if isinstance(rotating, str) else (rotating, {}, "")
+
+
+def _has_call_hooks(module: nn.Module) -> bool:
+    """Whether something runs with the module's forward or backward; that of state_dicts (FSDP2 has such) does not."""
+    return any(
+        hooks
+        for attribute, hooks in vars(module).items()
+        if attribute.startswith(("_forward_", "_backward_")) and "_hooks" in attribute
+    )
 
 
 def _inputs(verify: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

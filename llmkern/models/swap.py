@@ -16,7 +16,7 @@ _BEFORE = "_llmkern_before"
 def exchange(module: nn.Module, into: type[nn.Module], **attributes: Any) -> None:
     """Makes `module`, in place, one of the class `into`, with these attributes set."""
     before = {name: vars(module)[name] for name in attributes if name in vars(module)}
-    vars(module)[_BEFORE] = (type(module), before, list(attributes))
+    vars(module)[_BEFORE] = (type(module), before, list(attributes), into)
     vars(module).update(attributes)
     module.__class__ = into
 
@@ -27,9 +27,14 @@ def exchanged(module: nn.Module) -> type[nn.Module] | None:
     return None if before is None else before[0]
 
 
+def as_exchanged(module: nn.Module) -> bool:
+    """Whether an exchanged module still is what `exchange` made it, and no subclass that wraps it (FSDP2 makes one)."""
+    return type(module) is vars(module)[_BEFORE][3]
+
+
 def change_back(module: nn.Module) -> None:
     """Undoes `exchange`."""
-    kind, before, added = vars(module).pop(_BEFORE)
+    kind, before, added, _ = vars(module).pop(_BEFORE)
     module.__class__ = kind
     for name in added:
         vars(module).pop(name, None)

@@ -1,4 +1,4 @@
-"""torch's own inputs for the tests of its modules (torch.testing._internal.common_modules), given to kernelized ones."""
+"""torch's own inputs for the tests of its modules (torch.testing._internal.common_modules), given to kernelized ones"""
 
 from __future__ import annotations
 

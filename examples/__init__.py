@@ -1,0 +1,1 @@
+"""What a user does with llmkern, each in a script: `python -m examples.NAME`, `--help` tells the arguments."""

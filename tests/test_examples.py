@@ -1,0 +1,100 @@
+"""Every script under examples/ runs on small inputs and shows what it says."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.peers import compile_missing
+from examples import export_aotinductor, int8_text, kernelize_model, lora_int8, train_encoder
+from tests.models import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Made anew in each run, the compiler's precompiled headers cost more than they save.
+QUICK = {
+    "cpp_cache_precompile_headers": False,
+    "aot_inductor.precompile_headers": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
+SCRIPTS = {p.stem for p in (ROOT / "examples").glob("*.py")} - {"__init__", "common"}
+
+
+def test_kernelize_model(capsys):
+    kernelize_model.main([])
+    printed = capsys.readouterr().out
+    assert "modules that kernels might serve would be replaced" in printed and "PASSED" in printed
+    assert "FusedEncoderLayer" in printed and "FusedDecoderLayer" in printed
+
+
+def test_kernelize_a_hugging_face_model(tmp_path, capsys):
+    pytest.importorskip("transformers", minversion="5")
+    tiny.save(tmp_path)
+    text = tmp_path / "text"
+    text.write_text("the cat sat on the mat and the dog ran")
+    kernelize_model.main(["--model", str(tmp_path), "--text", str(text)])
+    printed = capsys.readouterr().out
+    assert "8 of 8 modules that kernels might serve replaced" in printed and "PASSED" in printed
+
+
+def test_int8_text(capsys):
+    pytest.importorskip("transformers", minversion="5")
+    int8_text.main(["--steps", "60", "--new", "20"])
+    printed = capsys.readouterr().out
+    assert "14 of 15 linear layers in int8" in printed
+    losses = [float(x) for x in re.findall(r"loss (\d\.\d+):", printed)]
+    assert len(losses) == 2 and abs(losses[1] - losses[0]) < 0.01 * losses[0]
+    assert int(re.search(r"the same for the first (\d+) of 20 tokens", printed)[1]) > 0
+
+
+def test_train_encoder(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    losses = train_encoder.main(["--steps", "25", "--plot", str(tmp_path / "new" / "loss.png")])
+    assert len(losses) == 25 and sum(losses[-5:]) < 0.85 * sum(losses[:5])
+    assert (tmp_path / "new" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "PositionalEncoding" in printed and "FusedEncoderLayer" in printed
+
+
+def test_lora_int8(tmp_path, capsys):
+    pytest.importorskip("transformers", minversion="5")
+    pytest.importorskip("peft")
+    before, adapted, merged = lora_int8.main(
+        ["--steps", "40", "--adapter-steps", "30", "--output", str(tmp_path / "adapters")]
+    )
+    assert adapted < 0.97 * before and abs(merged - adapted) < 0.1 * (before - adapted)
+    assert (tmp_path / "adapters" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.skipif(compile_missing() is not None, reason=str(compile_missing()))
+def test_export_aotinductor(tmp_path):
+    """In int8 it is in tests/models/test_export.py."""
+    with torch._inductor.config.patch(QUICK):
+        assert export_aotinductor.main(["--layers", "1", "--output", str(tmp_path / "new" / "model.pt2")]) < 1e-5
+
+
+WRONG = {
+    "a file that is not there": (train_encoder, ["--text", "nowhere"], "argument --text: expected a file of text, got"),
+    "no steps": (int8_text, ["--steps", "0"], "argument --steps: expected a positive integer, got '0'"),
+    "a model that is not there": (int8_text, ["--model", "/nowhere"], "--model: expected a folder or name of a"),
+    "another ending": (export_aotinductor, ["--output", "model.onnx"], "--output: expected a file that ends in .pt2"),
+}
+
+
+@pytest.mark.parametrize(("script", "arguments", "words"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_named(script, arguments, words, capsys, monkeypatch):
+    pytest.importorskip("transformers", minversion="5")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    assert words in capsys.readouterr().err + str(stopped.value)
+
+
+def test_each_is_tested_and_told_of():
+    source, page = Path(__file__).read_text(), (ROOT / "docs/models.md").read_text()
+    for name in SCRIPTS:
+        assert f"{name}.main(" in source and f"examples/{name}.py" in page, name
+        assert f"python -m examples.{name}" in importlib.import_module(f"examples.{name}").__doc__
