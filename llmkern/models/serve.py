@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from llmkern.models.kernelize import kernelize
 from llmkern.models.huggingface import head
+from llmkern.models.kernelize import kernelize
 from llmkern.models.quantize import quantize_model
 
 _NAME = "python -m llmkern serve"
