@@ -132,6 +132,13 @@ class Logits(torch.nn.Module):
 
 
 @EACH
+def test_logits_in_16_bits(make, expected):
+    plain, fast, _ = pair(make)
+    plain, fast = (Logits(model.bfloat16()) for model in (plain, fast))
+    verify(fast, plain, (), gradients=False).raise_if_failed()
+
+
+@EACH
 def test_greedy_text(make, expected):
     plain, fast, _ = pair(make)
     if not plain.can_generate():
