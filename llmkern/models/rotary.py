@@ -47,8 +47,8 @@ class Turn:
 def attention(model: nn.Module, name: str, module: nn.Module) -> type[nn.Module] | str | None:
     """The class that the module at this path of the model gets; a sentence where its rotation is not known; None where
     it is no attention that rotates."""
-    forward = type(module).forward
-    own = inspect.unwrap(forward)
+    forward: Any = getattr(type(module), "forward", None)
+    own = inspect.unwrap(forward) if callable(forward) else None
     if not isinstance(own, types.FunctionType) or _NAME not in own.__code__.co_names or _NAME not in own.__globals__:
         return None
     if own is not forward:

@@ -132,6 +132,20 @@ class Logits(torch.nn.Module):
 
 
 @EACH
+def test_logits_in_16_bits(make, expected):
+    plain, fast, _ = pair(make)
+    plain, fast = (Logits(model.bfloat16()) for model in (plain, fast))
+    verify(fast, plain, (), gradients=False).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2", "bert", "t5, gated"])
+def test_logits_under_autocast(name):
+    plain, fast, _ = pair(MODELS[name][0])
+    with torch.autocast("cpu", torch.bfloat16):
+        verify(Logits(fast), Logits(plain), (), gradients=False).raise_if_failed()
+
+
+@EACH
 def test_greedy_text(make, expected):
     plain, fast, _ = pair(make)
     if not plain.can_generate():

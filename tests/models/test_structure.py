@@ -205,3 +205,8 @@ def test_what_the_kernel_does_not_take_is_the_models_own(monkeypatch):
     for a, b in zip(rotary._rotate(PLAIN, turn, q, k, table, table, 2), PLAIN(q, k, table, table, 2), strict=True):
         assert torch.equal(a, b)
     assert not calls
+
+
+def test_a_scripted_module_is_left():
+    model = nn.Sequential(torch.jit.script(MLP()), nn.LayerNorm(8))
+    assert llmkern.kernelize(model).replaced == ["1"]
