@@ -32,7 +32,7 @@ def test_kernelize_a_hugging_face_model(tmp_path, capsys):
     text.write_text("the cat sat on the mat and the dog ran")
     kernelize_model.main(["--model", str(tmp_path), "--text", str(text)])
     printed = capsys.readouterr().out
-    assert "8 of 8 modules that kernels might serve replaced" in printed and "PASSED" in printed
+    assert re.search(r"\b(\d+) of \1 modules that kernels might serve replaced", printed) and "PASSED" in printed
 
 
 def test_int8_text(capsys):

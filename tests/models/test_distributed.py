@@ -203,7 +203,7 @@ def test_what_is_served_under_a_wrapper(name, way, folder):
         assert left.keys() == {"FSDPTransformerEncoderLayer"} and "a subclass of" in left.popitem()[1]
         assert {kind for _, kind, by, _ in modules if by} == KINDS[name] - {"TransformerEncoderLayer"}
     else:
-        assert not left and {kind for _, kind, _, _ in modules} == KINDS[name]
+        assert not left and {kind for _, kind, _, _ in modules} >= KINDS[name]
 
 
 def test_what_was_sharded_since_cannot_be_restored(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -106,7 +107,7 @@ def test_a_chat_gives_the_models_greedy_text(way, servers, folder):
     streamed = [part.choices[0].delta.content or "" for part in client.chat.completions.create(**asked, stream=True)]
     assert "".join(streamed) == text and len([part for part in streamed if part]) > 1
     log = servers[way].log.read_text()
-    assert "llmkern: 8 of 8 modules that kernels might serve replaced" in log
+    assert re.search(r"llmkern: (\d+) of \1 modules that kernels might serve replaced", log)
     assert ("llmkern: 14 of 15 linear layers in int8" in log) == (way == "int8")
 
 
