@@ -12,6 +12,7 @@ from typing import Any
 from llmkern.models.huggingface import head
 from llmkern.models.kernelize import kernelize
 from llmkern.models.quantize import quantize_model
+from llmkern.models.transformers import register
 
 _NAME = "python -m llmkern serve"
 _NEEDS = f'{_NAME}: expected the packages of transformers\' server (pip install "llmkern[serve]")'
@@ -30,6 +31,7 @@ def main(args: list[str]) -> None:
         raise SystemExit(f"{_NEEDS}, and transformers 5: {error}") from error
     if not is_serve_available():
         raise SystemExit(_NEEDS)
+    register()  # what a folder's own configuration may name is then known here
     # The server makes its manager by this name, and its command line knows no other way to exchange what loads models.
     manager: Any = served
     manager.ModelManager = _manager(manager.ModelManager)

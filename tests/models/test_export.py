@@ -1,4 +1,7 @@
-"""Kernelized models through torch.compile(fullgraph=True), torch.export and AOTInductor: the same results as eager."""
+"""Kernelized models through torch.compile(fullgraph=True) and torch.export: the same results as eager.
+
+A package of AOTInductor is made, loaded and compared in tests/test_examples.py.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,13 @@ from torch import nn
 
 import llmkern
 from benchmarks.peers import compile_missing
+from tests.inductor import QUICK
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
 TOKENS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 PADDED = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
 HIDDEN = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
-#: AOTInductor and inductor call the C++ compiler; made anew for each test, its precompiled headers cost more than they
-#: save.
-QUICK = {"cpp_cache_precompile_headers": False}
-needs_compiler = pytest.mark.skipif(compile_missing() is not None, reason=str(compile_missing()))
 
 
 class First(nn.Module):
@@ -86,14 +86,37 @@ def test_compiled_in_one_graph_forward_and_training_are_the_same(make):
     assert all(map(torch.equal, found, expected))
 
 
-@needs_compiler
+class Block(nn.Module):
+    """Little for the compiler to do around our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(32), llmkern.reference.MultiHeadAttention(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.skipif(compile_missing() is not None, reason=str(compile_missing()))
 def test_inductor_trains_it_in_one_graph():
-    model, inputs = kernelized(lambda: (nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0), {"src": HIDDEN}))
+    model, inputs = kernelized(lambda: (Block(), {"x": HIDDEN}))
     expected = step(model, inputs, model)
     found = step(model, inputs, torch.compile(model, fullgraph=True, options=QUICK))
-    assert len(found) == len(expected) == 13
+    assert len(found) == len(expected) == 11
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("scheme", [None, "outliers", "groups"])
+def test_exported_in_int8(scheme):
+    model, inputs = kernelized(llama)
+    if scheme is not None:
+        llmkern.quantize_model(model.eval(), scheme=scheme, skip=("lm_head",))
+    exported = torch.export.export(model.eval(), (), inputs)
+    assert any("int8_linear" in str(node.target) for node in exported.graph.nodes) == (scheme is not None)
+    with torch.no_grad():
+        assert torch.equal(exported.module()(**inputs), model(**inputs))
 
 
 @pytest.mark.parametrize("make", [transformer, llama, t5])
@@ -119,18 +142,3 @@ def test_exported_with_sizes_left_open():
         more["attention_mask"][0, :2] = 0
         with torch.no_grad():
             torch.testing.assert_close(exported(**more, **fixed).logits, model(**more, **fixed).logits)
-
-
-@needs_compiler
-def test_aotinductor_runs_an_int8_model(tmp_path):
-    """A kernelized model, then its linear layers in int8, in one package."""
-    model, inputs = kernelized(llama)
-    llmkern.quantize_model(model.eval(), skip=("lm_head",))
-    with torch.no_grad():
-        expected = model(**inputs)
-        exported = torch.export.export(model, (), inputs)
-        assert any("int8_linear" in str(node.target) for node in exported.graph.nodes)
-        options = QUICK | {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
-        package = str(tmp_path / "model.pt2")
-        torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=options)
-        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(**inputs), expected)
