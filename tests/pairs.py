@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: them: Triton 3.6's interpreter makes integers of arrays of one element, which numpy 2.4 refuses.
 PAIRS = (("2.11.0", "3.6.0", "2.2.6"), ("2.13.0", "newest", "newest"))
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
-TESTS = tuple(f"tests/{family}/test_triton.py" for family in ("activation", "attention", "int8", "norm", "positional"))
+TESTS = tuple(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/*/test_triton*.py")))
 #: What torch's CPU build and the tests need besides.
 OTHERS = (
     "typing_extensions", "filelock", "sympy", "networkx", "jinja2", "fsspec", "pytest", "tqdm", "hypothesis",

@@ -112,3 +112,22 @@ def test_a_bad_table_is_refused(content, words, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="LLMKERN_TRITON_TABLE") as raised:
         triton_table.own("attention", "forward", "sm_90", 64)
     assert words in str(raised.value) and str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("family", ["sm_86", "sm_90", "gfx942"])
+def test_what_cannot_be_made_fails_its_kernel_alone(family, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tiles.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tiles.machine, "describe", dict)
+    monkeypatch.setattr(tiles.triton, "family", lambda device: family)
+
+    def calls(setting, of, kernel, width):
+        if width == 64:
+            raise MemoryError("out of memory")
+        return None, None
+
+    monkeypatch.setattr(tiles, "_calls", calls)
+    monkeypatch.setattr(tiles, "on_device", lambda line, call, small: 1.0 if line is None else 0.5)
+    out = tmp_path / "table.json"
+    assert tiles.main([str(out), "--family", "attention", "--kernel", "forward", "--seconds", "0.2"]) == 0
+    assert "attention forward 64: MemoryError: out of memory" in capsys.readouterr().err
+    assert {found.width for found in triton_table.read(out)} == {*tiles.sweep.WIDTHS} - {64}

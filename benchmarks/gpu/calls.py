@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.gpu.call import FLOATS, HALVES, Call, Case, random
 from benchmarks.gpu.packed_calls import packed_cases
+from benchmarks.gpu.row_calls import row_cases
 from benchmarks.gpu.steps import Setting
 from llmkern import functional
 from llmkern.attention import op as attention_op
@@ -29,6 +30,7 @@ def cases(setting: Setting, small: bool = False) -> Iterator[Case]:
     yield from _attention_int8(setting, small)
     yield from _decode(setting, small)
     yield from _positional(setting, small)
+    yield from row_cases(setting, small)
     yield from _int8(setting, small)
 
 

@@ -65,14 +65,19 @@ def _weights(setting: Setting, small: bool) -> Iterator[Case]:
     # (B, H, Hkv, Sq, Sk, D)
     shape = (1, 2, 1, 33, 70, 64) if small else (1, 8, 2, 1027, 2113, 128)
     for short, dtype in HALVES.items():
-        for summed in (False, True):
+        for summed, gradients in ((False, False), (False, True), (True, False)):
             yield Case(
-                "attention column sums" if summed else "attention weights", f"{','.join(map(str, shape))} {short}",
-                lambda dtype=dtype, summed=summed: weights(setting, shape, dtype, summed),
+                "attention column sums" if summed else "attention weights",
+                f"{','.join(map(str, shape))} {short}{' backward' if gradients else ''}",
+                lambda dtype=dtype, summed=summed, gradients=gradients: weights(
+                    setting, shape, dtype, summed, gradients
+                ),
             )  # fmt: skip
 
 
-def weights(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, summed: bool) -> Call:
+def weights(
+    setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, summed: bool, gradients: bool = False
+) -> Call:
     """The weights of a causal call, or their sums over the queries, from the attention's log-sum-exp."""
     b, h, hkv, sq, sk, d = shape
     args = tuple(random(setting, b, n, s, d, dtype=dtype) for n, s in ((h, sq), (hkv, sk)))
@@ -88,4 +93,4 @@ def weights(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, summed
         of = attention_reference.attention_column_sums if summed else attention_reference.attention_weights
         return of(q, k, q.new_zeros(b, h, sq, dtype=torch.float64), *rules)
 
-    return Call(ours, plain, args)
+    return Call(ours, plain, args, gradients)

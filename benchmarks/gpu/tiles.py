@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +41,14 @@ class Problem:
     name: str
     candidates: list[Line]
     time: Callable[[Line | None], float]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A problem to come: its tensors are made when its turn is there, and what fails then fails it alone."""
+
+    name: str
+    make: Callable[[], Problem]
 
 
 def choose(
@@ -77,20 +86,20 @@ def choose(
     return best[1] if gain >= GAIN else None
 
 
-def problems(families: Sequence[str], kernels: Sequence[str], setting: Setting) -> Iterator[Problem]:
-    device = torch.device("cuda")
-    target = triton.family(device)
+def problems(families: Sequence[str], kernels: Sequence[str], setting: Setting) -> Iterator[Planned]:
     for family in families:
         for kernel in sweep.KERNELS[family]:
             if kernels and kernel not in kernels:
                 continue
             for width in sweep.WIDTHS if family == "attention" else (0,):
-                call, small = _calls(setting, family, kernel, width)
-                yield Problem(
-                    f"{family} {kernel}{f' {width}' if width else ''}",
-                    sweep.candidates(family, kernel, target, width),
-                    lambda line, call=call, small=small: on_device(line, call, small),
-                )
+                name = f"{family} {kernel}{f' {width}' if width else ''}"
+                yield Planned(name, partial(problem, name, family, kernel, width, setting))
+
+
+def problem(name: str, family: str, kernel: str, width: int, setting: Setting) -> Problem:
+    call, small = _calls(setting, family, kernel, width)
+    candidates = sweep.candidates(family, kernel, triton.family(torch.device(setting.device)), width)
+    return Problem(name, candidates, lambda line: on_device(line, call, small))
 
 
 def _calls(setting: Setting, family: str, kernel: str, width: int) -> tuple[calls.Call, calls.Call]:
@@ -138,11 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks.gpu.tiles: torch {torch.__version__} sees no GPU", file=sys.stderr)
         return 2
     lines: list[Line] = []
-    for problem in problems(options.family, options.kernel, Setting("cuda", False)):
+    for planned in problems(options.family, options.kernel, Setting("cuda", False)):
         try:
-            found = choose(problem, options.seconds)
+            found = choose(planned.make(), options.seconds)
         except Exception as error:  # of one kernel, which leaves the others
-            print(f"{problem.name}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{planned.name}: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         if found:
             lines.append(found)

@@ -68,11 +68,12 @@ def attention_int8(
 
 @dataclass(frozen=True)
 class Int8AttentionError:
-    """How far a result is from attention in float64, over all its finite elements.
+    """How far a result is from attention in float64, over all elements that are finite there.
 
     largest: the largest difference. relative_rms: the root of the mean square of the differences, over that of the
     truth. cosine: of the angle between result and truth as vectors. exact_rms: relative_rms of
-    scaled_dot_product_attention in the same dtype, which rounds nothing to 8 bits.
+    scaled_dot_product_attention in the same dtype, which rounds nothing to 8 bits. Where a result is infinite or not a
+    number and the truth is neither, its error is infinite, and cosine 0.
     """
 
     largest: float
@@ -114,15 +115,16 @@ def attention_int8_error(
         one = q[b : b + 1, h : h + 1].double(), k[of_keys].double(), v[of_keys].double()
         true = reference.attention(*one, *_of_head(mask, b, h).arguments(), scale, False)[0][0, 0]
         ours, plain = found[b, h].double(), exact[b, h].double()
-        finite = true.isfinite() & ours.isfinite() & plain.isfinite()
+        finite = true.isfinite()
         true, ours, plain = true[finite], ours[finite], plain[finite]
-        terms = (true * true, (ours - true).square(), (plain - true).square(), ours * ours, ours * true)
+        off, plain_off = ((t - true).abs().nan_to_num(math.inf, math.inf) for t in (ours, plain))
+        terms = (true * true, off.square(), plain_off.square(), ours * ours, ours * true)
         sums += torch.stack([t.sum() for t in terms]).cpu()
-        largest = max(largest, float((ours - true).abs().max())) if true.numel() else largest
+        largest = max(largest, float(off.max())) if true.numel() else largest
     of_truth, of_ours, of_plain, length, together = sums.tolist()
     if of_truth == 0.0:
-        return Int8AttentionError(largest, float(of_ours > 0.0), 1.0, float(of_plain > 0.0))
-    cosine = together / math.sqrt(of_truth * length) if length else 0.0
+        return Int8AttentionError(largest, float(of_ours > 0.0), float(of_ours < math.inf), float(of_plain > 0.0))
+    cosine = together / math.sqrt(of_truth * length) if 0.0 < length < math.inf else 0.0
     return Int8AttentionError(largest, math.sqrt(of_ours / of_truth), cosine, math.sqrt(of_plain / of_truth))
 
 

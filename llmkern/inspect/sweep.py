@@ -65,6 +65,8 @@ def architecture(family: str, target: str) -> str:
         return target
     from llmkern.attention.triton_configurations import family as line
 
+    if not target.startswith("sm_"):  # AMD's
+        return line(None)
     number = int(target.removeprefix("sm_"))
     return line((number // 10, number % 10))
 

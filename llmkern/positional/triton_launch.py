@@ -25,6 +25,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 MODULE = "llmkern.positional.triton_kernels"
 #: The same of the sinusoidal add, whose dropout has four random words of its own for each four elements.
 ADD_TILE = 2048
+MOST = 65535  #: programs along the second and third axis of a grid, of CUDA and of HIP
 
 
 def constants(
@@ -108,9 +109,20 @@ def sinusoidal_add(
     return out
 
 
-TRITON_ROTARY = triton.served_by(rotary)
-TRITON_SINUSOIDAL_ADD = triton.served_by(sinusoidal_add)
-TRITON_SINUSOIDAL_DROPOUT = triton.served_by(sinusoidal_add, None)
+def rotary_limits(q: Tensor, *args: Any) -> str | None:
+    """Why a grid cannot hold a call's batch."""
+    return f"its kernel takes a batch of up to {MOST}, not {q.size(0)}" if q.size(0) > MOST else None
+
+
+def sinusoidal_limits(x: Tensor, *args: Any) -> str | None:
+    """Why a grid cannot hold a call's rows."""
+    widest = MOST * 1024
+    return f"its kernel takes rows of up to {widest} elements, not {x.size(2)}" if x.size(2) > widest else None
+
+
+TRITON_ROTARY = triton.served_by(rotary, limits=rotary_limits)
+TRITON_SINUSOIDAL_ADD = triton.served_by(sinusoidal_add, limits=sinusoidal_limits)
+TRITON_SINUSOIDAL_DROPOUT = triton.served_by(sinusoidal_add, None, limits=sinusoidal_limits)
 
 
 def compilations() -> Iterator[Compilation]:

@@ -195,9 +195,22 @@ def test_the_reported_error_of_little():
     x = torch.zeros(1, 2, 3, 8)
     for q, k, v in ((x, x, x), (x[:, :, :0], x, x), (x, x[:, :, :0], x[:, :, :0])):
         assert tuple(vars(attention_int8_error(q, k, v)).values()) == (0.0, 0.0, 1.0, 0.0)
-    broken = torch.randn(1, 2, 3, 8)
-    broken[0, 0, 1, 2] = torch.inf
-    assert attention_int8_error(broken, broken, torch.randn(1, 2, 3, 8)).relative_rms < 0.1
+    q, k, v = (torch.randn(1, 2, 3, 8) for _ in range(3))
+    broken = v.clone()
+    broken[0, 0, 1, 2] = torch.inf  # what is infinite in the truth has no part
+    assert 0.0 < attention_int8_error(q, k, broken).relative_rms < 0.1
+
+
+def test_a_result_that_is_lost_has_an_infinite_error():
+    """A key that no query sees in exact attention, and whose rounding to integers is not a number."""
+    q, k, v = torch.rand(1, 2, 3, 8) + 0.5, torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    k[0, 0, 1, 2] = -torch.inf
+    found = attention_int8_error(q, k, v)
+    assert (found.largest, found.relative_rms, found.cosine) == (torch.inf, torch.inf, 0.0) and found.exact_rms < 1e-5
+
+
+def test_the_reported_error_refuses_other_arguments():
+    x = torch.zeros(1, 2, 3, 8)
     with pytest.raises(TypeError, match="return_logsumexp: expected no such argument"):
         attention_int8_error(x, x, x, return_logsumexp=True)
     with pytest.raises(TypeError, match="dropout_p"):

@@ -102,3 +102,13 @@ def test_on_the_gpu(interleaved):
             continue
         inputs = [t.cuda() for t in rotary_inputs(shape, dtype)]
         verify(rotated, plain, inputs, gradients=False).raise_if_failed()
+
+
+def test_grids_that_no_gpu_takes_are_refused():
+    """A batch lies along the second axis of the grid, which holds 65535 programs."""
+    q = torch.empty(65536, 1, 1, 8, device="meta")
+    assert "a batch of up to 65535, not 65536" in (triton_launch.rotary_limits(q) or "")
+    assert triton_launch.rotary_limits(q[1:]) is None
+    x = torch.empty(1, 1, 65535 * 1024 + 1, device="meta")
+    assert "rows of up to 67107840 elements, not 67107841" in (triton_launch.sinusoidal_limits(x) or "")
+    assert triton_launch.sinusoidal_limits(x[..., 1:]) is None
