@@ -16,7 +16,7 @@ _BEFORE = "_llmkern_before"
 def exchange(module: nn.Module, into: type[nn.Module], **attributes: Any) -> None:
     """Makes `module`, in place, one of the class `into`, with these attributes set."""
     before = {name: vars(module)[name] for name in attributes if name in vars(module)}
-    vars(module)[_BEFORE] = (type(module), before, list(attributes), into)
+    vars(module)[_BEFORE] = (type(module), before, list(attributes), into.__name__)
     vars(module).update(attributes)
     module.__class__ = into
 
@@ -28,8 +28,12 @@ def exchanged(module: nn.Module) -> type[nn.Module] | None:
 
 
 def as_exchanged(module: nn.Module) -> bool:
-    """Whether an exchanged module still is what `exchange` made it, and no subclass that wraps it (FSDP2 makes one)."""
-    return type(module) is vars(module)[_BEFORE][3]
+    """Whether an exchanged module still is what `exchange` made it, and no subclass that wraps it (FSDP2 makes one).
+
+    By the name of the class, since some are made at run time and could not be pickled with the module.
+    """
+    name: str = vars(module)[_BEFORE][3]
+    return type(module).__name__ == name
 
 
 def change_back(module: nn.Module) -> None:

@@ -35,7 +35,7 @@ def base(scheme="outliers"):
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     llmkern.kernelize(model)
-    return llmkern.quantize_model(model, scheme=scheme, skip=("lm_head",), progress=False)
+    return llmkern.quantize_model(model, scheme=scheme, skip=("lm_head",), measure=False, progress=False)
 
 
 def adapted(model, **options):
