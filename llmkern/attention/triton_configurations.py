@@ -107,6 +107,9 @@ def configuration(
 #: The gradients sum delta over the weights themselves for up to so many queries or keys, where that costs little.
 FEW_QUERIES, FEW_KEYS = 24, 128
 
+#: Queries and keys of a dense mask that share a byte of its table (triton_mask.py): those of the tiles above.
+MASK_TILE = 32
+
 #: Of the attention on a cache: 16 rows to a tile everywhere, and what many blocks of a processor can hold of keys.
 DECODE: dict[str, _Lines] = {
     "sm_80": ((64, _C(16, 64, 4, 3)), (128, _C(16, 32, 4, 3)), (256, _C(16, 32, 4, 2))),
