@@ -120,6 +120,11 @@ DECODE: dict[str, _Lines] = {
 }
 
 
-def decode_configuration(family: str, width: int) -> Configuration:
+#: The same of float32, whose products are not those of matrix units.
+_DECODE_FLOAT32 = ((64, _C(16, 32, 4, 2)), (128, _C(16, 32, 4, 2)), (256, _C(16, 16, 4, 1)))
+
+
+def decode_configuration(family: str, itemsize: int, width: int) -> Configuration:
     """Of heads padded to `width`, a power of two up to 256."""
-    return next(found for widest, found in DECODE[family] if width <= widest)
+    lines = DECODE[family] if itemsize == 2 else _DECODE_FLOAT32
+    return next(found for widest, found in lines if width <= widest)

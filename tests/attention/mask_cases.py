@@ -9,16 +9,16 @@ from llmkern.attention import triton_mask_launch
 from llmkern.attention.triton_configurations import MASK_TILE
 
 #: (B, H, Hkv, Sq, Sk, D, Dv): tiles that end early in both directions.
-SHAPE = (2, 4, 2, 75, 101, 16, 24)
+SHAPE = (2, 2, 1, 40, 70, 16, 24)
 
 
 def blocks(queries: int, keys: int, share: float = 0.5) -> Tensor:
-    """(Sq, Sk) bool: some tiles hidden, some seen, some mixed, and a row of tiles without any key."""
+    """(Sq, Sk) bool: tiles hidden, seen and mixed, and rows without any key."""
     down, across = -(-queries // MASK_TILE), -(-keys // MASK_TILE)
-    kinds = torch.arange(down * across).view(down, across) % 3
-    kinds[-1] = 0
+    kinds = (torch.arange(down * across).view(down, across) + 1) % 3
     kinds = kinds.repeat_interleave(MASK_TILE, 0).repeat_interleave(MASK_TILE, 1)[:queries, :keys]
-    return (kinds == 1) | ((kinds == 2) & (torch.rand(queries, keys) < share))
+    seen = (kinds == 1) | ((kinds == 2) & (torch.rand(queries, keys) < share))
+    return seen & (torch.arange(queries) % 9 > 0)[:, None]
 
 
 def masks(shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
@@ -28,12 +28,12 @@ def masks(shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
     own = torch.stack([blocks(queries, keys, p) for p in torch.linspace(0.1, 0.9, batch * heads).tolist()])
     bias = torch.where(torch.rand(queries, keys) < 0.1, torch.randn(queries, keys), added)
     bias[:MASK_TILE] = added[:MASK_TILE]
-    documents = torch.arange(queries)[:, None] // 40 == torch.arange(keys) // 40
+    documents = torch.arange(queries)[:, None] // 34 == torch.arange(keys) // 34
     return {
         "shared by all": seen[None, None],
         "of every head": own.view(batch, heads, queries, keys),
         "of a batch, expanded": own[:batch].view(batch, 1, queries, keys).expand(batch, heads, queries, keys),
-        "keys alone": (torch.arange(keys) < torch.tensor([[40], [96]])).view(2, 1, 1, keys),
+        "keys alone": (torch.arange(keys) < torch.tensor([[20], [66]])).view(2, 1, 1, keys),
         "queries alone": (torch.arange(queries) % 64 < 32).view(1, 1, queries, 1),
         "documents": documents[None, None],
         "columns first": seen.t().contiguous().t()[None, None],
