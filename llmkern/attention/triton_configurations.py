@@ -78,6 +78,9 @@ POINTERS: dict[str, dict[str, _Lines]] = {
 STATISTICS = ((128, _C(64, 32, 4, 1)), (256, _C(32, 16, 4, 1)))
 #: With rules that need registers of their own (soft cap, slopes, dense masks, dropout), everywhere.
 RULES = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
+#: With a dense mask and no other of these, everywhere; of kernels that are not here as above.
+_MASKED = ((128, _C(64, 32, 8, 1)), RULES[-1])
+MASKED: dict[str, _Lines] = {"forward": _MASKED, "queries": _MASKED}
 
 
 def family(capability: tuple[int, int] | None) -> str:
@@ -88,10 +91,10 @@ def family(capability: tuple[int, int] | None) -> str:
 
 
 def configuration(
-    kernel: str, family: str, itemsize: int, width: int, rules: bool, described: bool = False
+    kernel: str, family: str, itemsize: int, width: int, rules: str, described: bool = False
 ) -> Configuration:
-    """Of heads padded to `width`, a power of two up to 256. rules: some need registers of their own. described: keys
-    and values, or queries, are read through descriptors."""
+    """Of heads padded to `width`, a power of two up to 256. rules: "" or those that need registers of their own, a
+    dense "mask" or "more". described: keys and values, or queries, are read through descriptors."""
     if kernel == "statistics":
         lines: _Lines = STATISTICS
     else:
@@ -100,7 +103,7 @@ def configuration(
     if itemsize == 2 and not rules and (own := triton_table.own("attention", kernel, family, width)):
         return Configuration(**own)
     if itemsize == 4 or rules:
-        lines = _FLOAT32 if itemsize == 4 else RULES
+        lines = _FLOAT32 if itemsize == 4 else MASKED.get(kernel, RULES) if rules == "mask" else RULES
     return next(found for widest, found in lines if width <= widest)
 
 

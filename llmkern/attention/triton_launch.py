@@ -236,6 +236,10 @@ def examples(
     yield from made
 
 
+#: The masks that the inspector looks at, by width of the heads.
+MASKED = {64: torch.bool, 128: torch.bfloat16, 256: torch.bool}
+
+
 def label(launch: triton.Launch, width: int) -> str:
     """What the inspector calls the configuration of a launch in bfloat16."""
     tile = f"{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_N']}"
@@ -243,9 +247,15 @@ def label(launch: triton.Launch, width: int) -> str:
 
 
 def compilations() -> Iterator[Compilation]:
-    """What `python -m llmkern inspect` compiles: causal calls in bfloat16 of heads of 64, 128 and 256."""
+    """What `python -m llmkern inspect` compiles: causal calls in bfloat16 of heads of 64, 128 and 256, and with masks,
+    boolean and added."""
     from llmkern.inspect.triton_source import Compilation
 
+    for (name, targets), (width, dtype) in itertools.product(TARGETS.items(), MASKED.items()):
+        masked = Mask(torch.empty(1, 1, 256, 256, dtype=dtype, device="meta"), window_right=0)
+        for launch in examples(name, torch.bfloat16, width, masked):
+            if "TILED" in launch.constants and "DESCRIBED" in launch.constants:
+                yield Compilation.of(launch, f"{label(launch, width)}, mask", targets)
     for (name, targets), width, pointers in itertools.product(TARGETS.items(), (64, 128, 256), (False, True)):
         if pointers and name not in DESCRIBED:
             continue
