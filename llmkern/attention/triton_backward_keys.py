@@ -207,6 +207,6 @@ def attention_backward_key_kernel(
             for again in range(start, tl.minimum(start + BLOCK_N, all_keys), 16):
                 _key_rows(
                     again, q, k, v, g, dk, dv, of_rows, of_heads, heads, first_head, group, all_keys, limits, numbers,
-                    dense, dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, LENGTHS, MASK, TILED, SOFTCAP,
-                    ALIBI, DROPOUT, UNIFORM, BEND, ADDED, PRECISION, True, False,
+                    dense, dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, LENGTHS, MASK, TILED,
+                    SOFTCAP, ALIBI, DROPOUT, UNIFORM, BEND, ADDED, PRECISION, True, False,
                 )  # fmt: skip

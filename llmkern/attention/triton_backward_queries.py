@@ -138,7 +138,8 @@ def attention_backward_query_kernel(
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
     MASK: tl.constexpr, TILED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr,
     DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, ADDED: tl.constexpr, MASK_GRAD: tl.constexpr, CENTRE: tl.constexpr, DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr, ADDED: tl.constexpr, MASK_GRAD: tl.constexpr, CENTRE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of query (B, H, Sq, D) and, with MASK_GRAD, that of the scores, (B, H, Sq, Sk) float32, where a
     query may see a key. CENTRE: delta comes from the rounded output, without sinks and soft cap; PACKED: of sequences

@@ -78,9 +78,10 @@ POINTERS: dict[str, dict[str, _Lines]] = {
 STATISTICS = ((128, _C(64, 32, 4, 1)), (256, _C(32, 16, 4, 1)))
 #: With rules that need registers of their own (soft cap, slopes, dense masks, dropout), everywhere.
 RULES = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
-#: With a dense mask and no other of these, everywhere; of kernels that are not here as above.
+#: With a dense mask and no other of these; what is not here as above.
 _MASKED = ((128, _C(64, 32, 8, 1)), RULES[-1])
-MASKED: dict[str, _Lines] = {"forward": _MASKED, "queries": _MASKED}
+MASKED: dict[tuple[str, str], _Lines] = {(k, f): _MASKED for k in ("forward", "queries") for f in FAMILIES}
+MASKED["keys", "gfx942"] = ((128, _C(32, 32, 4, 1)), RULES[-1])
 
 
 def family(capability: tuple[int, int] | None) -> str:
@@ -103,7 +104,7 @@ def configuration(
     if itemsize == 2 and not rules and (own := triton_table.own("attention", kernel, family, width)):
         return Configuration(**own)
     if itemsize == 4 or rules:
-        lines = _FLOAT32 if itemsize == 4 else MASKED.get(kernel, RULES) if rules == "mask" else RULES
+        lines = _FLOAT32 if itemsize == 4 else MASKED.get((kernel, family), RULES) if rules == "mask" else RULES
     return next(found for widest, found in lines if width <= widest)
 
 

@@ -64,8 +64,9 @@ def forward(
         if programs:
             arguments = (
                 query, key, value, *call.descriptors(described, tile.keys, key, value), output, logsumexp,
-                tiled.make(rules[0], query), *call.tensors(query, rules), *call.numbers, *call.strides(query, key, value, output),
-                *call.dense_steps, *call.steps, *tiled.steps, *call.bounds(query, bounds),
+                tiled.make(rules[0], query), *call.tensors(query, rules), *call.numbers,
+                *call.strides(query, key, value, output), *call.dense_steps, *call.steps, *tiled.steps,
+                *call.bounds(query, bounds),
             )  # fmt: skip
             constants = {**call.constants(tile, query.dtype, family), "TILED": tiled.wanted, "DESCRIBED": described}
             run(triton.Launch(

@@ -42,17 +42,18 @@ def look(dense, first_row, first_col, limits, BLOCK_M: tl.constexpr, BLOCK_N: tl
     return seen, (dense[0], dense[1], dense[2], to_read)
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "m_b", "m_h"])
+@triton.jit(do_not_specialize=["heads", "rows"])
 def attention_mask_tiles_kernel(
     mask, table, heads, rows, columns, m_b, m_h, m_q, m_k,
-    ADDED: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr,
+    ADDED: tl.constexpr, DENSE_ROWS: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """table (B, H, tiles of rows, tiles of columns) uint8, contiguous, of a mask (B, H, rows, columns), of bytes or
     ADDED: of each tile of SIZE x SIZE whether some of it is seen, and whether some of it must be read: what is not
     finite or not 0 where it is added, False where it is not.
 
-    B, heads, rows and columns are those that differ: 1 where the mask is broadcast. Grid: (B * H * tiles of rows *
-    pieces of TILES tiles of columns,).
+    B, heads, rows and columns are those that differ: 1 where the mask is broadcast. DENSE_ROWS: m_k is 1, and 16 bytes
+    are read at a time where the other strides divide by 16. Grid: (B * H * tiles of rows * pieces of TILES tiles of
+    columns,).
     """
     program = tl.program_id(0)
     across = tl.cdiv(columns, SIZE)
@@ -63,7 +64,8 @@ def attention_mask_tiles_kernel(
     row = block * SIZE + tl.arange(0, SIZE)[:, None]
     col = piece * (TILES * SIZE) + tl.arange(0, TILES * SIZE)[None, :]
     there = (row < rows) & (col < columns)
-    where = mask + b * m_b + h * m_h + (row.to(tl.int64) * m_q + col.to(tl.int64) * m_k)
+    at = col if DENSE_ROWS else col.to(tl.int64) * m_k
+    where = mask + b * m_b + h * m_h + (row.to(tl.int64) * m_q + at)
     if ADDED:
         x = tl.load(where, mask=there, other=0.0).to(tl.float32)
         seen, to_read = x != float("-inf"), x != 0.0  # NaN is both

@@ -54,7 +54,7 @@ class MaskTiles:
         added = mask.dtype != torch.bool
         across = -(-self._shape[3] // _TILES)
         arguments = (mask if added else mask.view(torch.uint8), table, *self._sizes[1:], *self._mask_steps)
-        constants = {"ADDED": added, "SIZE": MASK_TILE, "TILES": _TILES}
+        constants = {"ADDED": added, "DENSE_ROWS": self._mask_steps[3] == 1, "SIZE": MASK_TILE, "TILES": _TILES}
         self._run(triton.Launch(
             "llmkern.attention.triton_mask", "attention_mask_tiles_kernel", (math.prod(self._shape[:3]) * across,),
             arguments, constants, _OPTIONS, ("table",),

@@ -171,17 +171,16 @@ def bend(
     if MASK > 0:
         base, step_row, step_col, to_read = dense
         first_row, first_col = corner
-        if to_read:
-            where = base + (tl.cast(first_row, tl.int64) * step_row + tl.cast(first_col, tl.int64) * step_col)
-            where = where + ((row - first_row) * step_row.to(tl.int32) + (col - first_col) * step_col.to(tl.int32))
-            there = (row < queries) & (col < keys)
-            if MASK == 1:
-                allowed = tl.load(where, mask=there, other=1) != 0
-            else:
-                added = tl.load(where, mask=there, other=0.0).to(tl.float32)
-                s = s + added
-                allowed = added != float("-inf")
-            s = tl.where(allowed, s, float("-inf"))
+        where = base + (tl.cast(first_row, tl.int64) * step_row + tl.cast(first_col, tl.int64) * step_col)
+        where = where + ((row - first_row) * step_row.to(tl.int32) + (col - first_col) * step_col.to(tl.int32))
+        there = (row < queries) & (col < keys) & to_read  # no branch: of a tile that is not read nothing is loaded
+        if MASK == 1:
+            allowed = tl.load(where, mask=there, other=1) != 0
+        else:
+            added = tl.load(where, mask=there, other=0.0).to(tl.float32)
+            s = s + added
+            allowed = added != float("-inf")
+        s = tl.where(allowed, s, float("-inf"))
     if EDGE:
         s = tl.where(seen, s, float("-inf"))
     return s, capped

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmkern import triton
-from llmkern.attention import triton_launch, triton_mask_launch
+from llmkern.attention import triton_launch
 from llmkern.attention.mask import Mask
 from llmkern.attention.triton_call import Call
 from llmkern.attention.triton_mask_launch import LEAST, MaskTiles
