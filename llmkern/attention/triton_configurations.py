@@ -125,7 +125,7 @@ DECODE: dict[str, _Lines] = {
 
 
 #: The same of float32, whose products are not those of matrix units.
-_DECODE_FLOAT32 = ((64, _C(16, 32, 4, 2)), (128, _C(16, 32, 4, 2)), (256, _C(16, 16, 4, 1)))
+_DECODE_FLOAT32 = ((128, _C(16, 32, 4, 2)), (256, _C(16, 16, 8, 2)))
 
 
 def decode_configuration(family: str, itemsize: int, width: int) -> Configuration:

@@ -183,16 +183,21 @@ def examples(family: str, dtype: torch.dtype, width: int, int8: bool, paged: boo
 
 
 def compilations() -> Iterator[Compilation]:
-    """What `python -m llmkern inspect` compiles: a new token of heads of 64, 128 and 256, static and paged caches."""
+    """What `python -m llmkern inspect` compiles: a new token of heads of 64, 128 and 256, static and paged caches, and
+    float32."""
     from llmkern.inspect.triton_source import Compilation
 
-    for (name, targets), (width, int8, paged) in itertools.product(
-        TARGETS.items(), ((64, False, False), (128, False, False), (128, True, True), (256, False, False))
-    ):
-        for launch in examples(name, torch.bfloat16, width, int8, paged):
-            if launch.kernel == "attention_combine_kernel" and int8:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    some = (
+        (64, False, False, bf16), (128, False, False, bf16), (128, True, True, bf16), (256, False, False, bf16),
+        (128, False, False, fp32), (256, False, False, fp32),
+    )  # fmt: skip
+    for (name, targets), (width, int8, paged, dtype) in itertools.product(TARGETS.items(), some):
+        for launch in examples(name, dtype, width, int8, paged):
+            if launch.kernel == "attention_combine_kernel" and (int8 or dtype == fp32):
                 continue  # as of the other cache
-            config = f"{'int8' if int8 else 'bf16'}, {'paged' if paged else 'static'}, D={width}"
+            stored = "int8" if int8 else "bf16" if dtype == bf16 else "fp32"
+            config = f"{stored}, {'paged' if paged else 'static'}, D={width}"
             if launch.kernel == "attention_combine_kernel":
                 config = f"bf16, D={width}"
             # The only kernels of this family that fit the registers of gfx1100.

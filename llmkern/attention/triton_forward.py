@@ -162,11 +162,11 @@ def attention_forward_kernel(
 
     Grid: (B * H * blocks of BLOCK_M queries,), the blocks of a head side by side. Strides count elements; the last
     dimension of query, key, value and output is contiguous. unit: of `bend`, log2(e) with BEND and scale * log2(e)
-    without. HIDES: some rule may hide a key from a query, so that results that are not finite are made again without it.
-    TILED: mask_tiles is the mask's table of attention_mask_tiles_kernel, and t_b, t_h, t_q, t_k its strides. DESCRIBED:
-    key_rows and value_rows are descriptors of key and value with blocks of (1, 1, BLOCK_N, BLOCK_D) and (1, 1, BLOCK_N,
-    BLOCK_DV); else they are not looked at. PACKED: sequences end to end, never DESCRIBED, `queries` and `keys` those of
-    all of them, the log-sum-exp (H, queries), the strides of batches 0 (triton_packed.py).
+    without. HIDES: some rule may hide a key from a query, so that results that are not finite are made again without
+    it. TILED: mask_tiles is the mask's table of attention_mask_tiles_kernel, and t_b, t_h, t_q, t_k its strides.
+    DESCRIBED: key_rows and value_rows are descriptors of key and value with blocks of (1, 1, BLOCK_N, BLOCK_D) and
+    (1, 1, BLOCK_N, BLOCK_DV); else they are not looked at. PACKED: sequences end to end, never DESCRIBED, `queries` and
+    `keys` those of all of them, the log-sum-exp (H, queries), the strides of batches 0 (triton_packed.py).
     """
     all_queries = queries
     b, h, bh, line, block, blocks, first_query, first_key, queries, keys = locate(
