@@ -140,7 +140,7 @@ PREFERENCES: list[Preference] = [
     Preference(
         "attention_kvcache", (8, 0), NEWEST, "any", _any_shape, "cuda",
         "it reads keys and values straight into the operands of the matrix units, without shared memory, and its "
-        "machine code is in the library; Triton has GPUs of AMD besides",
+        "machine code is in the library; Triton has float32, and GPUs of AMD besides",
     ),
 ]  # fmt: skip
 

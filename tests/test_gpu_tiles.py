@@ -62,17 +62,17 @@ def test_what_is_written_is_read(tmp_path, monkeypatch):
     lines = [line(4), Line("int8", "one", "sm_90", 0, of_int8)]
     triton_table.write(path, lines, machine="x")
     assert triton_table.read(path) == lines
-    packaged = configuration("forward", "sm_90", 2, 64, False)
+    packaged = configuration("forward", "sm_90", 2, 64, "")
     monkeypatch.setenv(triton_table.VARIABLE, str(path))
     monkeypatch.setattr(triton_table, "_lines", None)
-    assert configuration("forward", "sm_90", 2, 64, False) == Configuration(64, 64, 4, 4) != packaged
+    assert configuration("forward", "sm_90", 2, 64, "") == Configuration(64, 64, 4, 4) != packaged
     assert (
-        configuration("forward", "sm_90", 4, 64, False).stages
-        == configuration("forward", "sm_90", 2, 64, True).stages
+        configuration("forward", "sm_90", 4, 64, "").stages
+        == configuration("forward", "sm_90", 2, 64, "more").stages
         == 1
     )
-    assert configuration("forward", "sm_80", 2, 64, False) == configuration("forward", "sm_80", 2, 64, False)
-    assert configuration("forward", "sm_90", 2, 128, False).queries == 128
+    assert configuration("forward", "sm_80", 2, 64, "") == configuration("forward", "sm_80", 2, 64, "")
+    assert configuration("forward", "sm_90", 2, 128, "").queries == 128
     assert tile("sm_90", 256, 0, False, False) == Tile(64, 128, 8, 2) != tile("sm_80", 256, 0, False, False)
 
 

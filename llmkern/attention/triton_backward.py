@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from llmkern.attention.triton_configurations import FEW_KEYS, FEW_QUERIES
+from llmkern.attention.triton_mask import look
 from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
     PLAIN,
@@ -112,15 +113,15 @@ def gradients(
 
 @triton.jit(do_not_specialize=PLAIN)
 def attention_statistics_kernel(
-    query, key, value, output, grad_output, logsumexp, grad_logsumexp, statistics, mask, key_lengths, slopes,
-    sink, seed, rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
+    query, key, value, output, grad_output, logsumexp, grad_logsumexp, statistics, mask_tiles, mask, key_lengths,
+    slopes, sink, seed, rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, g_b, g_h, g_s, m_b, m_h, m_q, m_k,
-    lengths_b, slopes_b, slopes_h, query_bounds, key_bounds, sequences,
+    lengths_b, slopes_b, slopes_h, t_b, t_h, t_q, t_k, query_bounds, key_bounds, sequences,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
-    MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
-    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    ADDED: tl.constexpr, FROM_WEIGHTS: tl.constexpr,
+    MASK: tl.constexpr, TILED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr,
+    DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, ADDED: tl.constexpr, FROM_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """statistics (4, B, H, Sq) float32: the log-sum-exp as an exponent of 2, its part and the rest; delta, the sum of
     weight times gradient; the log-sum-exp's gradient (with ADDED).
@@ -158,7 +159,8 @@ def attention_statistics_kernel(
         slope = slope_of(slopes, b, h, slopes_b, slopes_h, ALIBI)
         limits = (queries, keys, diagonal, left, right)
         numbers = (scale, unit, softcap, slope)
-        dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
+        table = mask_tiles + b * t_b + h * t_h
+        dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64), table, t_q, t_k)
         of_keys = key + b * k_b + h // group * k_h + first_key * k_s
         of_values = value + b * v_b + h // group * v_h + first_key * v_s
         q = load_rows(query + b * q_b + h * q_h + first_query * q_s, q_s, start, queries, D, BLOCK_D, BLOCK_M, True)
@@ -167,16 +169,18 @@ def attention_statistics_kernel(
         delta = tl.zeros((BLOCK_M,), tl.float32)
         nothing = tl.zeros((BLOCK_M,), tl.float32)
         for first in range(tiles[0], tiles[3], BLOCK_N):
-            k = load_rows(of_keys, k_s, first, keys, D, BLOCK_D, BLOCK_N, True)
-            v = load_rows(of_values, v_s, first, keys, DV, BLOCK_DV, BLOCK_N, True)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-            found = gradients(
-                s, dp, (high, low, nothing, nothing), start, first, limits, numbers, dense,
-                (tl.cast(seed, tl.int64), bh, drop_below), keep_scale, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND,
-                False, True, q.dtype == tl.float32, False,
-            )  # fmt: skip
-            delta += tl.sum(found[4], 1)
+            some, of_mask = look(dense, start, first, limits, BLOCK_M, BLOCK_N, TILED)
+            if some:
+                k = load_rows(of_keys, k_s, first, keys, D, BLOCK_D, BLOCK_N, True)
+                v = load_rows(of_values, v_s, first, keys, DV, BLOCK_DV, BLOCK_N, True)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+                found = gradients(
+                    s, dp, (high, low, nothing, nothing), start, first, limits, numbers, of_mask,
+                    (tl.cast(seed, tl.int64), bh, drop_below), keep_scale, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT,
+                    BEND, False, True, q.dtype == tl.float32, False,
+                )  # fmt: skip
+                delta += tl.sum(found[4], 1)
     else:
         of_out = output + b * o_b + h * o_h + first_query * o_s
         out = load_rows(of_out, o_s, start, queries, DV, BLOCK_DV, BLOCK_M, True)

@@ -10,6 +10,7 @@ from llmkern.attention.triton_backward import (
     gradients,
     load_statistics,
 )
+from llmkern.attention.triton_mask import look
 from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
     PLAIN,
@@ -64,8 +65,8 @@ def _key_rows(
     limits, numbers, dense, dropout, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr,
-    ADDED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, DESCRIBED: tl.constexpr,
+    TILED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UNIFORM: tl.constexpr,
+    BEND: tl.constexpr, ADDED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Computes and stores the gradients of the keys and values from `start`; whether all of them are finite. The tuples
     of the query, its gradient and what else differs by head are those of the group's first head, and their steps from
@@ -87,7 +88,9 @@ def _key_rows(
         q = (query[0] + member * query[5], query[1], query[2], query[3], query[4] + member)
         g = (grad_output[0] + member * grad_output[5], grad_output[1], grad_output[2], grad_output[3], q[4])
         of_rows = (statistics[0] + member * statistics[2], statistics[1])
-        mask = (dense[0] + member * dense[3], dense[1], dense[2])
+        mask = (
+            dense[0] + member * dense[6], dense[1], dense[2], dense[3] + member * dense[7], dense[4], dense[5]
+        )  # fmt: skip
         drop = (seed, first_head + member, drop_below)
         slope = 0.0
         if ALIBI:
@@ -97,24 +100,31 @@ def _key_rows(
         # Two loops, for tiles at the edge and within, where descriptors leave the registers for it; else one.
         if DESCRIBED:
             for i in range(0, edge_tiles(tiles, BLOCK_M)):
-                state = _key_step(
-                    state, k, v, start, edge_tile(i, tiles, BLOCK_M), q, g, of_rows, limits, of_head, mask, drop,
-                    keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT,
-                    BEND, ADDED, PRECISION, LEFT or RIGHT, True, EXACT, DESCRIBED,
-                )  # fmt: skip
+                first = edge_tile(i, tiles, BLOCK_M)
+                some, of_mask = look(mask, first, start, limits, BLOCK_M, BLOCK_N, TILED)
+                if some:
+                    state = _key_step(
+                        state, k, v, start, first, q, g, of_rows, limits, of_head, of_mask, drop, keep_scale, D, DV,
+                        BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED,
+                        PRECISION, LEFT or RIGHT, True, EXACT, DESCRIBED,
+                    )  # fmt: skip
             for first in range(tiles[1], tiles[2], BLOCK_M):
-                state = _key_step(
-                    state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV, BLOCK_D,
-                    BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, PRECISION,
-                    False, False, EXACT, DESCRIBED,
-                )  # fmt: skip
+                some, of_mask = look(mask, first, start, limits, BLOCK_M, BLOCK_N, TILED)
+                if some:
+                    state = _key_step(
+                        state, k, v, start, first, q, g, of_rows, limits, of_head, of_mask, drop, keep_scale, D, DV,
+                        BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED,
+                        PRECISION, False, False, EXACT, DESCRIBED,
+                    )  # fmt: skip
         else:
             for first in range(tiles[0], tiles[3], BLOCK_M):
-                state = _key_step(
-                    state, k, v, start, first, q, g, of_rows, limits, of_head, mask, drop, keep_scale, D, DV, BLOCK_D,
-                    BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, PRECISION,
-                    LEFT or RIGHT or EXACT, True, EXACT, DESCRIBED,
-                )  # fmt: skip
+                some, of_mask = look(mask, first, start, limits, BLOCK_M, BLOCK_N, TILED)
+                if some:
+                    state = _key_step(
+                        state, k, v, start, first, q, g, of_rows, limits, of_head, of_mask, drop, keep_scale, D, DV,
+                        BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED,
+                        PRECISION, LEFT or RIGHT or EXACT, True, EXACT, DESCRIBED,
+                    )  # fmt: skip
         dk, dv = state
     dk = dk * scale
     if LENGTHS or DESCRIBED:
@@ -143,16 +153,16 @@ def _key_rows(
 
 @triton.jit(do_not_specialize=PLAIN)
 def attention_backward_key_kernel(
-    query, key, value, grad_output, query_rows, grad_rows, statistics, grad_key, grad_value, mask, key_lengths,
-    slopes, sink, seed,
+    query, key, value, grad_output, query_rows, grad_rows, statistics, grad_key, grad_value, mask_tiles, mask,
+    key_lengths, slopes, sink, seed,
     rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s, m_b, m_h, m_q, m_k,
-    lengths_b, slopes_b, slopes_h, query_bounds, key_bounds, sequences,
+    lengths_b, slopes_b, slopes_h, t_b, t_h, t_q, t_k, query_bounds, key_bounds, sequences,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
-    MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
-    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    ADDED: tl.constexpr, DESCRIBED: tl.constexpr,
+    MASK: tl.constexpr, TILED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr,
+    DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, ADDED: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The gradients of key (B, Hkv, Sk, D) and value (B, Hkv, Sk, DV). DESCRIBED: query_rows and grad_rows are
     descriptors of query and grad_output with blocks of (1, 1, BLOCK_M, BLOCK_D) and (1, 1, BLOCK_M, BLOCK_DV). Grid:
@@ -171,7 +181,10 @@ def attention_backward_key_kernel(
     limits = (queries, keys, diagonal, left, right)
     numbers = (scale, unit, softcap, 0.0)
     m_h = tl.cast(m_h, tl.int64)
-    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64), m_h)
+    table = mask_tiles + b * t_b + h * t_h
+    dense = (
+        mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64), table, t_q, t_k, m_h, t_h
+    )  # fmt: skip
     dropout = (tl.cast(seed, tl.int64), drop_below)
     at = (b.to(tl.int32), h.to(tl.int32))
     q = (query + b * q_b + h * q_h + first_query * q_s, q_s, query_rows, at[0], at[1], tl.cast(q_h, tl.int64))
@@ -185,8 +198,8 @@ def attention_backward_key_kernel(
     start = block * BLOCK_N
     finite = _key_rows(
         start, q, k, v, g, dk, dv, of_rows, of_heads, heads, first_head, group, all_keys, limits, numbers, dense,
-        dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, LENGTHS, MASK, SOFTCAP, ALIBI,
-        DROPOUT, UNIFORM, BEND, ADDED, PRECISION, False, DESCRIBED,
+        dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, LENGTHS, MASK, TILED, SOFTCAP,
+        ALIBI, DROPOUT, UNIFORM, BEND, ADDED, PRECISION, False, DESCRIBED,
     )  # fmt: skip
     if HIDES:  # noqa: SIM102 (known to the compiler)
         if not finite:
@@ -194,6 +207,6 @@ def attention_backward_key_kernel(
             for again in range(start, tl.minimum(start + BLOCK_N, all_keys), 16):
                 _key_rows(
                     again, q, k, v, g, dk, dv, of_rows, of_heads, heads, first_head, group, all_keys, limits, numbers,
-                    dense, dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, LENGTHS, MASK, SOFTCAP,
-                    ALIBI, DROPOUT, UNIFORM, BEND, ADDED, PRECISION, True, False,
+                    dense, dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, LENGTHS, MASK, TILED,
+                    SOFTCAP, ALIBI, DROPOUT, UNIFORM, BEND, ADDED, PRECISION, True, False,
                 )  # fmt: skip

@@ -11,6 +11,7 @@ from llmkern.attention.triton_backward import (
     gradients,
     load_statistics,
 )
+from llmkern.attention.triton_mask import look
 from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
     PLAIN,
@@ -70,9 +71,9 @@ def _query_rows(
     start, query, grad_output, grad_query, key, value, statistics, grad_scores, keys_apart, limits, numbers, dense,
     dropout, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr, MASK_GRAD: tl.constexpr,
-    CENTRE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, TILED: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BEND: tl.constexpr, ADDED: tl.constexpr,
+    MASK_GRAD: tl.constexpr, CENTRE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Computes and stores the gradient of the queries from `start`; whether all of it is finite."""
@@ -87,24 +88,31 @@ def _query_rows(
     # Two loops, for tiles at the edge and within, where descriptors leave the registers for it; else one.
     if DESCRIBED:
         for i in range(0, edge_tiles(tiles, BLOCK_N)):
-            state = _query_step(
-                state, q, grad, of_rows, start, edge_tile(i, tiles, BLOCK_N), key, value, grad_scores, keys_apart,
-                limits, numbers, dense, dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT,
-                MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, True, EXACT, DESCRIBED,
-            )  # fmt: skip
+            first = edge_tile(i, tiles, BLOCK_N)
+            seen, of_mask = look(dense, start, first, limits, BLOCK_M, BLOCK_N, TILED)
+            if seen:
+                state = _query_step(
+                    state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers,
+                    of_mask, dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK,
+                    SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, True, EXACT, DESCRIBED,
+                )  # fmt: skip
         for first in range(tiles[1], tiles[2], BLOCK_N):
-            state = _query_step(
-                state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense,
-                dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI,
-                DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, False, EXACT, DESCRIBED,
-            )  # fmt: skip
+            seen, of_mask = look(dense, start, first, limits, BLOCK_M, BLOCK_N, TILED)
+            if seen:
+                state = _query_step(
+                    state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers,
+                    of_mask, dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK,
+                    SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, False, EXACT, DESCRIBED,
+                )  # fmt: skip
     else:
         for first in range(begin, tiles[3], BLOCK_N):
-            state = _query_step(
-                state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers, dense,
-                dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI,
-                DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, True, EXACT, DESCRIBED,
-            )  # fmt: skip
+            seen, of_mask = look(dense, start, first, limits, BLOCK_M, BLOCK_N, TILED)
+            if seen:
+                state = _query_step(
+                    state, q, grad, of_rows, start, first, key, value, grad_scores, keys_apart, limits, numbers,
+                    of_mask, dropout, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK,
+                    SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, MASK_GRAD, CENTRE, PRECISION, True, EXACT, DESCRIBED,
+                )  # fmt: skip
     acc, rest = state
     if CENTRE:
         # The gradients of a row's scores add up to 0 but for the rounding of the output that delta comes from. That
@@ -121,16 +129,17 @@ def _query_rows(
 
 @triton.jit(do_not_specialize=PLAIN)
 def attention_backward_query_kernel(
-    query, key, value, grad_output, key_rows, value_rows, statistics, grad_query, grad_scores, mask, key_lengths,
-    slopes, sink, seed,
+    query, key, value, grad_output, key_rows, value_rows, statistics, grad_query, grad_scores, mask_tiles, mask,
+    key_lengths, slopes, sink, seed,
     rows, heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dq_b, dq_h, dq_s, m_b, m_h, m_q, m_k,
-    lengths_b, slopes_b, slopes_h, query_bounds, key_bounds, sequences,
+    lengths_b, slopes_b, slopes_h, t_b, t_h, t_q, t_k, query_bounds, key_bounds, sequences,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
-    MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
-    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    ADDED: tl.constexpr, MASK_GRAD: tl.constexpr, CENTRE: tl.constexpr, DESCRIBED: tl.constexpr,
+    MASK: tl.constexpr, TILED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr,
+    DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, ADDED: tl.constexpr, MASK_GRAD: tl.constexpr, CENTRE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of query (B, H, Sq, D) and, with MASK_GRAD, that of the scores, (B, H, Sq, Sk) float32, where a
     query may see a key. CENTRE: delta comes from the rounded output, without sinks and soft cap; PACKED: of sequences
@@ -150,7 +159,8 @@ def attention_backward_query_kernel(
     slope = slope_of(slopes, b, h, slopes_b, slopes_h, ALIBI)
     limits = (queries, keys, diagonal, left, right)
     numbers = (scale, unit, softcap, slope)
-    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
+    table = mask_tiles + b * t_b + h * t_h
+    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64), table, t_q, t_k)
     dropout = (tl.cast(seed, tl.int64), bh, drop_below)
     q = (query + b * q_b + h * q_h + first_query * q_s, q_s)
     at = (b.to(tl.int32), kv_h.to(tl.int32))
@@ -162,7 +172,7 @@ def attention_backward_query_kernel(
     start = block * BLOCK_M
     finite = _query_rows(
         start, q, g, dq, k, v, of_rows, of_head, keys_apart, limits, numbers, dense, dropout, keep_scale, D, DV,
-        BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, MASK_GRAD,
+        BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, TILED, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED, MASK_GRAD,
         CENTRE, PACKED, PRECISION, False, DESCRIBED,
     )  # fmt: skip
     if HIDES:  # noqa: SIM102 (known to the compiler)
@@ -171,6 +181,6 @@ def attention_backward_query_kernel(
             for again in range(start, tl.minimum(start + BLOCK_M, queries), 16):
                 _query_rows(
                     again, q, g, dq, k, v, of_rows, of_head, keys_apart, limits, numbers, dense, dropout, keep_scale,
-                    D, DV, BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED,
+                    D, DV, BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, MASK, TILED, SOFTCAP, ALIBI, DROPOUT, BEND, ADDED,
                     MASK_GRAD, CENTRE, PACKED, PRECISION, True, False,
                 )  # fmt: skip

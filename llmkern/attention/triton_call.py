@@ -64,7 +64,9 @@ class Call:
         self.widths = {"D": width, "DV": value.size(3)}
         self.widths |= {"BLOCK_D": padded(width), "BLOCK_DV": padded(value.size(3))}
         #: What decides about the tiles: the padded width, and whether rules need registers.
-        self.shape = max(self.widths["BLOCK_D"], self.widths["BLOCK_DV"]), bends or kind > 0 or dropout
+        more = mask.softcap > 0.0 or mask.alibi_slopes is not None or scale <= 0.0 or dropout
+        rules_with_registers = "more" if more else "mask" if kind > 0 else ""
+        self.shape = max(self.widths["BLOCK_D"], self.widths["BLOCK_DV"]), rules_with_registers
         below = drop_below(mask.dropout_p)
         keep = 0.0 if mask.dropout_p >= 1.0 else 1.0 / (1.0 - mask.dropout_p)
         sizes = (self.heads, self.group, self.queries, self.keys)

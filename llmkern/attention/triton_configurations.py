@@ -78,6 +78,10 @@ POINTERS: dict[str, dict[str, _Lines]] = {
 STATISTICS = ((128, _C(64, 32, 4, 1)), (256, _C(32, 16, 4, 1)))
 #: With rules that need registers of their own (soft cap, slopes, dense masks, dropout), everywhere.
 RULES = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)))
+#: With a dense mask and no other of these; what is not here as above.
+_MASKED = ((128, _C(64, 32, 8, 1)), RULES[-1])
+MASKED: dict[tuple[str, str], _Lines] = {(k, f): _MASKED for k in ("forward", "queries") for f in FAMILIES}
+MASKED["keys", "gfx942"] = ((128, _C(32, 32, 4, 1)), RULES[-1])
 
 
 def family(capability: tuple[int, int] | None) -> str:
@@ -88,10 +92,10 @@ def family(capability: tuple[int, int] | None) -> str:
 
 
 def configuration(
-    kernel: str, family: str, itemsize: int, width: int, rules: bool, described: bool = False
+    kernel: str, family: str, itemsize: int, width: int, rules: str, described: bool = False
 ) -> Configuration:
-    """Of heads padded to `width`, a power of two up to 256. rules: some need registers of their own. described: keys
-    and values, or queries, are read through descriptors."""
+    """Of heads padded to `width`, a power of two up to 256. rules: "" or those that need registers of their own, a
+    dense "mask" or "more". described: keys and values, or queries, are read through descriptors."""
     if kernel == "statistics":
         lines: _Lines = STATISTICS
     else:
@@ -100,12 +104,15 @@ def configuration(
     if itemsize == 2 and not rules and (own := triton_table.own("attention", kernel, family, width)):
         return Configuration(**own)
     if itemsize == 4 or rules:
-        lines = _FLOAT32 if itemsize == 4 else RULES
+        lines = _FLOAT32 if itemsize == 4 else MASKED.get((kernel, family), RULES) if rules == "mask" else RULES
     return next(found for widest, found in lines if width <= widest)
 
 
 #: The gradients sum delta over the weights themselves for up to so many queries or keys, where that costs little.
 FEW_QUERIES, FEW_KEYS = 24, 128
+
+#: Queries and keys of a dense mask that share a byte of its table (triton_mask.py): those of the tiles above.
+MASK_TILE = 32
 
 #: Of the attention on a cache: 16 rows to a tile everywhere, and what many blocks of a processor can hold of keys.
 DECODE: dict[str, _Lines] = {
@@ -117,6 +124,11 @@ DECODE: dict[str, _Lines] = {
 }
 
 
-def decode_configuration(family: str, width: int) -> Configuration:
+#: The same of float32, whose products are not those of matrix units.
+_DECODE_FLOAT32 = ((128, _C(16, 32, 4, 2)), (256, _C(16, 16, 8, 2)))
+
+
+def decode_configuration(family: str, itemsize: int, width: int) -> Configuration:
     """Of heads padded to `width`, a power of two up to 256."""
-    return next(found for widest, found in DECODE[family] if width <= widest)
+    lines = DECODE[family] if itemsize == 2 else _DECODE_FLOAT32
+    return next(found for widest, found in lines if width <= widest)

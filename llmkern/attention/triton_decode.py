@@ -41,13 +41,20 @@ def _row_by_row(acc, weights, seen, x, offsets, there, DV: tl.constexpr, BLOCK_D
 
 
 @triton.jit
+def _power(x, NATURAL: tl.constexpr):
+    """2^x or, NATURAL, e^x: float32's exponents stay in the scores' own units, since the largest one's rounding would
+    be an error of the log-sum-exp."""
+    return tl.exp2(x * 1.4426950408889634 if NATURAL else x)
+
+
+@triton.jit
 def _piece(
     q, row, low, high, b, key, value, k_scale, v_scale, cache, limits, numbers,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    BEND: tl.constexpr, PAGED: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr,
+    BEND: tl.constexpr, PAGED: tl.constexpr, INT8: tl.constexpr, NATURAL: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """(values summed, sum of the weights, largest exponent) of the keys from low to high."""
+    """(values summed, sum of the weights, largest exponent as `_power` takes it) of the keys from low to high."""
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -63,19 +70,23 @@ def _piece(
         if INT8:
             k = k.to(tl.float32)  # which every integer of 8 bits is exactly, and from which Triton's interpreter rounds
         k = k.to(q.dtype)
-        s = tl.dot(q, tl.trans(k))
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if INT8:
             s = s * tl.load(k_scale[0] + page * k_scale[1] + place * k_scale[2], mask=there, other=0.0)[None, :]
         s, _ = bend(
             s, row[:, None], col[None, :], (0, 0), limits, numbers, (key[0], 0, 0), LEFT, RIGHT, 0, SOFTCAP, ALIBI,
-            BEND, True, False,
+            BEND, True, NATURAL,
         )  # fmt: skip
         seen = there[None, :] & (s != float("-inf"))
         s = tl.where(there[None, :], s, float("-inf"))
-        now = tl.maximum(largest, tl.max(s, 1) * unit if BEND else tl.max(s * unit, 1))
+        if NATURAL:
+            now = tl.maximum(largest, tl.max(s, 1))
+        else:
+            now = tl.maximum(largest, tl.max(s, 1) * unit if BEND else tl.max(s * unit, 1))
         shift = tl.where(now == float("-inf"), 0.0, now)
-        p = tl.exp2(tl.where(seen, s * unit - shift[:, None], float("-inf")))
-        again = tl.exp2(largest - shift)
+        exponent = s - shift[:, None] if NATURAL else s * unit - shift[:, None]
+        p = _power(tl.where(seen, exponent, float("-inf")), NATURAL)
+        again = _power(largest - shift, NATURAL)
         total = total * again + tl.sum(p, 1)
         acc = acc * again[:, None]
         largest = now
@@ -92,28 +103,31 @@ def _piece(
                 # Each row's largest weight is rounded to 16 bits as 1, so that small scales do not underflow.
                 most = tl.max(tl.abs(p), 1)
                 most = tl.where(most > 0.0, most, 1.0)
-                acc += tl.dot((p / most[:, None]).to(q.dtype), v) * most[:, None]
+                acc += tl.dot((p / most[:, None]).to(q.dtype), v, input_precision="ieee") * most[:, None]
             else:
-                acc = tl.dot(p.to(q.dtype), v, acc)
+                acc = tl.dot(p.to(q.dtype), v, acc, input_precision="ieee")
     return acc, total, largest
 
 
 @triton.jit
-def _with_sink(total, largest, logit):
+def _with_sink(total, largest, logit, NATURAL: tl.constexpr):
     """Takes a logit without a value in: (sum, largest exponent, what the values are multiplied by)."""
-    exponent = logit * 1.4426950408889634
+    exponent = logit if NATURAL else logit * 1.4426950408889634
     now = tl.maximum(largest, exponent)
     shift = tl.where(now == float("-inf"), 0.0, now)
-    again = tl.exp2(largest - shift)
-    return total * again + tl.exp2(exponent - shift), now, again
+    again = _power(largest - shift, NATURAL)
+    return total * again + _power(exponent - shift, NATURAL), now, again
 
 
 @triton.jit
-def _finish(total, largest):
+def _finish(total, largest, NATURAL: tl.constexpr):
     """(log-sum-exp in float64, the factor of the values); zeros for a row without keys."""
     empty = total == 0.0
     whole = tl.where(empty, 1.0, total)
-    exponent = (largest.to(tl.float64) + log2_in_parts(whole)) * 0.6931471805599453
+    if NATURAL:
+        exponent = largest.to(tl.float64) + log2_in_parts(whole) * 0.6931471805599453
+    else:
+        exponent = (largest.to(tl.float64) + log2_in_parts(whole)) * 0.6931471805599453
     return tl.where(empty, float("-inf"), exponent), tl.div_rn(whole * 0.0 + 1.0, whole)
 
 
@@ -131,7 +145,7 @@ def attention_decode_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, LENGTHS: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, SINK: tl.constexpr, BEND: tl.constexpr, PAGED: tl.constexpr, INT8: tl.constexpr,
-    ORDERED: tl.constexpr, SPLIT: tl.constexpr,
+    NATURAL: tl.constexpr, ORDERED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A piece of the keys for BLOCK_M rows, the queries times the heads of a group.
 
@@ -175,13 +189,13 @@ def attention_decode_kernel(
     numbers = (scale, unit, softcap, slope)
     acc, total, largest = _piece(
         q, i, low, high, b, k, v, ks, vs, cache, limits, numbers, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT,
-        RIGHT, SOFTCAP, ALIBI, BEND, PAGED, INT8, False,
+        RIGHT, SOFTCAP, ALIBI, BEND, PAGED, INT8, NATURAL, False,
     )  # fmt: skip
     if ORDERED:  # noqa: SIM102 (known to the compiler)
         if not all_finite(acc):
             acc, total, largest = _piece(
                 q, i, low, high, b, k, v, ks, vs, cache, limits, numbers, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-                LEFT, RIGHT, SOFTCAP, ALIBI, BEND, PAGED, INT8, True,
+                LEFT, RIGHT, SOFTCAP, ALIBI, BEND, PAGED, INT8, NATURAL, True,
             )  # fmt: skip
     out_row = (b * queries + i) * heads + h
     if SPLIT:
@@ -193,9 +207,9 @@ def attention_decode_kernel(
     else:
         if SINK:
             logit = tl.load(sink + h, mask=inside, other=0.0)
-            total, largest, again = _with_sink(total, largest, logit)
+            total, largest, again = _with_sink(total, largest, logit, NATURAL)
             acc = acc * again[:, None]
-        lse, factor = _finish(total, largest)
+        lse, factor = _finish(total, largest, NATURAL)
         acc = acc * factor[:, None]
         tl.store(output + out_row[:, None] * DV + dv, acc.to(output.dtype.element_ty), mask=inside[:, None] & (dv < DV))
         tl.store(logsumexp + (b * heads + h) * queries + i, lse, mask=inside)
@@ -204,7 +218,7 @@ def attention_decode_kernel(
 @triton.jit(do_not_specialize=["heads", "queries", "splits"])
 def attention_combine_kernel(
     workspace, output, logsumexp, sink, heads, queries, splits, all_rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr, SINK: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr, SINK: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
     """Joins the pieces of a row of the output. Grid: (B Sq H,). SPLITS: a power of two of at least `splits`."""
     number = tl.program_id(0).to(tl.int64)
@@ -219,19 +233,19 @@ def attention_combine_kernel(
     # Of one element, as what is joined needs tensors.
     largest = tl.max(exponents[None, :], 1)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.sum(totals[None, :] * tl.exp2(exponents[None, :] - shift[:, None]), 1)
+    total = tl.sum(totals[None, :] * _power(exponents[None, :] - shift[:, None], NATURAL), 1)
     dv = tl.arange(0, BLOCK_DV)[None, :]
     acc = tl.zeros((1, BLOCK_DV), tl.float32)
     for first in range(0, splits, 8):
         j = first + tl.arange(0, 8)
         there = j < splits
-        weight = tl.exp2(tl.load(sums + part + j, mask=there, other=float("-inf")) - shift)
+        weight = _power(tl.load(sums + part + j, mask=there, other=float("-inf")) - shift, NATURAL)
         x = tl.load(workspace + (part + j)[:, None] * DV + dv, mask=there[:, None] & (dv < DV), other=0.0)
         acc += tl.sum(weight[:, None] * x, 0)[None, :]
     if SINK:
-        total, largest, again = _with_sink(total, largest, tl.load(sink + h))
+        total, largest, again = _with_sink(total, largest, tl.load(sink + h), NATURAL)
         acc = acc * again[:, None]
-    lse, factor = _finish(total, largest)
+    lse, factor = _finish(total, largest, NATURAL)
     one = tl.arange(0, 1)
     acc = acc * factor[:, None]
     tl.store(output + number * DV + dv, acc.to(output.dtype.element_ty), mask=dv < DV)

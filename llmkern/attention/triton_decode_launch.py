@@ -51,11 +51,12 @@ def decode(
     group, capacity = heads // max(kv_heads, 1), cache.capacity(k_cache, table)
     added, appends = 0 if key is None else key.shape[1], key is not None and lengths is not None
     half = cos.shape[1] if cos is not None and appends else 0
-    bends, ordered = softcap > 0.0 or slopes is not None or scale <= 0.0, left >= 0 or right >= 0
+    natural, ordered = query.dtype == torch.float32, left >= 0 or right >= 0
+    bends = softcap > 0.0 or slopes is not None or scale <= 0.0 or natural
     all_rows, blocks = batch * queries * heads, batch * kv_heads * -(-queries * group // ROWS)
     splits = pieces(blocks, capacity, count)
     block_d, block_dv = padded(width), padded(value_width)
-    tile = decode_configuration(family, max(block_d, block_dv))
+    tile = decode_configuration(family, query.element_size(), max(block_d, block_dv))
     widths = {"D": width, "DV": value_width, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
     stored = {"PAGED": table is not None, "INT8": k_scale is not None}
     page_size, pages = max(k_cache.shape[1], 1), k_cache.shape[0]
@@ -66,7 +67,8 @@ def decode(
     constants = {
         **widths, **stored, "BLOCK_M": ROWS, "BLOCK_N": tile.keys, "LEFT": left >= 0, "RIGHT": right >= 0,
         "LENGTHS": lengths is not None, "SOFTCAP": softcap > 0.0, "ALIBI": slopes is not None,
-        "SINK": sink is not None, "BEND": bends, "ORDERED": ordered and queries > 1, "SPLIT": splits > 1,
+        "SINK": sink is not None, "BEND": bends, "NATURAL": natural,
+        "ORDERED": ordered and queries > 1, "SPLIT": splits > 1,
     }  # fmt: skip
     windows = tuple(min(max(x, 0), MOST_WINDOW) for x in (left, right))
     numbers = (
@@ -127,7 +129,7 @@ def decode(
         if splits > 1:
             made = {
                 "DV": value_width, "BLOCK_DV": block_dv, "SPLITS": max(triton.power_of_two(splits), 8),
-                "SINK": sink is not None,
+                "SINK": sink is not None, "NATURAL": natural,
             }  # fmt: skip
             run(triton.Launch(
                 _DECODE, "attention_combine_kernel", (all_rows,),
@@ -141,8 +143,6 @@ def decode(
 
 def limits(query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor | None) -> str | None:
     """Why the kernels cannot serve a call, whatever the machine."""
-    if query.dtype == torch.float32:
-        return "its kernels take bfloat16 and float16, not float32"
     width = max(query.shape[3], v_cache.shape[3])
     if width > WIDEST or not query.shape[3]:
         return f"its kernels take heads of width 1 to {WIDEST}, not {width if query.shape[3] else 0}"
@@ -183,16 +183,21 @@ def examples(family: str, dtype: torch.dtype, width: int, int8: bool, paged: boo
 
 
 def compilations() -> Iterator[Compilation]:
-    """What `python -m llmkern inspect` compiles: a new token of heads of 64, 128 and 256, static and paged caches."""
+    """What `python -m llmkern inspect` compiles: a new token of heads of 64, 128 and 256, static and paged caches, and
+    float32."""
     from llmkern.inspect.triton_source import Compilation
 
-    for (name, targets), (width, int8, paged) in itertools.product(
-        TARGETS.items(), ((64, False, False), (128, False, False), (128, True, True), (256, False, False))
-    ):
-        for launch in examples(name, torch.bfloat16, width, int8, paged):
-            if launch.kernel == "attention_combine_kernel" and int8:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    some = (
+        (64, False, False, bf16), (128, False, False, bf16), (128, True, True, bf16), (256, False, False, bf16),
+        (128, False, False, fp32), (256, False, False, fp32),
+    )  # fmt: skip
+    for (name, targets), (width, int8, paged, dtype) in itertools.product(TARGETS.items(), some):
+        for launch in examples(name, dtype, width, int8, paged):
+            if launch.kernel == "attention_combine_kernel" and (int8 or dtype == fp32):
                 continue  # as of the other cache
-            config = f"{'int8' if int8 else 'bf16'}, {'paged' if paged else 'static'}, D={width}"
+            stored = "int8" if int8 else "bf16" if dtype == bf16 else "fp32"
+            config = f"{stored}, {'paged' if paged else 'static'}, D={width}"
             if launch.kernel == "attention_combine_kernel":
                 config = f"bf16, D={width}"
             # The only kernels of this family that fit the registers of gfx1100.

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from llmkern.attention.triton_integers import integer_products, of_keys, of_queries
+from llmkern.attention.triton_mask import look
 from llmkern.attention.triton_packed import locate
 from llmkern.attention.triton_rules import (
     PLAIN,
@@ -78,9 +79,9 @@ def _step(
 def _rows(
     start, query, key, value, output, logsumexp, sink, all_keys, limits, numbers, dense, dropout, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, TILED: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, UNIFORM: tl.constexpr,
+    BEND: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Computes and stores the queries from `start` to start + BLOCK_M; whether all results are finite."""
     queries = limits[0]
@@ -103,17 +104,22 @@ def _rows(
     if EXACT:
         tiles = (tiles[0], tiles[0], tiles[0], tiles[3])  # all at the edge: one loop is enough
     for i in range(0, edge_tiles(tiles, BLOCK_N)):
-        state = _step(
-            state, q, start, edge_tile(i, tiles, BLOCK_N), key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D,
-            BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, True, EXACT,
-            DESCRIBED,
-        )  # fmt: skip
+        first = edge_tile(i, tiles, BLOCK_N)
+        seen, of_mask = look(dense, start, first, limits, BLOCK_M, BLOCK_N, TILED)
+        if seen:
+            state = _step(
+                state, q, start, first, key, value, limits, numbers, of_mask, dropout, D, DV, BLOCK_D, BLOCK_DV,
+                BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, True, EXACT, DESCRIBED,
+            )  # fmt: skip
     if not EXACT:
         for first in range(tiles[1], tiles[2], BLOCK_N):
-            state = _step(
-                state, q, start, first, key, value, limits, numbers, dense, dropout, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
-                BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, False, EXACT, DESCRIBED,
-            )  # fmt: skip
+            seen, of_mask = look(dense, start, first, limits, BLOCK_M, BLOCK_N, TILED)
+            if seen:
+                state = _step(
+                    state, q, start, first, key, value, limits, numbers, of_mask, dropout, D, DV, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, DROPOUT, BEND, PRECISION, False, EXACT,
+                    DESCRIBED,
+                )  # fmt: skip
     acc, total, largest = state
     total = tl.sum(total, 1)
     empty = total == 0.0
@@ -142,25 +148,25 @@ def _rows(
 
 @triton.jit(do_not_specialize=PLAIN)
 def attention_forward_kernel(
-    query, key, value, key_rows, value_rows, output, logsumexp, mask, key_lengths, slopes, sink, seed,
+    query, key, value, key_rows, value_rows, output, logsumexp, mask_tiles, mask, key_lengths, slopes, sink, seed,
     heads, group, queries, keys, left, right, scale, unit, softcap, drop_below, keep_scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, m_b, m_h, m_q, m_k, lengths_b, slopes_b, slopes_h,
-    query_bounds, key_bounds, sequences,
+    t_b, t_h, t_q, t_k, query_bounds, key_bounds, sequences,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LENGTHS: tl.constexpr,
-    MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
-    UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    MASK: tl.constexpr, TILED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr,
+    DROPOUT: tl.constexpr, UNIFORM: tl.constexpr, BEND: tl.constexpr, HIDES: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The output (B, H, Sq, DV) and the log-sum-exp (B, H, Sq) float64 of attention.
 
     Grid: (B * H * blocks of BLOCK_M queries,), the blocks of a head side by side. Strides count elements; the last
     dimension of query, key, value and output is contiguous. unit: of `bend`, log2(e) with BEND and scale * log2(e)
-    without. HIDES: some rule may hide a key from a query, so that results that are not
-    finite are made again without it. DESCRIBED: key_rows and value_rows are descriptors of key and value with blocks of
-    (1, 1, BLOCK_N, BLOCK_D) and (1, 1, BLOCK_N, BLOCK_DV); else they are not looked at. PACKED: sequences end to end,
-    never DESCRIBED, `queries` and `keys` those of all of them, the log-sum-exp (H, queries), the strides of batches 0
-    (triton_packed.py).
+    without. HIDES: some rule may hide a key from a query, so that results that are not finite are made again without
+    it. TILED: mask_tiles is the mask's table of attention_mask_tiles_kernel, and t_b, t_h, t_q, t_k its strides.
+    DESCRIBED: key_rows and value_rows are descriptors of key and value with blocks of (1, 1, BLOCK_N, BLOCK_D) and
+    (1, 1, BLOCK_N, BLOCK_DV); else they are not looked at. PACKED: sequences end to end, never DESCRIBED, `queries` and
+    `keys` those of all of them, the log-sum-exp (H, queries), the strides of batches 0 (triton_packed.py).
     """
     all_queries = queries
     b, h, bh, line, block, blocks, first_query, first_key, queries, keys = locate(
@@ -177,7 +183,8 @@ def attention_forward_kernel(
     slope = slope_of(slopes, b, h, slopes_b, slopes_h, ALIBI)
     limits = (queries, keys, diagonal, left, right)
     numbers = (scale, unit, softcap, slope)
-    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
+    table = mask_tiles + b * t_b + h * t_h
+    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64), table, t_q, t_k)
     dropout = (tl.cast(seed, tl.int64), bh, drop_below)
     q = (query + b * q_b + h * q_h + first_query * q_s, q_s)
     at = (b.to(tl.int32), kv_h.to(tl.int32))
@@ -188,8 +195,8 @@ def attention_forward_kernel(
     start = block * BLOCK_M
     finite = _rows(
         start, q, k, v, o, lse, sink + h, all_keys, limits, numbers, dense, dropout, keep_scale, D, DV, BLOCK_D,
-        BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, SINK, DROPOUT, UNIFORM, BEND, PRECISION, False,
-        DESCRIBED,
+        BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, TILED, SOFTCAP, ALIBI, SINK, DROPOUT, UNIFORM, BEND, PRECISION,
+        False, DESCRIBED,
     )  # fmt: skip
     if HIDES:  # noqa: SIM102 (known to the compiler)
         if not finite:
@@ -197,6 +204,6 @@ def attention_forward_kernel(
             for again in range(start, tl.minimum(start + BLOCK_M, queries), 16):
                 _rows(
                     again, q, k, v, o, lse, sink + h, all_keys, limits, numbers, dense, dropout, keep_scale, D, DV,
-                    BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, SINK, DROPOUT, UNIFORM, BEND,
+                    BLOCK_D, BLOCK_DV, 16, 16, LEFT, RIGHT, MASK, TILED, SOFTCAP, ALIBI, SINK, DROPOUT, UNIFORM, BEND,
                     PRECISION, True, False,
                 )  # fmt: skip

@@ -121,7 +121,7 @@ def attention_int8_kernel(
     start = block * BLOCK_M
     finite = _rows(
         start, q, k, v, o, lse, sink + h, all_keys, limits, numbers, dense, (0, 0, 0), 1.0, D, DV, BLOCK_D, BLOCK_DV,
-        BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, SINK, False, False, BEND, "ieee", False, False,
+        BLOCK_M, BLOCK_N, LEFT, RIGHT, MASK, False, SOFTCAP, ALIBI, SINK, False, False, BEND, "ieee", False, False,
     )  # fmt: skip
     if HIDES:  # noqa: SIM102 (known to the compiler)
         if not finite:
@@ -129,5 +129,6 @@ def attention_int8_kernel(
             for again in range(start, tl.minimum(start + BLOCK_M, queries), 16):
                 _rows(
                     again, q, k, v, o, lse, sink + h, all_keys, limits, numbers, dense, (0, 0, 0), 1.0, D, DV, BLOCK_D,
-                    BLOCK_DV, 16, 16, LEFT, RIGHT, MASK, SOFTCAP, ALIBI, SINK, False, False, BEND, "ieee", True, False,
+                    BLOCK_DV, 16, 16, LEFT, RIGHT, MASK, False, SOFTCAP, ALIBI, SINK, False, False, BEND, "ieee", True,
+                    False,
                 )  # fmt: skip

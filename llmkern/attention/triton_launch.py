@@ -19,6 +19,7 @@ from llmkern.attention.compiled.params import plain, through_copies
 from llmkern.attention.mask import Mask
 from llmkern.attention.triton_call import WIDEST, Call, may_describe, options
 from llmkern.attention.triton_configurations import DESCRIBED, FEW_KEYS, FEW_QUERIES, configuration, family
+from llmkern.attention.triton_mask_launch import MaskTiles
 from llmkern.backend import Backend
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def forward(
     if any(plain(t) is not t for t in (query, key, value)):
         return through_copies(lambda *args: forward(run, family, *args), 3)
     call = Call(query, key, value, rules, sequences)
-    may = may_describe(family, call, key, value)
+    may, tiled = may_describe(family, call, key, value), MaskTiles(run, call, rules[0])
     tiles = {d: configuration("forward", family, query.element_size(), *call.shape, d) for d in {False, may}}
 
     def launch(
@@ -63,10 +64,11 @@ def forward(
         if programs:
             arguments = (
                 query, key, value, *call.descriptors(described, tile.keys, key, value), output, logsumexp,
-                *call.tensors(query, rules), *call.numbers, *call.strides(query, key, value, output),
-                *call.dense_steps, *call.steps, *call.bounds(query, bounds),
+                tiled.make(rules[0], query), *call.tensors(query, rules), *call.numbers,
+                *call.strides(query, key, value, output), *call.dense_steps, *call.steps, *tiled.steps,
+                *call.bounds(query, bounds),
             )  # fmt: skip
-            constants = {**call.constants(tile, query.dtype, family), "DESCRIBED": described}
+            constants = {**call.constants(tile, query.dtype, family), "TILED": tiled.wanted, "DESCRIBED": described}
             run(triton.Launch(
                 _FORWARD, "attention_forward_kernel", (programs,), arguments, constants, options(tile),
                 ("output", "logsumexp"),
@@ -101,7 +103,8 @@ def backward(
         (k, d): configuration(k, family, query.element_size(), *call.shape, d)
         for k in _BACKWARD for d in {False, may.get(k, False)}
     }  # fmt: skip
-    added = {"ADDED": grad_logsumexp is not None}
+    tiled = MaskTiles(run, call, rules[0], mask_grad)
+    added = {"ADDED": grad_logsumexp is not None, "TILED": tiled.wanted}
     weighed = from_weights(query, key, call, mask_grad)
 
     def launch(
@@ -113,7 +116,7 @@ def backward(
         grad_scores = empty_grad_scores(query, key, mask_grad)
         statistics = torch.empty((4, *query.shape[:3]), dtype=torch.float32, device=query.device)
         logsumexp, of_sums = logsumexp.contiguous(), as_rows(grad_logsumexp)
-        tensors = call.tensors(query, rest)
+        tensors = (tiled.make(mask, query), *call.tensors(query, rest))
         numbers = (statistics[0].numel(), *call.numbers)
 
         def launch_one(
@@ -131,7 +134,7 @@ def backward(
                 return
             if read:
                 constants["DESCRIBED"] = described
-            steps = (*call.strides(*strides), *call.dense_steps, *call.steps)
+            steps = (*call.strides(*strides), *call.dense_steps, *call.steps, *tiled.steps)
             rows_of = call.descriptors(described, block, *read)
             arguments = (*before, *rows_of, *after, *tensors, *numbers, *steps, *call.bounds(query, bounds))
             made = {**call.constants(tile, query.dtype, family), **added, **constants}
@@ -234,6 +237,10 @@ def examples(
     yield from made
 
 
+#: The masks that the inspector looks at, by width of the heads.
+MASKED = {64: torch.bool, 128: torch.bfloat16, 256: torch.bool}
+
+
 def label(launch: triton.Launch, width: int) -> str:
     """What the inspector calls the configuration of a launch in bfloat16."""
     tile = f"{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_N']}"
@@ -241,9 +248,15 @@ def label(launch: triton.Launch, width: int) -> str:
 
 
 def compilations() -> Iterator[Compilation]:
-    """What `python -m llmkern inspect` compiles: causal calls in bfloat16 of heads of 64, 128 and 256."""
+    """What `python -m llmkern inspect` compiles: causal calls in bfloat16 of heads of 64, 128 and 256, and with masks,
+    boolean and added."""
     from llmkern.inspect.triton_source import Compilation
 
+    for (name, targets), (width, dtype) in itertools.product(TARGETS.items(), MASKED.items()):
+        masked = Mask(torch.empty(1, 1, 256, 256, dtype=dtype, device="meta"), window_right=0)
+        for launch in examples(name, torch.bfloat16, width, masked):
+            if "TILED" in launch.constants and "DESCRIBED" in launch.constants:
+                yield Compilation.of(launch, f"{label(launch, width)}, mask", targets)
     for (name, targets), width, pointers in itertools.product(TARGETS.items(), (64, 128, 256), (False, True)):
         if pointers and name not in DESCRIBED:
             continue

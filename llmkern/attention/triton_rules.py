@@ -9,7 +9,7 @@ limits: (queries, keys, diagonal, left, right): query i stands at the place of k
     i + diagonal - left to i + diagonal + right, below `keys` (csrc/attention/key_limits.h has the same for C++).
 numbers: (scale, unit, softcap, slope): a score as `bend` gives it, times `unit`, is an exponent of 2.
 corner: the first query and key of the tile.
-dense: (address for this batch and head, step of a query, step of a key).
+dense: (address for this batch and head, step of a query, step of a key, whether it must be read).
 dropout: (seed, head counted through the batches, drop_below).
 """
 
@@ -22,7 +22,7 @@ import triton.language as tl
 #: Arguments of the kernels of whole sequences for whose values none is compiled anew.
 PLAIN = [
     "heads", "group", "queries", "keys", "left", "right", "seed", "drop_below", "m_b", "m_h", "m_q", "m_k", "lengths_b",
-    "slopes_b", "slopes_h", "rows", "sequences",
+    "slopes_b", "slopes_h", "rows", "sequences", "t_b", "t_h", "t_q", "t_k",
 ]  # fmt: skip
 
 
@@ -169,11 +169,11 @@ def bend(
         if LEFT:
             seen = seen & (col >= row + diagonal - left)
     if MASK > 0:
-        base, step_row, step_col = dense
+        base, step_row, step_col, to_read = dense
         first_row, first_col = corner
         where = base + (tl.cast(first_row, tl.int64) * step_row + tl.cast(first_col, tl.int64) * step_col)
         where = where + ((row - first_row) * step_row.to(tl.int32) + (col - first_col) * step_col.to(tl.int32))
-        there = (row < queries) & (col < keys)
+        there = (row < queries) & (col < keys) & to_read  # no branch: of a tile that is not read nothing is loaded
         if MASK == 1:
             allowed = tl.load(where, mask=there, other=1) != 0
         else:

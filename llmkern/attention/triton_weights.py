@@ -51,7 +51,7 @@ def attention_weights_kernel(
     slope = slope_of(slopes, b, h, slopes_b, slopes_h, ALIBI)
     limits = (queries, keys, diagonal, left, right)
     numbers = (scale, unit, softcap, slope)
-    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
+    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64), True)
     start, of_key = block * BLOCK_M, key + b * k_b + h // group * k_h
     row = start + tl.arange(0, BLOCK_M)
     sums = tl.load(logsumexp + bh.to(tl.int64) * queries + row, mask=row < queries, other=0.0)
@@ -111,7 +111,7 @@ def attention_column_sums_kernel(
     slope = slope_of(slopes, b, h, slopes_b, slopes_h, ALIBI)
     limits = (queries, keys, diagonal, left, right)
     numbers = (scale, unit, softcap, slope)
-    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
+    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64), True)
     of_query, of_rows = query + b * q_b + h * q_h, logsumexp + bh.to(tl.int64) * queries
     k = load_rows(key + b * k_b + h // group * k_h, k_s, start, keys, D, BLOCK_D, BLOCK_N, True)
     col = start + tl.arange(0, BLOCK_N)

@@ -118,7 +118,7 @@ def attention_weights_query_kernel(
     slope = slope_of(slopes, b, h, slopes_b, slopes_h, ALIBI)
     limits = (queries, keys, diagonal, left, right)
     numbers = (scale, unit, softcap, slope)
-    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64))
+    dense = (mask + b * m_b + h * m_h, tl.cast(m_q, tl.int64), tl.cast(m_k, tl.int64), True)
     q = (query + b * q_b + h * q_h, q_s)
     k = (key + b * k_b + h // group * k_h, k_s)
     g = (grad_weights + b * g_b + h * g_h, g_s)
@@ -157,7 +157,7 @@ def _key_rows(
         end = tl.where(start < keys, end, begin)
     for member in range(group):
         of_query, of_grad = query[0] + member * query[2], (grad[0] + member * grad[2], grad[1])
-        of_mask = (dense[0] + member * dense[3], dense[1], dense[2])
+        of_mask = (dense[0] + member * dense[3], dense[1], dense[2], True)
         sums, deltas = rows[0] + member * rows[2], rows[1] + member * rows[2]
         slope = 0.0
         if ALIBI:

@@ -14,7 +14,7 @@ from tests.emulation.triton_interpreter import interpret, round_as_hardware
 
 round_as_hardware()
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-FLOATS = [torch.bfloat16, torch.float16]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # (B, Sq, H, Hkv, D, Dv, keys)
 SHAPES = {
     "one of everything": (1, 1, 1, 1, 1, 1, 1),
@@ -50,7 +50,8 @@ def test_shapes(shape, dtype):
 def test_rules_and_lengths(rule, processors, monkeypatch):
     """The tokens behind the lengths are NaN; one sequence has none, one fewer than there are queries."""
     serve(monkeypatch, interpret, processors)
-    q, k_cache, v_cache = inputs(3, 3, 2, 1, 16, 16, 600, torch.float16)
+    dtype = FLOATS[(list(RULES.values()).index(rule) + (processors == PIECES)) % 2 * 2]
+    q, k_cache, v_cache = inputs(3, 3, 2, 1, 16, 16, 600, dtype)
     lengths = torch.tensor([580, 0, 2], dtype=torch.int32)
     for b, length in enumerate(lengths.tolist()):
         k_cache[b, length:], v_cache[b, length:] = torch.nan, torch.nan
@@ -84,6 +85,14 @@ def test_what_one_query_does_not_see_does_not_reach_it():
         torch.testing.assert_close(out[:, 0], expected[:, 0], rtol=2e-3, atol=2e-3)
         assert not out[:, 1, :, 7].isfinite().any()
         torch.testing.assert_close(out[:, 1, :, 8:], expected[:, 1, :, 8:], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("processors", [ONE_PIECE, PIECES])
+def test_large_scores_in_float32(processors, monkeypatch):
+    """Whose exponents, rounded before the largest is taken off, would be wrong by more than the plain version is."""
+    serve(monkeypatch, interpret, processors)
+    q, *caches = inputs(1, 1, 4, 2, 64, 24, 300, torch.float32)
+    check(q * 30, *caches, sink=torch.tensor([0.5, 90.0, -1.0, 40.0]))
 
 
 BEFORE = torch.tensor([5, 0, 17])

@@ -82,7 +82,7 @@ def test_every_call_has_a_configuration():
     for kernel in (*TABLE, "statistics"):
         for name in FAMILIES:
             for width in (16, 32, 64, 128, 256):
-                for itemsize, rules in ((2, False), (2, True), (4, False), (4, True)):
+                for itemsize, rules in ((2, ""), (2, "mask"), (2, "more"), (4, ""), (4, "mask"), (4, "more")):
                     tile = configuration(kernel, name, itemsize, width, rules)
                     # Blocks that are made again in tiles of 16 must divide into them.
                     assert tile.queries % 16 == tile.keys % 16 == 0 and tile.warps in (4, 8), (kernel, name, width)

@@ -52,6 +52,16 @@ def test_rules_and_lengths(processors, monkeypatch):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("capability", "processors"), [(80, ONE_PIECE), (90, PIECES)])
+def test_float32(capability, processors, monkeypatch):
+    """Exact products, without matrix units; pages, a sink, and scores whose exponents are large."""
+    run = emulate(monkeypatch, processors, capability)
+    q, *caches = inputs(1, 1, 2, 1, 24, 16, 270, torch.float32)
+    *pools, table = in_pages(16, *caches)
+    check(q * 20, *pools, torch.tensor([261]), table, None, None, None, torch.tensor([0.3, 9.0]))
+    assert not any("mma" in ptx.split("// --")[0] for ptx in run.ptx)
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_int8_and_pages(capability, monkeypatch):
     emulate(monkeypatch, ONE_PIECE, capability)
