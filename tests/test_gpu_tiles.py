@@ -62,10 +62,13 @@ def test_what_is_written_is_read(tmp_path, monkeypatch):
     lines = [line(4), Line("int8", "one", "sm_90", 0, of_int8)]
     triton_table.write(path, lines, machine="x")
     assert triton_table.read(path) == lines
-    packaged = configuration("forward", "sm_90", 2, 64, "")
+    packaged, by_addresses = (configuration("forward", "sm_90", 2, 64, "", described) for described in (True, False))
     monkeypatch.setenv(triton_table.VARIABLE, str(path))
     monkeypatch.setattr(triton_table, "_lines", None)
-    assert configuration("forward", "sm_90", 2, 64, "") == Configuration(64, 64, 4, 4) != packaged
+    assert configuration("forward", "sm_90", 2, 64, "", True) == Configuration(64, 64, 4, 4) != packaged
+    # It was not measured without descriptors, nor with sequences end to end.
+    assert configuration("forward", "sm_90", 2, 64, "", False) == by_addresses
+    assert configuration("forward", "sm_90", 2, 64, "", True, own=False) == packaged
     assert (
         configuration("forward", "sm_90", 4, 64, "").stages
         == configuration("forward", "sm_90", 2, 64, "more").stages

@@ -92,17 +92,16 @@ def family(capability: tuple[int, int] | None) -> str:
 
 
 def configuration(
-    kernel: str, family: str, itemsize: int, width: int, rules: str, described: bool = False
+    kernel: str, family: str, itemsize: int, width: int, rules: str, described: bool = False, own: bool = True
 ) -> Configuration:
     """Of heads padded to `width`, a power of two up to 256. rules: "" or those that need registers of their own, a
-    dense "mask" or "more". described: keys and values, or queries, are read through descriptors."""
-    if kernel == "statistics":
-        lines: _Lines = STATISTICS
-    else:
-        by_pointers = not described and family in DESCRIBED and kernel in POINTERS
-        lines = (POINTERS if by_pointers else TABLE)[kernel][family]
-    if itemsize == 2 and not rules and (own := triton_table.own("attention", kernel, family, width)):
-        return Configuration(**own)
+    dense "mask" or "more". described: keys and values, or queries, are read through descriptors. own: a line of one's
+    own table may serve, which was measured with whole sequences and, where there are any, descriptors."""
+    by_pointers = not described and family in DESCRIBED and kernel in POINTERS
+    lines = STATISTICS if kernel == "statistics" else (POINTERS if by_pointers else TABLE)[kernel][family]
+    may_own = own and itemsize == 2 and not rules and not by_pointers
+    if may_own and (line := triton_table.own("attention", kernel, family, width)):
+        return Configuration(**line)
     if itemsize == 4 or rules:
         lines = _FLOAT32 if itemsize == 4 else MASKED.get((kernel, family), RULES) if rules == "mask" else RULES
     return next(found for widest, found in lines if width <= widest)

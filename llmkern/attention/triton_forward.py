@@ -58,9 +58,7 @@ def _step(
     now = tl.maximum(largest, tl.max(s, 1) * unit)
     if q.dtype == tl.int8:  # whose unit is another for each query
         unit = unit[:, None]
-    shift = now
-    if EDGE or MASK > 0:
-        shift = tl.where(now == float("-inf"), 0.0, now)  # of a query that has seen no key yet
+    shift = tl.where(now == float("-inf"), 0.0, now)  # of a query that has seen no key yet, or scores of -inf alone
     p = tl.exp2(s * unit - shift[:, None])
     again = tl.exp2(largest - shift)
     total = total * again[:, None] + row_sums(p)

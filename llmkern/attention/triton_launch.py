@@ -51,7 +51,8 @@ def forward(
         return through_copies(lambda *args: forward(run, family, *args), 3)
     call = Call(query, key, value, rules, sequences)
     may, tiled = may_describe(family, call, key, value), MaskTiles(run, call, rules[0])
-    tiles = {d: configuration("forward", family, query.element_size(), *call.shape, d) for d in {False, may}}
+    whole = sequences is None
+    tiles = {d: configuration("forward", family, query.element_size(), *call.shape, d, whole) for d in {False, may}}
 
     def launch(
         query: Tensor, key: Tensor, value: Tensor, *rules: Any, bounds: Sequence[Tensor] = ()
@@ -100,7 +101,7 @@ def backward(
     call = Call(query, key, value, rules, sequences)
     may = {"queries": may_describe(family, call, key, value), "keys": may_describe(family, call, query, grad_output)}
     tiles = {
-        (k, d): configuration(k, family, query.element_size(), *call.shape, d)
+        (k, d): configuration(k, family, query.element_size(), *call.shape, d, sequences is None)
         for k in _BACKWARD for d in {False, may.get(k, False)}
     }  # fmt: skip
     tiled = MaskTiles(run, call, rules[0], mask_grad)
@@ -166,8 +167,8 @@ def backward(
     return launch
 
 
-def limits(query: Tensor, key: Tensor, value: Tensor, rules: Sequence[Any]) -> str | None:
-    """Why the kernels cannot take tensors (B, H, S, D) of these shapes, wherever they are."""
+def limits(query: Tensor, key: Tensor, value: Tensor, rules: Sequence[Any], *others: Tensor) -> str | None:
+    """Why the kernels cannot take tensors (B, H, S, D) of these shapes, wherever they are. others: read by rows too."""
     width = max(query.shape[-1], value.shape[-1])
     if width > WIDEST:
         return f"its kernels take heads of width 0 to {WIDEST}, not {width}"
@@ -176,7 +177,7 @@ def limits(query: Tensor, key: Tensor, value: Tensor, rules: Sequence[Any]) -> s
         return f"its kernels take up to 2^28 queries and keys, not {rows}"
     if math.prod(query.shape[:2]) * -(-rows // 16) >= 2**31:
         return f"its kernels take fewer than 2^31 tiles of 16 rows, not {tuple(query.shape[:3])}"
-    apart = max(t.stride(2) if t.stride(-1) == 1 else t.shape[-1] for t in (query, key, value))
+    apart = max(t.stride(2) if t.stride(-1) == 1 else t.shape[-1] for t in (query, key, value, *others))
     if rules[0] is not None:
         apart = max(apart, *rules[0].stride()[2:])
     if apart >= _MOST_APART:
@@ -205,7 +206,7 @@ def _backward_unsupported(
     grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
     logsumexp: Tensor, *rest: Any,
 ) -> str | None:  # fmt: skip
-    return unsupported(query) or limits(query, key, value, rest)
+    return unsupported(query) or limits(query, key, value, rest, grad_output, output)
 
 
 TRITON_ATTENTION_BACKWARD = Backend(

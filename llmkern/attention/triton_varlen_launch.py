@@ -92,27 +92,34 @@ def backward(
     return launch
 
 
-def limits(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, rules: Sequence[Any]) -> str | None:
-    """Why the kernels cannot take tensors (T, H, D) of these shapes, wherever they are."""
+def limits(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, rules: Sequence[Any], *others: Tensor
+) -> str | None:
+    """Why the kernels cannot take tensors (T, H, D) of these shapes, wherever they are. others: read by rows too."""
     sequences, rows = cu_seqlens.shape[0] - 1, max(query.shape[0], key.shape[0])
     if not sequences and rows:
         return "there are tokens but no sequences"
     if query.shape[1] * (rows // 16 + sequences + 1) >= 2**31:
         return f"its kernels take fewer than 2^31 tiles of 16 rows, not those of {sequences} sequences of {rows} tokens"
-    return triton_launch.limits(_batch(query), _batch(key), _batch(value), _rules(rules))
+    return triton_launch.limits(_batch(query), _batch(key), _batch(value), _rules(rules), *map(_batch, others))
 
 
 def _unsupported(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, *rest: Any) -> str | None:
     return unsupported(query) or limits(query, key, value, cu_seqlens_q, rest[3:])
 
 
+def _backward_unsupported(
+    grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+    logsumexp: Tensor, cu_seqlens_q: Tensor, *rest: Any,
+) -> str | None:  # fmt: skip
+    return unsupported(query) or limits(query, key, value, cu_seqlens_q, rest[3:], grad_output, output)
+
+
 TRITON_VARLEN = Backend(
     "triton", lambda query, *args: forward(triton.run, family_of(query.device), query, *args), _unsupported
 )
 TRITON_VARLEN_BACKWARD = Backend(
-    "triton",
-    lambda grad, *args: backward(triton.run, family_of(grad.device), grad, *args),
-    lambda grad, of_sums, query, key, value, output, logsumexp, *rest: _unsupported(query, key, value, *rest),
+    "triton", lambda grad, *args: backward(triton.run, family_of(grad.device), grad, *args), _backward_unsupported
 )
 
 

@@ -34,7 +34,7 @@ def weights(run: triton.Run, family: str, query: Tensor, key: Tensor, logsumexp:
     if any(plain(t) is not t for t in (query, key)):
         return through_copies(lambda *args: weights(run, family, *args), 2)
     call = Call(query, key, key, rules)
-    tile = configuration("forward", family, query.element_size(), *call.shape)
+    tile = configuration("forward", family, query.element_size(), *call.shape, own=False)
     programs = call.programs(call.heads, call.queries, tile.queries) * -(-call.keys // (_TILES * tile.keys))
 
     def launch(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Tensor:
@@ -62,7 +62,7 @@ def column_sums(
     call = Call(query, key, key, rules)
     # Queries in stages of the forward's tiles would not fit into the 64 KB of AMD's blocks.
     table = "keys" if family.startswith("gfx") else "forward"
-    tile = configuration(table, family, query.element_size(), *call.shape)
+    tile = configuration(table, family, query.element_size(), *call.shape, own=False)
     programs = call.programs(call.heads, call.keys, tile.keys)
 
     def launch(query: Tensor, key: Tensor, logsumexp: Tensor, *rules: Any) -> Tensor:
@@ -90,7 +90,7 @@ def backward(
     *rules, mask_grad = rest
     mask_grad = bool(mask_grad and rules[0] is not None)
     call = Call(query, key, key, rules)
-    tiles = {k: configuration(k, family, query.element_size(), *call.shape) for k in ("queries", "keys")}
+    tiles = {k: configuration(k, family, query.element_size(), *call.shape, own=False) for k in ("queries", "keys")}
     programs = {
         "queries": call.programs(call.heads, call.queries, tiles["queries"].queries),
         "keys": call.programs(call.kv_heads, call.keys, tiles["keys"].keys),
@@ -150,7 +150,7 @@ TRITON_COLUMN_SUMS = Backend(
 TRITON_WEIGHTS_BACKWARD = Backend(
     "triton",
     lambda grad, *args: backward(triton.run, family_of(grad.device), grad, *args),
-    lambda grad, query, key, logsumexp, *rest: unsupported(query) or limits(query, key, key, rest),
+    lambda grad, query, key, logsumexp, *rest: unsupported(query) or limits(query, key, key, rest, grad),
 )
 
 

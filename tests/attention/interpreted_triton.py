@@ -243,3 +243,17 @@ def test_strides():
     same = k[:1, :1].expand(2, 2, 37, 16)
     assert torch.equal(op.attention(q, same, same, Mask(), 0.2)[0],
                        op.attention(q, same.contiguous(), same.contiguous(), Mask(), 0.2)[0])  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(alibi_slopes=torch.tensor([0.5])), Mask(softcap=20.0)])
+def test_tiles_of_scores_that_are_minus_infinity(mask, monkeypatch):
+    """Keys with an infinite element: whole tiles of such scores come before the first finite one, without any mask."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.rand(1, 1, s, 16, generator=generator) + 0.1 for s in (20, 64, 64))
+    key[0, 0, :50, 3] = -torch.inf
+    serve(monkeypatch, interpret, tile=Configuration(32, 16, 4, 1))
+    verify(
+        lambda *args: op.attention(*args, mask, 0.25)[0],
+        lambda *args: reference.attention(*args, *mask.arguments(), 0.25, False)[0],
+        (query, key, value), gradients=False,
+    ).raise_if_failed()  # fmt: skip

@@ -21,7 +21,7 @@ def serve(monkeypatch: Any, run: triton.Run, family: str = "sm_80", tile: Config
     """Calls of the operators on CPU tensors go through Triton's launchers to `run`. tile: instead of the table's."""
     if tile is not None:
         for module in (triton_launch, triton_weights_launch, triton_int8_launch):
-            monkeypatch.setattr(module, "configuration", lambda *args: tile)
+            monkeypatch.setattr(module, "configuration", lambda *args, **own: tile)
     for name, plan in PLANS.items():
         stands = backend.Backend("triton", lambda *args, plan=plan: plan(run, family, *args), lambda *args: None)
         operator = backend.Operator.all[name]

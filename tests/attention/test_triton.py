@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llmkern import backend
-from llmkern.attention import triton_launch
+from llmkern.attention import triton_launch, triton_varlen_launch
 from llmkern.attention.mask import Mask
 from llmkern.attention.triton_configurations import FAMILIES, TABLE, configuration, family
 from llmkern.verify import verify
@@ -105,3 +105,23 @@ def test_on_the_gpu(name, dtype):
         with backend.use("triton"):
             functions = (attend(plain=plain) for plain in (False, True))
             verify(*functions, inputs, rules).raise_if_failed()
+
+
+def test_gradients_whose_rows_lie_far_apart_are_refused(monkeypatch):
+    """Offsets within a tile have 32 bits."""
+    monkeypatch.setattr(triton_launch, "unsupported", lambda x: None)
+    monkeypatch.setattr(triton_varlen_launch, "unsupported", lambda x: None)
+    x = torch.empty(1, 1, 2, 16, device="meta", dtype=torch.float16)
+    far = torch.empty_strided((1, 1, 2, 16), (2**24, 2**24, 2**23, 1), device="meta", dtype=torch.float16)
+    sums = torch.empty(1, 1, 2, device="meta", dtype=torch.float64)
+    rules = (*Mask().arguments(), 0.25, False, False)
+    refused = triton_launch.TRITON_ATTENTION_BACKWARD.unsupported
+    assert refused(x, None, x, x, x, x, sums, *rules) is None
+    for grad, output in ((far, x), (x, far)):
+        assert "2^23 elements apart, not 8388608" in (refused(grad, None, x, x, x, output, sums, *rules) or "")
+    ends = torch.empty(2, device="meta", dtype=torch.int32)
+    packed = (ends, ends, None, None, *Mask().arguments()[2:], 0.25)
+    refused = triton_varlen_launch.TRITON_VARLEN_BACKWARD.unsupported
+    x, far = (t[0].transpose(0, 1) for t in (x, far))
+    assert refused(x, None, x, x, x, x, sums[0], *packed) is None
+    assert "2^23 elements apart" in (refused(far, None, x, x, x, x, sums[0], *packed) or "")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmkern import backend, triton
-from llmkern.attention import op, triton_launch
+from llmkern.attention import op, reference, triton_launch
 from llmkern.attention.mask import Mask
 from llmkern.attention.triton_configurations import Configuration
 from llmkern.verify import verify
@@ -137,3 +137,12 @@ def test_the_launcher_names_the_kernels_arguments():
         names = [n for n in triton.function(launch).arg_names if n not in launch.constants]
         assert len(names) == len(launch.arguments) and set(launch.written) <= set(names)
     assert len(launches) == 4
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_tiles_of_scores_that_are_minus_infinity(capability, monkeypatch):
+    query, key, value = (torch.rand(1, 1, s, 16).bfloat16() + 0.1 for s in (20, 160, 160))
+    key[0, 0, :130, 3] = -torch.inf
+    serve(monkeypatch, Emulated(capability), f"sm_{capability}")
+    expected = reference.attention(query, key, value, *Mask().arguments(), 0.25, False)[0]
+    torch.testing.assert_close(op.attention(query, key, value, Mask(), 0.25)[0], expected, rtol=0.02, atol=0.01)
