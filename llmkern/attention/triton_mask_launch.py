@@ -43,8 +43,9 @@ class MaskTiles:
         # Numbers that are added, of every head and batch its own, are rarely 0 or -inf for a whole tile, and attention
         # reads them once, as the look at them does.
         self.wanted = mask.dtype == torch.bool or math.prod(self._sizes) < math.prod(sizes)
-        steps = [math.prod(self._shape[i + 1 :]) for i in range(4)]
-        self.steps = tuple(0 if n == 1 else step for n, step in zip(self._shape, steps, strict=True))
+        if self.wanted:
+            steps = (math.prod(self._shape[i + 1 :]) for i in range(4))
+            self.steps = tuple(0 if n == 1 else step for n, step in zip(self._shape, steps, strict=True))
 
     def make(self, mask: Tensor | None, query: Tensor) -> Tensor:
         """Launches what fills the table, and returns it; query stands for one that is not wanted."""
