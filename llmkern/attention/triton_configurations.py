@@ -81,7 +81,7 @@ RULES = ((64, _C(32, 32, 4, 1)), (128, _C(32, 32, 8, 1)), (256, _C(16, 16, 8, 1)
 #: With a dense mask and no other of these; what is not here as above.
 _MASKED = ((128, _C(64, 32, 8, 1)), RULES[-1])
 MASKED: dict[tuple[str, str], _Lines] = {(k, f): _MASKED for k in ("forward", "queries") for f in FAMILIES}
-MASKED["keys", "sm_100"] = ((64, _C(32, 64, 8, 1)), *RULES[1:])
+MASKED["keys", "sm_100"] = ((64, _C(16, 32, 4, 1)), *RULES[1:])
 MASKED["keys", "gfx942"] = ((128, _C(32, 32, 4, 1)), RULES[-1])
 
 

@@ -173,7 +173,8 @@ def bend(
         first_row, first_col = corner
         where = base + (tl.cast(first_row, tl.int64) * step_row + tl.cast(first_col, tl.int64) * step_col)
         where = where + ((row - first_row) * step_row.to(tl.int32) + (col - first_col) * step_col.to(tl.int32))
-        there = (row < queries) & (col < keys) & to_read  # no branch: of a tile that is not read nothing is loaded
+        # No branch: of a tile that is not read nothing is loaded.
+        there = (row < queries) & (col < tl.where(to_read, keys, 0))
         if MASK == 1:
             allowed = tl.load(where, mask=there, other=1) != 0
         else:
