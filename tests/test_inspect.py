@@ -194,7 +194,7 @@ def test_what_amds_metadata_say_is_read():
         amd.resources(AMDGCN + "    .vgpr_count: 3\n")
     made = amd.row("k", "x", "gfx942", 1024, 256, AMDGCN)
     assert (made.registers, made.spill_bytes, made.bracket_serial, made.bracket_bound) == (200, 36, None, None)
-    told = budgets.over([made], {"k": {"triton": {"x": {"gfx942": [192, 0, 1024]}}}})
+    told = budgets.over([made], {"k": {"triton": {"x": {"gfx942": [192, 0, 1024, "v_mfma v_wmma"]}}}})
     assert [t.split(": ")[1] for t in told] == [
         "200 registers, the budget is 192", "36 spill bytes, the budget is 0",
     ]  # fmt: skip
@@ -374,12 +374,13 @@ __global__ void __launch_bounds__(1024, 2) spilling(float* x) {{
 
 def test_budgets_name_what_is_over():
     rows = [a_row(registers=65, shared_bytes=2048)]
-    kept = {"k": {"cuda": {"float": {"sm_90": [65, 0, 2048]}, "double": {"sm_90": [32, 0, 0]}}}}
+    kept = {"k": {"cuda": {"float": {"sm_90": [65, 0, 2048, "HMMA"]}, "double": {"sm_90": [32, 0, 0, ""]}}}}
     assert budgets.over(rows, kept) == [] and budgets.over(rows, {}) == []
-    kept["k"]["cuda"]["float"]["sm_90"] = [64, 0, 2047]
+    kept["k"]["cuda"]["float"]["sm_90"] = [64, 0, 2047, "HGMMA HMMA"]
     assert budgets.over(rows, kept) == [
         "k (cuda, float) for sm_90a: 65 registers, the budget is 64",
         "k (cuda, float) for sm_90a: 2048 shared bytes, the budget is 2047",
+        "k (cuda, float) for sm_90a: no HGMMA, which the budget lists",
     ]
     assert budgets.over([a_row(occupancy=0.0)], {}) == ["k (cuda, float) for sm_90a: no block fits on an SM"]
 
@@ -388,13 +389,13 @@ def test_budgets_are_written(tmp_path):
     """Of what was compiled; other targets and kernels stay, and so does the reason of spills."""
     path = tmp_path / "budgets.json"
     before = {
-        "k": {"cuda": {"gone": {"sm_90": [8, 0, 0]}, "float": {"sm_80": [16, 0, 0]}, "why": "because"}},
-        "other": {"triton": {"float": {"sm_90": [24, 0, 0]}}},
+        "k": {"cuda": {"gone": {"sm_90": [8, 0, 0, ""]}, "float": {"sm_80": [16, 0, 0, ""]}, "why": "because"}},
+        "other": {"triton": {"float": {"sm_90": [24, 0, 0, ""]}}},
     }
     path.write_text(budgets.text(before))
     budgets.write([a_row(registers=65, spill_bytes=4, shared_bytes=None)], path)
     after = json.loads(path.read_text())
-    of_float = {"sm_80": [16, 0, 0], "sm_90": [72, 4, None]}
+    of_float = {"sm_80": [16, 0, 0, ""], "sm_90": [72, 4, None, "HMMA"]}
     assert after == {"k": {"cuda": {"float": of_float, "why": "because"}}, "other": before["other"]}
 
 
@@ -406,9 +407,31 @@ def test_budgets_are_well_formed():
             assert source in inspector.SOURCES
             for config, targets in configs.items():
                 assert targets and set(targets) <= set(inspector.TARGETS), (kernel, config)
-                assert all(len(numbers) == len(budgets.FIELDS) for numbers in targets.values()), (kernel, config)
-            spills = [n for targets in configs.values() for _, n, _ in targets.values() if n]
+                assert all(len(numbers) == len(budgets.FIELDS) + 1 for numbers in targets.values()), (kernel, config)
+            spills = [n for targets in configs.values() for _, n, *_ in targets.values() if n]
             assert bool(spills) == bool(why), (kernel, "spills, or says why and does not")
+
+
+#: What multiplies in 16 bits and in integers, by target.
+MATRIX = {
+    "sm_80": ("HMMA", "IMMA"), "sm_86": ("HMMA", "IMMA"), "sm_89": ("HMMA", "IMMA"), "sm_90": ("HGMMA", "IGMMA"),
+    "sm_100": ("UTCHMMA", "UTCIMMA"), "sm_120": ("HMMA", "IMMA"), "gfx942": ("v_mfma", "v_mfma"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", MATRIX)
+def test_the_budgets_list_each_architectures_matrix_instructions(target):
+    """Which the kernels may not lose then; where a tile is too small for them, the budgets say what it has."""
+    floats, integers = MATRIX[target]
+    listed = budgets.load()
+    found = 0
+    for kernel, kind in (("attention_forward_kernel", floats), ("linear_kernel", integers)):
+        for config, targets in listed[kernel]["triton"].items():
+            wide = any(config.startswith(f"bf16, D={n},") for n in (64, 128)) and "mask" not in config
+            if target in targets and (wide or kernel == "linear_kernel"):
+                assert kind in targets[target][3].split(), (kernel, config)
+                found += 1
+    assert found >= 3
 
 
 ENFORCED = ["sm_80", "sm_90", "sm_120", "gfx942"]

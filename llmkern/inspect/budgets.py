@@ -1,8 +1,10 @@
 """The most that each configuration of a kernel may need: budgets.json, which the tests hold the kernels to.
 
-{kernel: {source: {config: {target: [registers, spill bytes, shared bytes]}}}}; where any may spill, the entry "why" of
-the source says which and what for. Registers are rounded up to 8, in which units a processor gives them to threads.
-What is not listed may not spill and must fit on an SM. Shared memory is null where a kernel takes it at launch.
+{kernel: {source: {config: {target: [registers, spill bytes, shared bytes, matrix instructions]}}}}; where any may
+spill, the entry "why" of the source says which and what for. Registers are rounded up to 8, in which units a processor
+gives them to threads. What is not listed may not spill and must fit on an SM. Shared memory is null where a kernel
+takes it at launch. The kinds of matrix instructions, "HGMMA", are those that the code may not lose; "" where there are
+none.
 
 `python -m llmkern inspect --write-budgets` sets the budgets of what it has compiled to what that needs.
 """
@@ -10,6 +12,7 @@ What is not listed may not spill and must fit on an SM. Shared memory is null wh
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,12 @@ def target_of(row: Row) -> str:
     return row.target if row.target in amd.LIMITS else limits.base(row.target)
 
 
+def matrix_kinds(row: Row) -> str:
+    """Which kinds of matrix instructions its code has: "HGMMA", "v_mfma", or both of two, parted by a space."""
+    parts = (re.match(r"v_[a-z]+|\w+", name) for name in row.matrix_instructions)  # of v_mfma_f32_..., HMMA.16816....
+    return " ".join(sorted({part[0] for part in parts if part}))
+
+
 def over(rows: Iterable[Row], budgets: dict[str, Any]) -> list[str]:
     """A sentence for each number that is larger than its budget."""
     told = []
@@ -37,12 +46,14 @@ def over(rows: Iterable[Row], budgets: dict[str, Any]) -> list[str]:
         target = target_of(r)
         most = amd.LIMITS.get(target) or limits.LIMITS[target]
         listed = budgets.get(r.kernel, {}).get(r.source, {}).get(r.config, {}).get(target)
-        budget = listed or [most.registers_per_thread, 0, most.shared_block]
+        *budget, kinds = listed or [most.registers_per_thread, 0, most.shared_block, ""]
         name = f"{r.kernel} ({', '.join(filter(None, (r.source, r.config)))}) for {r.target}"
         for field, allowed in zip(FIELDS, budget, strict=True):
             value = getattr(r, field)
             if value is not None and allowed is not None and value > allowed:
                 told.append(f"{name}: {value} {field.replace('_', ' ')}, the budget is {allowed}")
+        if lost := set(kinds.split()) - set(matrix_kinds(r).split()):
+            told.append(f"{name}: no {' and no '.join(sorted(lost))}, which the budget lists")
         if r.occupancy == 0:
             told.append(f"{name}: no block fits on an SM")
     return told
@@ -61,7 +72,7 @@ def write(rows: Iterable[Row], path: Path = FILE) -> None:
                 budgets[kernel][source][config] = left
     for r in made:
         most = (amd.LIMITS.get(target_of(r)) or limits.LIMITS[target_of(r)]).registers_per_thread
-        numbers = [min(-(-r.registers // 8) * 8, most), r.spill_bytes, r.shared_bytes]
+        numbers = [min(-(-r.registers // 8) * 8, most), r.spill_bytes, r.shared_bytes, matrix_kinds(r)]
         budgets.setdefault(r.kernel, {}).setdefault(r.source, {}).setdefault(r.config, {})[target_of(r)] = numbers
     for sources in budgets.values():
         for source, configs in sources.items():

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from tests.emulation.ptx.parse import PtxError
 from tests.emulation.snippets import WIDTH, evaluate, interesting, rounded, value_of
 
 N = 400
@@ -194,6 +195,26 @@ def test_comparisons(t):
             assert loose[i] == (function(a, b) or unordered[i])
     assert list(evaluate(f"setp.nan.{t} %d, %x, %y;", "pred", inputs)) == unordered
     assert list(evaluate(f"setp.num.{t} %d, %x, %y;", "pred", inputs)) == [not u for u in unordered]
+
+
+@pytest.mark.parametrize("t", ["f16", "bf16"])
+def test_comparisons_of_two_at_once(t):
+    """The second predicate is that of the upper halves, and not the opposite of the first."""
+    x, y = (operands(t, 2)[n][1].astype(np.uint32) for n in "xy")
+    y = np.where(np.arange(N) % 5 == 0, x, y)
+    both = {n: (f"{t}x2", v | np.roll(v, 1) << np.uint32(16)) for n, v in (("x", x), ("y", y))}
+    for name in ("lt", "neu", "num"):
+        one = evaluate(
+            f"setp.{name}.{t} %d, %x, %y;", "pred", {"x": (t, x.astype(np.uint16)), "y": (t, y.astype(np.uint16))}
+        )
+        low, high = (
+            evaluate(f".reg .pred %other; setp.{name}.{t}x2 {pair}, %x, %y;", "pred", both)
+            for pair in ("%d|%other", "%other|%d")
+        )
+        assert (low == one).all() and (high == np.roll(one, 1)).all()
+    for text in (f"setp.lt.{t}x2 %d, %x, %y;", "setp.lt.s16x2 %d|%d, %x, %y;"):
+        with pytest.raises(PtxError, match="packed types"):
+            evaluate(text, "pred", both)
 
 
 @pytest.mark.parametrize("mode", ["rn", "rz"])

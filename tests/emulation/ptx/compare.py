@@ -6,7 +6,7 @@ import numpy as np
 
 from tests.emulation.ptx.integer import Numbers
 from tests.emulation.ptx.operands import Form, Run, instruction
-from tests.emulation.ptx.values import decode, flush, is_float
+from tests.emulation.ptx.values import PACKED, decode, flush, is_float
 
 COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
@@ -42,9 +42,13 @@ def comparison(form: Form, t: str) -> Numbers:
 
 @instruction("setp", "set")
 def compare(form: Form) -> Run:
-    """setp.cmp{.and,.or,.xor} p|q, a, b{, c}: q is the opposite comparison; set gives all ones, or 1.0."""
+    """setp.cmp{.and,.or,.xor} p|q, a, b{, c}: q is the opposite comparison, of packed types that of the upper halves.
+    set gives all ones, or 1.0."""
     t = form.type()
     as_predicate = form.ins.opcode == "setp"
+    packed, t = t in PACKED, PACKED.get(t, t)
+    if packed and not (as_predicate and is_float(t) and "|" in form.operands[0]):
+        raise form.error("packed types: expected setp of f16x2 or bf16x2 into two predicates")
     result = "pred" if as_predicate else form.type()
     combine = form.one_of("and", "or", "xor", default="none")
     ftz = form.flag("ftz")
@@ -52,7 +56,7 @@ def compare(form: Form) -> Run:
         raise form.error(".ftz is for f32")
     test = comparison(form, t)
     outputs = [form.write(o, result) for o in form.operands[0].split("|")]
-    a, b = form.read(form.operands[1], t), form.read(form.operands[2], t)
+    a, b = (form.read(o, "b32" if packed else t) for o in form.operands[1:3])
     other = form.read(form.operands[3], "pred") if combine != "none" else None
     joined = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "none": None}[combine]
     one = np.uint32(0x3F800000) if result == "f32" else np.uint32(0xFFFFFFFF)
@@ -61,9 +65,9 @@ def compare(form: Form) -> Run:
         x, y = a(unit), b(unit)
         if ftz:
             x, y = (flush("f32", v.view(np.float32)).view(np.uint32) for v in (x, y))
-        holds = test(x, y)
+        holds = test(x & 0xFFFF, y & 0xFFFF) if packed else test(x, y)
         for i, put in enumerate(outputs):
-            value = ~holds if i else holds
+            value = holds if not i else test(x >> 16, y >> 16) if packed else ~holds
             if joined is not None:
                 value = joined(value, other(unit))
             put(unit, value if as_predicate else np.where(value, one, np.uint32(0)), mask)
