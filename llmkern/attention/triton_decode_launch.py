@@ -200,5 +200,6 @@ def compilations() -> Iterator[Compilation]:
             config = f"{stored}, {'paged' if paged else 'static'}, D={width}"
             if launch.kernel == "attention_combine_kernel":
                 config = f"bf16, D={width}"
-            # The only kernels of this family that fit the registers of gfx1100.
-            yield Compilation.of(launch, config, (*targets, "gfx1100") if name == "gfx942" else targets)
+            # The only kernels of this family that fit the registers of gfx1100; with float32 they spill there.
+            fits = name == "gfx942" and dtype != fp32
+            yield Compilation.of(launch, config, (*targets, "gfx1100") if fits else targets)

@@ -74,6 +74,7 @@ TRITON_INT8_LINEAR_BACKWARD = Backend("triton", _plan, _unsupported)
 
 def compilations() -> Iterator[Compilation]:
     """For the inspector: each line of the table of tiles, in bfloat16, and float32."""
+    from llmkern.inspect.limits import TARGETS
     from llmkern.inspect.triton_source import Compilation
 
     for rows, dtype, group in (
@@ -85,4 +86,4 @@ def compilations() -> Iterator[Compilation]:
         launches: list[triton.Launch] = []
         plan(launches.append, grad, weight, scale, group, 1)(grad, weight, scale, group, 1)
         config = f"{str(dtype).removeprefix('torch.')}, {group or 'no groups'}, M={rows}"
-        yield Compilation.of(launches[0], config)
+        yield Compilation.of(launches[0], config, (*TARGETS, "gfx942"))  # the largest tile would spill on gfx1100
