@@ -60,11 +60,15 @@ class LlmkernInt8Config(QuantizationConfigMixin):
     ) -> None:
         if quant_method != METHOD:
             raise ValueError(f"quant_method: expected {METHOD!r}, got {quant_method!r}")
+        if isinstance(scheme, Mapping) and (unknown := set(scheme) - {f.name for f in dataclasses.fields(Int8Scheme)}):
+            raise ValueError(f"scheme: expected fields of Int8Scheme, got {', '.join(sorted(unknown))}")
         made = Int8Scheme(**scheme) if isinstance(scheme, Mapping) else named(scheme)
         is_list = isinstance(skip, Sequence) and not isinstance(skip, str)
         if skip is not None and not (is_list and all(isinstance(name, str) for name in skip)):
             raise TypeError(f"skip: expected None or a sequence of names, got {skip!r}")
         check.flag("measure", measure)
+        if layers is not None and not isinstance(layers, Mapping):
+            raise TypeError(f"layers: expected None or a mapping of names to schemes, got {type(layers).__name__}")
         for numbers in (layers or {}).values():
             _saved(numbers)
         self.quant_method: Any = quant_method
@@ -80,6 +84,8 @@ class LlmkernInt8Config(QuantizationConfigMixin):
         model.config.quantization_config = LlmkernInt8Config.of(model), and `model.save_pretrained` saves it so that
         `from_pretrained` loads it. Raises ValueError for a model without int8 layers.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         layers = _layers(model)
         if not layers:
             raise ValueError("model: expected one with int8 layers, which llmkern.quantize_model makes, got none")

@@ -61,6 +61,12 @@ class Report:
     def replaced(self) -> list[str]:
         return [m.name for m in self.modules if m.by]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a process that loads a pickled model its attention must be known before it runs."""
+        vars(self).update(state)
+        if any(m.by.startswith("attn_implementation") for m in self.modules):
+            huggingface.register()
+
     def __str__(self) -> str:
         lines = [("module", "class", "")]
         for m in self.modules:
@@ -91,20 +97,30 @@ def kernelize(model: nn.Module, *, dry_run: bool = False, verify: Any = None) ->
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     check.flag("dry_run", dry_run)
-    found = _plan(model)
+    with structure.in_float32():
+        found = _plan(model)
     result = Report([made for made, _ in found], dry_run)
     if dry_run:
         return result
-    before = None if verify is None else copy.deepcopy(model)
-    for _, change in found:
-        if change is not None:
-            change()
     if verify is not None:
-        args, kwargs = _inputs(verify)
-        result.verification = hold(model, before, args, kwargs, gradients=False)
-        if not result.verification:
-            restore(model)
-            raise RuntimeError(f"kernelize: the model does not keep the contract, and was changed back\n{result}")
+        dropping = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0.0]
+        if dropping:
+            raise ValueError(
+                f"verify: expected a model that drops nothing (model.eval()), got one whose {dropping[0]} does"
+            )
+    before = None if verify is None else copy.deepcopy(model)
+    try:
+        for _, change in found:
+            if change is not None:
+                change()
+        if verify is not None:
+            result.verification = _held(model, before, verify)
+    except BaseException:
+        restore(model)
+        raise
+    if result.verification is not None and not result.verification:
+        restore(model)
+        raise RuntimeError(f"kernelize: the model does not keep the contract, and was changed back\n{result}")
     earlier = vars(model).get(_REPORT)
     if earlier is not None:  # what was done then is still so
         done = [m for m in earlier.modules if m.by]
@@ -177,8 +193,6 @@ def _choice(model: nn.Module, name: str, module: nn.Module) -> tuple[type[nn.Mod
     if isinstance(module, tuple(CLASSES)) and not isinstance(module, _OURS):
         parents = [k for k in CLASSES if isinstance(module, k)]
         return None, {}, f"a subclass of {parents[0].__name__}, whose forward may be another"
-    if own or _has_call_hooks(module):  # asking it would run what is not its forward
-        return None, {}, ""
     for look, forward in ((structure.rms_norm, structure.FusedRMSNorm), (structure.gated, structure.FusedGated)):
         needs = look(module)
         if isinstance(needs, str):
@@ -189,16 +203,22 @@ def _choice(model: nn.Module, name: str, module: nn.Module) -> tuple[type[nn.Mod
     return (None, {}, rotating) if isinstance(rotating, str) else (rotating, {}, "")
 
 
-def _has_call_hooks(module: nn.Module) -> bool:
-    """Whether something runs with the module's forward or backward; that of state_dicts (FSDP2 has such) does not."""
-    return any(
-        hooks
-        for attribute, hooks in vars(module).items()
-        if attribute.startswith(("_forward_", "_backward_")) and "_hooks" in attribute
+def _held(model: nn.Module, before: Any, verify: Any) -> Any:
+    """The contract on the outputs before and after, but for caches, which hold what the outputs come from."""
+    args, kwargs = (
+        ((), verify) if isinstance(verify, dict) else (verify if isinstance(verify, tuple) else (verify,), {})
     )
 
+    return hold(_Outputs(model), _Outputs(before), args, kwargs, gradients=False)
 
-def _inputs(verify: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(verify, dict):
-        return (), verify
-    return (verify if isinstance(verify, tuple) else (verify,)), {}
+
+class _Outputs(nn.Module):
+    """A model without the caches among its outputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return huggingface.without_caches(self.model(*args, **kwargs))

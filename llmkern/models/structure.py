@@ -7,7 +7,11 @@ is not known here is either served rightly or left.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +22,7 @@ from llmkern import check
 from llmkern.activation import op as activation
 from llmkern.activation import reference as plain_activation
 from llmkern.int8 import reference as plain_int8
+from llmkern.int8.replace import has_hooks
 from llmkern.norm import op as norm
 from llmkern.norm import reference as plain_norm
 
@@ -58,8 +63,10 @@ class FusedRMSNorm(nn.Module):
     _llmkern_offset: float
     _llmkern_keeps: bool
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states (..., N). Returns its shape, in the dtype of the model's own forward."""
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        """x (..., N), under whatever name the model gives it. Returns its shape, in the dtype of the model's own
+        forward."""
+        (hidden_states,) = *args, *named.values()
         dtype, weight = hidden_states.dtype, self.weight.dtype
         same = weight == dtype or (self._llmkern_keeps and weight == torch.float32)
         if dtype not in check.FLOATS or not same:
@@ -126,12 +133,15 @@ def rms_norm(module: Any) -> dict[str, Any] | str | None:
         return None
     if parameters["weight"].dim() != 1 or list(module.buffers()):
         return "it has more than a weight of one dimension"
+    if left := why_not_to_ask(module):
+        return left
     shape = tuple(parameters["weight"].shape)
-    x, weight = numbers((3, *shape)), numbers(shape)
+    # The second row's mean square is about eps, so that it shows where eps stands; the third is 0.
+    x, weight = numbers((3, *shape)) * torch.tensor([[1.0], [math.sqrt(eps)], [0.0]]), numbers(shape)
     asked = stand_in(module, _parameters={"weight": nn.Parameter(weight)})
-    given = answer(asked, x)
     for offset in (0.0, 1.0):
-        if agree(given, plain_norm.norm(x, None, weight, None, eps, offset, False)[0]):
+        expected = plain_norm.norm(x, None, weight, None, eps, offset, False)[0]
+        if all(agree(given, expected) for given in answers(asked, x)):
             short = answer(asked, x.bfloat16())
             keeps = isinstance(short, Tensor) and short.dtype == torch.bfloat16
             return {"_llmkern_eps": eps, "_llmkern_offset": offset, "_llmkern_keeps": keeps}
@@ -144,12 +154,17 @@ def gated(module: Any) -> dict[str, Any] | str | None:
     parts = next((p for p in GATED if _has(module, children, p)), None)
     if parts is None:
         return None
+    if left := why_not_to_ask(module):
+        return left
     more = sorted(set(children) - {*parts.projections, parts.function, parts.dropout})
     if more:
         return f"it has more than {', '.join(parts.projections)} and {parts.function}: {', '.join(more)}"
-    function = _activation(getattr(module, parts.function))
+    own = getattr(module, parts.function)
+    if isinstance(own, nn.Module) and (has_hooks(own) or any(own.parameters()) or any(own.buffers())):
+        return f"its activation, {type(own).__name__}, has hooks, parameters or buffers"
+    function = _activation(own)
     if function is None:
-        return f"its activation, {type(getattr(module, parts.function)).__name__}, has no kernel"
+        return f"its activation, {type(own).__name__}, has no kernel"
     # Asked with plain layers of random weights in place of its own, which may be int8 or without values.
     linear = {name: _random_linear(children[name], seed) for seed, name in enumerate(parts.projections)}
     dropout = {parts.dropout: nn.Identity()} if parts.dropout else {}
@@ -159,7 +174,7 @@ def gated(module: Any) -> dict[str, Any] | str | None:
         gate = linear[parts.gate](x)
         gate, up = (gate, linear[parts.up](x)) if parts.up else gate.chunk(2, -1)
         expected = linear[parts.down](plain_activation.gated(gate, up, function))
-    if agree(answer(asked, x), expected):
+    if all(agree(given, expected) for given in answers(asked, x)):
         return {"_llmkern_activation": function, "_llmkern_parts": parts}
     gate_up = f"{parts.gate}(x)) * {parts.up}(x)" if parts.up else f"a) * b), a and b the halves of {parts.gate}(x"
     return f"it computes something else than {parts.down}({parts.function}({gate_up})"
@@ -186,7 +201,8 @@ def _random_linear(layer: Any, seed: int) -> nn.Linear:
 
 def _activation(function: Any) -> str | None:
     """The name of the activation that a function is, by what it gives."""
-    x = torch.linspace(-6.0, 6.0, 97)
+    far = torch.tensor([11.0, 30.0, 1e4])  # some are bounded
+    x = torch.cat([-far, torch.linspace(-6.0, 6.0, 97), far])
     try:
         given = function(x)
     except Exception:
@@ -202,11 +218,31 @@ def numbers(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
     A matrix has the rows that a window sees which moves along one sequence: numbers for a large model cost time.
     """
-    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
+    generator = torch.Generator("cpu").manual_seed(1000 * seed + sum(shape))
     if len(shape) != 2:
         return torch.randn(shape, generator=generator)
     rows, columns = shape
     return torch.randn(rows + columns, generator=generator).as_strided((rows, columns), (1, 1)).contiguous()
+
+
+@contextlib.contextmanager
+def in_float32() -> Iterator[None]:
+    """What is made and computed within is float32 on the CPU, whatever holds around."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=()):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def why_not_to_ask(module: nn.Module) -> str:
+    """Why a module that a kernel might serve is not asked, and so left; empty where it is."""
+    if "forward" in vars(module):
+        return "it has a forward of its own"
+    taken = list(inspect.signature(type(module).forward).parameters)[1:]
+    return "" if len(taken) == 1 else f"its forward takes more than one tensor: {', '.join(taken)}"
 
 
 def stand_in(module: nn.Module, **attributes: Any) -> nn.Module:
@@ -225,7 +261,18 @@ def answer(asked: nn.Module, *inputs: Any) -> Any:
         return None
 
 
+def answers(asked: nn.Module, x: Tensor) -> Iterator[Any]:
+    """What a module's forward gives in inference and, as it may drop something then, in training."""
+    for training in (False, True):
+        vars(asked)["training"] = training
+        yield answer(asked, x)
+
+
 def agree(given: Any, expected: Tensor) -> bool:
     """Whether what was given is what is expected, but for the rounding of float32."""
-    same = isinstance(given, Tensor) and given.shape == expected.shape
-    return same and torch.allclose(given.float(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    if not isinstance(given, Tensor) or given.shape != expected.shape:
+        return False
+    return all(
+        torch.allclose(a.float(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+        for a, b in zip(given, expected, strict=True)
+    )

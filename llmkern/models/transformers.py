@@ -82,6 +82,21 @@ def attention_forward(
             )
     if kwargs.get("cu_seq_lens_q") is not None and attention_mask is None and position_bias is None:
         return _end_to_end(module, query, key, value, dropout, scaling, is_causal, kwargs), None
+    if query.dtype == torch.float64:  # which no kernel has
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            is_causal,
+            position_bias=position_bias,
+            **kwargs,
+        )
     queries, keys = query.shape[2], key.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)

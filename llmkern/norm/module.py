@@ -57,7 +57,7 @@ class RMSNorm(nn.RMSNorm):
         (normalised sum, sum)."""
         if not _fits(self, x, residual, self.weight, None):
             return _plain(super().forward, x, residual)
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps  # torch's, in 16 bits too
         rows, added = (_flat(t, len(self.normalized_shape)) for t in (x, residual))
         weight = None if self.weight is None else self.weight.flatten()
         return _shaped(op.rms_norm(rows, weight, eps, residual=added), x)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from llmkern.attention.mask import Mask
 from llmkern.attention.op import attention, attention_weights
 from llmkern.attention.sdpa import scaled_dot_product_attention
+from llmkern.int8.replace import has_hooks
 from llmkern.norm.module import LayerNorm
 
 
@@ -43,7 +44,10 @@ class FusedAttention(nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        # torch's own errors
+        F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)  # type: ignore[attr-defined]
         batched = query.dim() == 3
+        self._check_masks(query, key, key_padding_mask, attn_mask)
         q, k, v = self._project(query, key, value)
         if not batched:
             q, k, v = (t.unsqueeze(1) for t in (q, k, v))
@@ -74,6 +78,26 @@ class FusedAttention(nn.MultiheadAttention):
         elif self.batch_first:
             output = output.transpose(0, 1)
         return self.out_proj(output), weights
+
+    def _check_masks(
+        self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> None:
+        """Raises on masks that torch refuses, and which would be added or broadcast here."""
+        batched, second = query.dim() == 3, not self.batch_first
+        batch = query.size(int(second)) if batched else 1
+        queries, keys = (t.size(0 if second or not batched else 1) for t in (query, key))
+        shapes: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
+            "key_padding_mask": (key_padding_mask, [(batch, keys) if batched else (keys,)]),
+            "attn_mask": (attn_mask, [(queries, keys), (batch * self.num_heads, queries, keys)]),
+        }
+        for name, (mask, allowed) in shapes.items():
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                raise TypeError(f"{name}: expected dtype bool or a floating one, got {mask.dtype}")
+            if tuple(mask.shape) not in allowed:
+                expected = " or ".join(map(str, allowed))
+                raise ValueError(f"{name}: expected shape {expected}, got {tuple(mask.shape)}")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections, in one matmul for self-attention and in two where key is value."""
@@ -138,9 +162,18 @@ class FusedAttention(nn.MultiheadAttention):
         return sums[0] + sums[1] if len(sums) == 2 else sums[0]
 
 
+def _global_hooks() -> bool:
+    """Whether torch runs something with every module's forward."""
+    hooks = nn.modules.module
+    return bool(
+        hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks or hooks._global_backward_pre_hooks
+    )  # fmt: skip
+
+
 def _added(norm: nn.Module, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-    """(norm(x + change), x + change), in one pass where the norm is ours."""
-    if type(norm) is LayerNorm:
+    """(norm(x + change), x + change), in one pass where the norm is ours and no hook sees what it takes and gives."""
+    if type(norm) is LayerNorm and not has_hooks(norm) and not _global_hooks():
         normal, total = norm(change, residual=x)
         return normal, total
     total = x + change
