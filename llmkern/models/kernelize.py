@@ -186,10 +186,9 @@ def _plan(model: nn.Module) -> list[tuple[Replacement, Callable[[], None] | None
 def _choice(model: nn.Module, name: str, module: nn.Module) -> tuple[type[nn.Module] | None, dict[str, Any], str]:
     """The class that a module gets, its attributes, or why it gets none (empty: no kernel has to do with it)."""
     kind = type(module)
-    own = "forward" in vars(module)
     if kind in CLASSES:
         into, attributes = CLASSES[kind]
-        return (None, {}, "it has a forward of its own") if own else (into, attributes, "")
+        return (None, {}, structure.OWN_FORWARD) if "forward" in vars(module) else (into, attributes, "")
     if isinstance(module, tuple(CLASSES)) and not isinstance(module, _OURS):
         parents = [k for k in CLASSES if isinstance(module, k)]
         return None, {}, f"a subclass of {parents[0].__name__}, whose forward may be another"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import check
-from llmkern.models.structure import agree, answer, numbers, stand_in
+from llmkern.models.structure import OWN_FORWARD, agree, answer, numbers, stand_in
 from llmkern.positional import reference as plain_positional
 from llmkern.positional.op import rotary
 
@@ -53,6 +53,8 @@ def attention(model: nn.Module, name: str, module: nn.Module) -> type[nn.Module]
         return None
     if own is not forward:
         return "its forward is wrapped by another"
+    if "forward" in vars(module):
+        return OWN_FORWARD
     turn = _turn(own.__globals__[_NAME])
     if turn is None:
         return f"its {_NAME} computes something else than a rotation"

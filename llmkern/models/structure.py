@@ -28,6 +28,8 @@ from llmkern.norm import reference as plain_norm
 
 #: Names under which models keep the number that is added to the mean of squares.
 _EPS = ("variance_epsilon", "eps", "epsilon")
+#: Why a module is left whose forward was put on the object itself.
+OWN_FORWARD = "it has a forward of its own"
 _LINEAR = (nn.Linear, plain_int8.Int8Linear)
 
 
@@ -240,9 +242,10 @@ def in_float32() -> Iterator[None]:
 def why_not_to_ask(module: nn.Module) -> str:
     """Why a module that a kernel might serve is not asked, and so left; empty where it is."""
     if "forward" in vars(module):
-        return "it has a forward of its own"
-    taken = list(inspect.signature(type(module).forward).parameters)[1:]
-    return "" if len(taken) == 1 else f"its forward takes more than one tensor: {', '.join(taken)}"
+        return OWN_FORWARD
+    _, *taken = inspect.signature(type(module).forward).parameters.values()
+    one = len(taken) == 1 and taken[0].kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return "" if one else f"its forward takes more than one tensor: {', '.join(map(str, taken))}"
 
 
 def stand_in(module: nn.Module, **attributes: Any) -> nn.Module:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from llmkern.attention.mask import Mask
 from llmkern.attention.op import attention, attention_weights
 from llmkern.attention.sdpa import scaled_dot_product_attention
-from llmkern.int8.replace import has_hooks
 from llmkern.norm.module import LayerNorm
 
 
@@ -162,18 +161,19 @@ class FusedAttention(nn.MultiheadAttention):
         return sums[0] + sums[1] if len(sums) == 2 else sums[0]
 
 
-def _global_hooks() -> bool:
-    """Whether torch runs something with every module's forward."""
-    hooks = nn.modules.module
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether torch runs something with this module's forward or backward, or with every module's."""
+    every = nn.modules.module
     return bool(
-        hooks._global_forward_hooks or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks or hooks._global_backward_pre_hooks
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or every._global_forward_hooks or every._global_forward_pre_hooks
+        or every._global_backward_hooks or every._global_backward_pre_hooks
     )  # fmt: skip
 
 
 def _added(norm: nn.Module, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     """(norm(x + change), x + change), in one pass where the norm is ours and no hook sees what it takes and gives."""
-    if type(norm) is LayerNorm and not has_hooks(norm) and not _global_hooks():
+    if type(norm) is LayerNorm and not _is_hooked(norm):
         normal, total = norm(change, residual=x)
         return normal, total
     total = x + change

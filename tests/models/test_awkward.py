@@ -34,6 +34,11 @@ class GatedRMSNorm(RMSNorm):
         return super().forward(x if gate is None else x * F.silu(gate))
 
 
+class NormOfAnything(RMSNorm):
+    def forward(self, *args):
+        return super().forward(*args)
+
+
 class NormWithEpsOutside(RMSNorm):
     def forward(self, x):
         return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)
@@ -68,7 +73,9 @@ class Bounded(nn.Module):
         return F.silu(x).clamp(-10, 10)
 
 
-@pytest.mark.parametrize("kind", [GatedRMSNorm, NormWithEpsOutside, ClampedNorm, DroppingNorm, DroppingMLP])
+@pytest.mark.parametrize(
+    "kind", [GatedRMSNorm, NormOfAnything, NormWithEpsOutside, ClampedNorm, DroppingNorm, DroppingMLP]
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_what_only_looks_like_another_is_left_and_told(kind, training):
     (told,) = llmkern.kernelize(kind().train(training)).modules
@@ -137,15 +144,22 @@ def test_hooks_of_all_modules():
 
 
 def test_modules_with_hooks_are_served_and_keep_them():
-    model, calls = nn.Sequential(MLP(), RMSNorm()), []
+    model, calls = nn.ModuleList([MLP(), RMSNorm()]), []
     model[0].register_forward_hook(lambda *args: calls.append(0))
     model[1].register_forward_pre_hook(lambda *args: calls.append(1))
-    with torch.no_grad():
-        model[1] = RMSNorm()
-    model[1].register_forward_pre_hook(lambda *args: calls.append(1))
-    assert llmkern.kernelize(model[0]).replaced == [""] and not calls  # asking runs no hook
-    model[0](torch.randn(2, 8))
-    assert calls == [0]
+    assert llmkern.kernelize(model).replaced == ["0", "1"] and not calls  # asking runs no hook
+    model[0](torch.randn(2, 8)), model[1](torch.randn(2, 16))
+    assert calls == [0, 1]
+
+
+def test_modules_with_a_forward_of_their_own_are_left_and_told():
+    """As libraries put one on the object that move weights before each call."""
+    model = llama()
+    for module in model.modules():
+        if type(module).__name__ in ("LlamaAttention", "LlamaMLP", "LlamaRMSNorm"):
+            module.forward = module.forward
+    told = [m for m in llmkern.kernelize(model).modules if m.name]
+    assert len(told) == 5 and {m.left for m in told} == {structure.OWN_FORWARD}
 
 
 @pytest.mark.parametrize("surroundings", ["autocast", "bfloat16", "float64", "meta"])

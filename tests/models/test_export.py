@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import llmkern
-from benchmarks.peers import compile_missing
 from tests.inductor import QUICK
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -98,7 +97,6 @@ class Block(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-@pytest.mark.skipif(compile_missing() is not None, reason=str(compile_missing()))
 def test_inductor_trains_it_in_one_graph():
     model, inputs = kernelized(lambda: (Block(), {"x": HIDDEN}))
     expected = step(model, inputs, model)
