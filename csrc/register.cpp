@@ -14,6 +14,7 @@
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "int8/bindings.h"
+#include "layer/bindings.h"
 #include "norm/bindings.h"
 #include "positional/bindings.h"
 #ifdef LLMKERN_CUDA
@@ -51,4 +52,5 @@ PYBIND11_MODULE(_C, m) {
   llmkern::bind_int8(m);
   llmkern::bind_norm(m);
   llmkern::bind_positional(m);
+  llmkern::bind_layer(m);
 }

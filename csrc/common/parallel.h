@@ -17,7 +17,7 @@ const char* parallel_source();
 // At least `bytes` of memory, 64-byte aligned, kept by the calling thread from call to call (a fresh
 // allocation costs page faults, which weigh more than the arithmetic on it). Each slot holds one block, which
 // the next request of the same slot on the same thread takes over. Throws std::bad_alloc.
-enum class Scratch { pack, work, quantized, count };
+enum class Scratch { pack, work, quantized, layer, count };
 void* scratch(Scratch slot, size_t bytes);
 
 }  // namespace llmkern

@@ -22,6 +22,14 @@ _kept: dict[int, tuple[weakref.ref[Tensor], _Copies, list[Tensor]]] = {}
 _change = threading.RLock()  # one thread may come back: a finalizer may call a layer
 
 
+_forgotten = [0]
+
+
+def forgotten() -> int:
+    """How often `forget` was called: whoever keeps copies of copies must make them anew when it rises."""
+    return _forgotten[0]
+
+
 def _after_fork() -> None:
     global _change
     _change = threading.RLock()  # the old one may have been another thread's, which this process has not
@@ -45,7 +53,7 @@ def packed(weight: Tensor, layout: _Layout, isa: str, group: int = 0, pairs: boo
     """
     key = (isa, group, pairs)
     found = _found(weight, layout, key)
-    return found if found is not None else _keep(weight, layout, key, lambda: _pack(weight, group, pairs))
+    return found if found is not None else _keep(weight, layout, key, lambda: pack(weight, group, pairs))
 
 
 def transposed(scale: Tensor, layout: _Layout) -> Tensor:
@@ -135,6 +143,7 @@ def _hold(tensor: Tensor, copy: Tensor) -> None:
 def forget(tensor: Tensor) -> None:
     """Drops what is kept of this weight or scale, but for copies that captured CUDA graphs read."""
     with _change:
+        _forgotten[0] += 1
         entry = _kept.pop(id(tensor), None)
         if entry is not None and entry[0]() is tensor and entry[2]:
             _kept[id(tensor)] = (entry[0], {}, entry[2])
@@ -181,7 +190,8 @@ def _remover(key: int) -> Callable[[weakref.ref[Tensor]], None]:
     return remove
 
 
-def _pack(weight: Tensor, group: int, pairs: bool) -> Tensor:
+def pack(weight: Tensor, group: int, pairs: bool) -> Tensor:
+    """As `packed`, a copy that nobody keeps."""
     kernels = extension._C
     outputs, depth = weight.shape
     source = weight.detach().contiguous()

@@ -13,7 +13,7 @@ from torch import nn
 from llmkern import check
 from llmkern.attention import module as attention
 from llmkern.attention import reference as plain_attention
-from llmkern.models import huggingface, rotary, structure
+from llmkern.models import decoder_layer, huggingface, rotary, structure
 from llmkern.models.swap import as_exchanged, change_back, exchange, exchanged
 from llmkern.norm.module import LayerNorm, RMSNorm
 from llmkern.positional import module as positional
@@ -198,6 +198,9 @@ def _choice(model: nn.Module, name: str, module: nn.Module) -> tuple[type[nn.Mod
             return None, {}, needs
         if needs is not None:
             return structure.fused_class(kind, forward), needs, ""
+    layer = decoder_layer.known(model, name, module)
+    if layer is not None:
+        return structure.fused_class(kind, decoder_layer.FusedDecoderLayer), layer, ""
     rotating = rotary.attention(model, name, module)
     return (None, {}, rotating) if isinstance(rotating, str) else (rotating, {}, "")
 

@@ -47,6 +47,12 @@ class Turn:
 def attention(model: nn.Module, name: str, module: nn.Module) -> type[nn.Module] | str | None:
     """The class that the module at this path of the model gets; a sentence where its rotation is not known; None where
     it is no attention that rotates."""
+    turn = turn_of(model, name, module)
+    return _fused_class(type(module), turn) if isinstance(turn, Turn) else turn
+
+
+def turn_of(model: nn.Module, name: str, module: nn.Module) -> Turn | str | None:
+    """How the attention at this path of the model rotates; else as `attention`."""
     forward: Any = getattr(type(module), "forward", None)
     own = inspect.unwrap(forward) if callable(forward) else None
     if not isinstance(own, types.FunctionType) or _NAME not in own.__code__.co_names or _NAME not in own.__globals__:
@@ -64,7 +70,7 @@ def attention(model: nn.Module, name: str, module: nn.Module) -> type[nn.Module]
     tables = next((found for found in near if found), [])
     if not tables or not all(_makes(turn, m) for m in tables):
         return "nothing is known of the tables of its rotation"
-    return _fused_class(type(module), turn)
+    return turn
 
 
 def _turn(plain: _Rotate) -> Turn | None:

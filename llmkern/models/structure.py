@@ -30,7 +30,7 @@ from llmkern.norm import reference as plain_norm
 _EPS = ("variance_epsilon", "eps", "epsilon")
 #: Why a module is left whose forward was put on the object itself.
 OWN_FORWARD = "it has a forward of its own"
-_LINEAR = (nn.Linear, plain_int8.Int8Linear)
+LINEAR = (nn.Linear, plain_int8.Int8Linear)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,11 @@ def gated(module: Any) -> dict[str, Any] | str | None:
     if function is None:
         return f"its activation, {type(own).__name__}, has no kernel"
     # Asked with plain layers of random weights in place of its own, which may be int8 or without values.
-    linear = {name: _random_linear(children[name], seed) for seed, name in enumerate(parts.projections)}
+    linear = {}
+    for seed, name in enumerate(parts.projections):
+        own_layer: Any = children[name]
+        shape = (own_layer.out_features, own_layer.in_features)
+        linear[name] = random_linear(shape, own_layer.bias is not None, seed)
     dropout = {parts.dropout: nn.Identity()} if parts.dropout else {}
     asked = stand_in(module, _modules={**module._modules, **linear, **dropout})
     x = numbers((3, children[parts.gate].in_features))
@@ -185,7 +189,7 @@ def gated(module: Any) -> dict[str, Any] | str | None:
 def _has(module: nn.Module, children: dict[str, nn.Module], parts: Parts) -> bool:
     """Whether a module has these parts, of sizes that fit."""
     made = [children.get(name) for name in parts.projections]
-    if not all(isinstance(m, _LINEAR) for m in made) or not hasattr(module, parts.function):
+    if not all(isinstance(m, LINEAR) for m in made) or not hasattr(module, parts.function):
         return False
     if parts.dropout and not isinstance(children.get(parts.dropout), nn.Dropout):
         return False
@@ -193,11 +197,12 @@ def _has(module: nn.Module, children: dict[str, nn.Module], parts: Parts) -> boo
     return bool(gate.out_features == (1 if parts.up else 2) * down.in_features)  # type: ignore[union-attr, operator]
 
 
-def _random_linear(layer: Any, seed: int) -> nn.Linear:
-    made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
-    made.weight = nn.Parameter(numbers((layer.out_features, layer.in_features), seed), requires_grad=False)
-    if layer.bias is not None:
-        made.bias = nn.Parameter(numbers((layer.out_features,), seed), requires_grad=False)
+def random_linear(shape: tuple[int, int], bias: bool, seed: int) -> nn.Linear:
+    """A plain layer with random weights of this shape, (outputs, inputs)."""
+    made = nn.Linear(shape[1], shape[0], bias, "meta")
+    made.weight = nn.Parameter(numbers(shape, seed), requires_grad=False)
+    if bias:
+        made.bias = nn.Parameter(numbers(shape[:1], seed), requires_grad=False)
     return made
 
 
@@ -256,10 +261,10 @@ def stand_in(module: nn.Module, **attributes: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def answer(asked: nn.Module, *inputs: Any) -> Any:
+def answer(asked: nn.Module, *inputs: Any, **named: Any) -> Any:
     """What a module's forward gives; None where it raises."""
     try:
-        return asked.forward(*inputs)
+        return asked.forward(*inputs, **named)
     except Exception:  # of a forward that is nobody's here: then it is not known
         return None
 

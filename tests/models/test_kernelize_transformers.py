@@ -61,16 +61,17 @@ def gemma3():
     return decoder("Gemma3Text", "Gemma3ForCausalLM", head_dim=8, sliding_window=4)
 
 
-def served(name: str, norms: int) -> dict[str, int]:
-    """What a decoder of two layers has."""
-    return {f"Fused{name}RMSNorm": norms, f"Fused{name}MLP": 2, f"Fused{name}Attention": 2}
+def served(name: str, norms: int, layers: int = 0) -> dict[str, int]:
+    """What a decoder of two layers has; layers: those that are one call where their weights are int8."""
+    parts = {f"Fused{name}RMSNorm": norms, f"Fused{name}MLP": 2, f"Fused{name}Attention": 2}
+    return {**parts, f"Fused{name}DecoderLayer": layers} if layers else parts
 
 
 #: how to make it, and what serves how many of its modules
 MODELS = {
-    "llama": (lambda: decoder("Llama"), served("Llama", 5)),
-    "mistral": (lambda: decoder("Mistral", sliding_window=4), served("Mistral", 5)),
-    "qwen2": (lambda: decoder("Qwen2"), served("Qwen2", 5)),
+    "llama": (lambda: decoder("Llama"), served("Llama", 5, 2)),
+    "mistral": (lambda: decoder("Mistral", sliding_window=4), served("Mistral", 5, 2)),
+    "qwen2": (lambda: decoder("Qwen2"), served("Qwen2", 5, 2)),
     "qwen3": (lambda: decoder("Qwen3", head_dim=8), served("Qwen3", 9)),
     "gemma": (lambda: decoder("Gemma", head_dim=8), served("Gemma", 5)),
     "gemma2": (lambda: decoder("Gemma2", head_dim=8, sliding_window=4), served("Gemma2", 9)),
