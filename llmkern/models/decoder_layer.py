@@ -1,8 +1,8 @@
 """Decoder layers of Hugging Face models that are one call where their weights are int8, known by what they give.
 
-As in llmkern.models.structure: a candidate is known by its parts, then its own forward is asked on random numbers, small
-layers with random weights in its parts' places. What reaches the attention interface and the cache is looked at too, so
-that a model that tells these more than is known here (a cap of the scores, sinks) is left.
+As in llmkern.models.structure: a candidate is known by its parts, then its own forward is asked on random numbers, with
+small layers of random weights in its parts' places. What reaches the attention interface and the cache is looked at
+too, so that a model that tells these more than is known here (a cap of the scores, sinks) is left.
 """
 
 from __future__ import annotations
