@@ -58,10 +58,12 @@ class Weights:
             parts = [linears[name] for name in names]
             weight, scale = (_end_to_end([getattr(m, n) for m in parts]) for n in ("weight", "weight_scale"))
             bias = None if parts[0].bias is None else _end_to_end([m.bias for m in parts])
-            inputs = parts[0].scheme.inputs
-            quantization = extension._C.Quantization(INPUTS[inputs], inputs == "outliers", 0, 1)
+            inputs, group = parts[0].scheme.inputs, parts[0].scheme.group
+            quantization = extension._C.Quantization(INPUTS[inputs], inputs == "outliers", group, 1)
+            if group:
+                scale = scale.t().contiguous()
             self.linears.append((*weight.shape, quantization, 0 if bias is None else codes[bias.dtype]))
-            tensors += [packing.pack(weight, 0, names[0] == "gate_proj"), scale, bias]
+            tensors += [packing.pack(weight, group, names[0] == "gate_proj"), scale, bias]
         self.tensors = tuple(tensors)
 
     def holds(self, layer: Any) -> bool:
@@ -122,8 +124,8 @@ def weights_of(layer: Any) -> Weights | None:
         return None
     for names in _PRODUCTS:
         parts = [linears[name] for name in names]
-        alike = {(m.scheme.inputs, None if m.bias is None else m.bias.dtype) for m in parts}
-        if len(alike) > 1 or any(m.arguments()[0] is not None or m.arguments()[2:] != (0, 1) for m in parts):
+        alike = {(m.scheme.inputs, m.scheme.group, None if m.bias is None else m.bias.dtype) for m in parts}
+        if len(alike) > 1 or any(m.input_scale is not None or m.rotation != 1 for m in parts):
             return None
     tensors = [t for m in linears.values() for t in _tensors(m)]
     if any(t.device.type != "cpu" or t.is_inference() for t in tensors):  # those of inference tell no change

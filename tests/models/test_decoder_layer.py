@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import llmkern
+from llmkern.int8.scheme import Int8Scheme
 from llmkern.models import decoder_call
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -41,7 +42,7 @@ def calls(monkeypatch):
     return counted
 
 
-def quantized(make, dtype=torch.float32):
+def quantized(make, dtype=torch.float32, scheme="outliers"):
     """A seeded model on the kernels whose linear layers are int8, the head too."""
     torch.manual_seed(3)
     model = make().eval()
@@ -50,7 +51,7 @@ def quantized(make, dtype=torch.float32):
             p.add_(0.05 * torch.randn_like(p))
     model.to(dtype)
     llmkern.kernelize(model)
-    return llmkern.quantize_model(model, measure=False, progress=False)
+    return llmkern.quantize_model(model, scheme=scheme, measure=False, progress=False)
 
 
 @torch.no_grad()
@@ -78,6 +79,16 @@ def test_which_models_have_such_layers(name, calls):
 
 def test_every_instruction_set_gives_the_same_bits(isa, calls):
     model = quantized(MODELS["llama"][0])
+    one, own = both(calls, lambda: model(TOKENS, use_cache=False).logits)
+    assert torch.equal(one, own)
+
+
+SCHEMES = ("row", "symmetric", "weight_only", Int8Scheme("row", group=32), Int8Scheme("symmetric", group=32))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_every_scheme_gives_the_same_bits(scheme, calls):
+    model = quantized(MODELS["qwen2"][0], scheme=scheme)
     one, own = both(calls, lambda: model(TOKENS, use_cache=False).logits)
     assert torch.equal(one, own)
 
