@@ -62,13 +62,14 @@ def kernels(model: Any) -> None:
     llmkern.kernelize(model)
 
 
-def kernels_int8(model: Any) -> None:
+def kernels_int8(model: Any, **scheme: Any) -> None:
     """The head too, which shares its weight with the embedding: as in the GGUF, both exist then."""
     import llmkern
+    from llmkern.int8.scheme import Int8Scheme
 
     llmkern.kernelize(model)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
-    llmkern.quantize_model(model, measure=False, progress=False)
+    llmkern.quantize_model(model, scheme=Int8Scheme(**scheme), measure=False, progress=False)
 
 
 class LlamaCpp:
@@ -138,6 +139,10 @@ CONTESTANTS: dict[str, tuple[str, Callable[[Path], Engine]]] = {
     "OpenVINO GenAI (Q8_0)": ("openvino_genai", OpenVino),
     "llmkern (fp32)": ("transformers", lambda f: Transformers(f, kernels)),
     "llmkern (int8)": ("transformers", lambda f: Transformers(f, kernels_int8)),
+    "llmkern (int8, groups of 64)": (
+        "transformers",
+        lambda f: Transformers(f, lambda m: kernels_int8(m, inputs="row", group=64)),
+    ),
     "llmkern (int8, compiled)": ("transformers", lambda f: Transformers(f, compiled_int8, **STATIC)),
 }
 
