@@ -108,7 +108,7 @@ def kernelize(model: nn.Module, *, dry_run: bool = False, verify: Any = None) ->
             raise ValueError(
                 f"verify: expected a model that drops nothing (model.eval()), got one whose {dropping[0]} does"
             )
-    before = None if verify is None else copy.deepcopy(model)
+    before = None if verify is None else restore(copy.deepcopy(model))  # also of what an earlier call has changed
     try:
         for _, change in found:
             if change is not None:

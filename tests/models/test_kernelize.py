@@ -260,6 +260,9 @@ def test_a_model_that_fails_is_changed_back(monkeypatch):
     with pytest.raises(RuntimeError, match="does not keep the contract, and was changed back"):
         llmkern.kernelize(model, verify=torch.randn(7, 3, WIDTH))
     assert type(model) is nn.TransformerEncoderLayer and all(swap.exchanged(m) is None for m in model.modules())
+    llmkern.kernelize(model)  # what an earlier call has changed is held to what it was before that
+    with pytest.raises(RuntimeError, match="does not keep the contract, and was changed back"):
+        llmkern.kernelize(model, verify=torch.randn(7, 3, WIDTH))
 
 
 def test_bad_input():
