@@ -17,8 +17,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     Constructor, forward and results are torch's, with the logits' dtype, float32 under autocast; z_loss by keyword.
     Logits of (N, C) or (C) and targets of class indices run on the kernels; class weights, probabilities as targets
-    and torch's (N, C, d1, ...) are torch's own to serve, without a z-loss (ValueError where one is asked for). Logits of
-    more dimensions with the classes last are for `llmkern.functional.cross_entropy`.
+    and torch's (N, C, d1, ...) are torch's own to serve, without a z-loss (ValueError where one is asked for). Logits
+    of more dimensions with the classes last are for `llmkern.functional.cross_entropy`.
 
     Raises what torch.nn.CrossEntropyLoss raises. Source: `llmkern.functional.cross_entropy`.
     """
