@@ -13,6 +13,7 @@ from llmkern.backend import Operator, reference_backend
 from llmkern.loss import reference
 from llmkern.loss.op import checks, kept
 from llmkern.loss.op.linear import empty_gradients
+from llmkern.loss.triton_linear import TRITON_LINEAR_DISTILLATION
 from llmkern.operator import check_types, define, dispatch
 
 
@@ -79,7 +80,7 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 _LINEAR = Operator(
     "linear_distillation", _check, _example,
     cpu=[reference_backend(reference.linear_distillation)],
-    cuda=[reference_backend(reference.linear_distillation)],
+    cuda=[TRITON_LINEAR_DISTILLATION, reference_backend(reference.linear_distillation)],
     other=[reference_backend(reference.linear_distillation)],
 )  # fmt: skip
 
