@@ -81,10 +81,10 @@ def store_loss(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def slope(x, d, target, high, low, factor, right, share):  # type: ignore[no-untyped-def]
-    """The gradient of logits x in columns d, for an upstream gradient of 1: e^(x - lse) factor - share - right at the
-    target, lse = high + low."""
+    """The gradient of logits x in columns d, for an upstream gradient of 1: with p = e^(x - lse), lse = high + low,
+    p - share - right at the target + factor p, which is small and added last."""
     p = tl.exp((x - high[:, None]) - low[:, None])
-    return p * factor[:, None] - share - tl.where(d == target[:, None], right, 0.0)
+    return (p - share - tl.where(d == target[:, None], right, 0.0)) + p * factor[:, None]
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
         loss, lse, row, rows, counted, wrong, highest, log_sum, given, plain, width, right, smoothing, z_loss, SMOOTH
     )
     if IN_PLACE:
-        factor = 1.0 + 2.0 * z_loss * (highest + log_sum) + wrong
+        factor = 2.0 * z_loss * (highest + log_sum) + wrong
         for first in range(0, width, COLUMNS):
             d = first + tl.arange(0, COLUMNS)[None, :]
             inside = d < width
@@ -130,7 +130,7 @@ def cross_entropy_backward_kernel(  # type: ignore[no-untyped-def]
     sums = tl.load(lse + row, mask=counted, other=0.0)
     high, low = parts(sums)
     x = tl.load(logits + (row * logits_s)[:, None] + d, mask=there & counted[:, None], other=0.0).to(tl.float32)
-    factor = 1.0 + 2.0 * z_loss * high + wrong
+    factor = 2.0 * z_loss * high + wrong
     grad = slope(x, d, target, high, low, factor, right, share) * given[:, None]
     grad = tl.where(counted[:, None], grad, 0.0).to(out.dtype.element_ty)
     tl.store(out + (row * out_s)[:, None] + d, grad, mask=there)
