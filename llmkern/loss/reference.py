@@ -109,11 +109,11 @@ def linear_gradients(
     """The gradients of hidden, weight and bias in `dtype`, times factor; empty where they are not needed."""
     wide = widened(hidden.dtype)
     grad = grad_logits.to(wide)
-    nothing = hidden.new_empty(0, dtype=dtype)
+    nothing = [hidden.new_empty(0, dtype=dtype) for _ in range(3)]
     return (
-        (grad @ weight.to(wide) * factor).to(dtype) if needs[0] else nothing,
-        (grad.T @ hidden.to(wide) * factor).to(dtype) if needs[1] else nothing,
-        (grad.sum(0) * factor).to(dtype) if needs[2] and bias is not None else nothing,
+        (grad @ weight.to(wide) * factor).to(dtype) if needs[0] else nothing[0],
+        (grad.T @ hidden.to(wide) * factor).to(dtype) if needs[1] else nothing[1],
+        (grad.sum(0) * factor).to(dtype) if needs[2] and bias is not None else nothing[2],
     )
 
 

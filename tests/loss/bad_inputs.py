@@ -69,7 +69,7 @@ DISTILLATION = {
 LINEAR_DISTILLATION = {
     **OPTIONS,
     **TEMPERATURE,
-    "rows of the teacher": ({"teacher_hidden": t(4, 6)}, ValueError, ["teacher_hidden", "(3,)", "(4, 6)"]),
+    "rows of the teacher": ({"teacher_hidden": t(4, 6)}, ValueError, ["teacher_hidden", "(4,)", "(3,)"]),
     "classes of the teacher": ({"teacher_weight": t(6, 6)}, ValueError, ["teacher_weight", "classes", "5", "6"]),
     "width of the teacher": ({"teacher_weight": t(5, 8)}, ValueError, ["teacher_weight", "(V, 6)", "(5, 8)"]),
     "dtype of the teacher": (

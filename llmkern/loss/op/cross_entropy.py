@@ -36,7 +36,7 @@ def cross_entropy(
     """
     check.one_of("reduction", reduction, checks.REDUCTIONS)
     checks.leading(targets, "logits", logits, "V")
-    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.size(-1))
+    rows = logits if logits.dim() == 2 else logits.reshape(targets.numel(), logits.size(-1))
     classes = targets.reshape(-1)
     args = rows, classes, ignore_index, label_smoothing, z_loss
     found = None if is_compiling() else call_key(*args)

@@ -36,7 +36,7 @@ def distillation(
     checks.leading(targets, "student_logits", student_logits, "V")
     check.is_tensor("teacher_logits", teacher_logits)
     check.shape("teacher_logits", teacher_logits, "the shape of student_logits", tuple(student_logits.shape))
-    student, teacher = (t.reshape(-1, t.size(-1)) for t in (student_logits, teacher_logits))
+    student, teacher = (t.reshape(targets.numel(), t.size(-1)) for t in (student_logits, teacher_logits))
     classes = targets.reshape(-1)
     args = student, teacher, classes, temperature, ignore_index
     found = None if is_compiling() else call_key(*args)

@@ -40,7 +40,7 @@ def linear_cross_entropy(
     if autocast.is_on(hidden.device):
         hidden, weight = autocast.cast(hidden, weight)
         bias = None if bias is None else autocast.cast(bias)[0]
-    hidden, targets = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
+    hidden, targets = hidden.reshape(targets.numel(), hidden.size(-1)), targets.reshape(-1)
     wanted = kept.needs(hidden, weight, bias)
     args = hidden, weight, bias, targets, ignore_index, label_smoothing, z_loss, reduction, wanted
     if kept.is_plain(hidden, weight, bias, targets):

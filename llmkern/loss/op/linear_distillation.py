@@ -39,7 +39,7 @@ def linear_distillation(
     given: list[Any] = [student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias]
     if autocast.is_on(student_hidden.device):
         given = [autocast.cast(t)[0] if isinstance(t, Tensor) else t for t in given]
-    given = [t.reshape(-1, t.size(-1)) if i in (0, 3) else t for i, t in enumerate(given)]
+    given = [t.reshape(targets.numel(), t.size(-1)) if i in (0, 3) else t for i, t in enumerate(given)]
     given[3:] = [t.detach() if isinstance(t, Tensor) else t for t in given[3:]]
     classes = targets.reshape(-1)
     wanted = kept.needs(*given[:3])
