@@ -46,8 +46,10 @@ class Batches:
             raise ValueError(f"dataset: expected at least {batch_size * size} examples, got {self.examples}")
         self.batch_size, self.seed, self.rank, self.size = batch_size, seed, rank, size
         self.epoch = self.position = 0
+        # A generator of its own: each iteration draws from it, and training's must not know how often that was.
         self.loader: DataLoader[Any] = DataLoader(
             dataset, batch_sampler=_Places(self), collate_fn=collate, num_workers=num_workers,
+            generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
 
     def __len__(self) -> int:

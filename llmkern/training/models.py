@@ -36,6 +36,11 @@ class ModelOutput(NamedTuple):
     logits: Tensor | None
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In 32 bits at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class PretrainingModel(nn.Module):
     """What the models share: embeddings whose matrix gives the logits too, the loss, the counts.
 
@@ -115,7 +120,7 @@ class PretrainingModel(nn.Module):
                 rows, weight, wanted, bias, ignore_index=IGNORED, label_smoothing=smoothing, z_loss=z_loss
             )
             return loss
-        logits = F.linear(self._transform(hidden), weight, bias).float().flatten(0, -2)
+        logits = _wide(F.linear(self._transform(hidden), weight, bias)).flatten(0, -2)
         wanted = targets.flatten()
         total = F.cross_entropy(logits, wanted, ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum")
         if z_loss:
@@ -162,7 +167,7 @@ class EncoderModel(PretrainingModel):
         hidden, here = self.hidden(input_ids, attention_mask, token_type_ids, position_ids)
         more = {}
         if self.next_sentence is not None and self.pooler is not None and next_sentence_label is not None:
-            pooled = self.next_sentence(self.dropout(torch.tanh(self.pooler(here.first(hidden))))).float()
+            pooled = _wide(self.next_sentence(self.dropout(torch.tanh(self.pooler(here.first(hidden))))))
             total = F.cross_entropy(pooled, next_sentence_label, ignore_index=IGNORED, reduction="sum")
             more["nsp"] = total / (next_sentence_label != IGNORED).sum().clamp(min=1)
         return self._result(hidden, here, {"labels": labels, "attention_mask": attention_mask}, more)

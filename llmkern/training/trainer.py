@@ -115,7 +115,8 @@ class Trainer(DistributedTrainer):
     def _micro_batches(self, end: int | None) -> Iterator[list[Any]]:
         """The batches of each step, epoch after epoch; an epoch ends where any process has no whole step left."""
         while (end is None or self.steps < end) and self.data.epoch < self.config.num_epochs:
-            stream, drawn, epoch = iter(self.data), self.steps, self.data.epoch
+            drawn, epoch, whole = self.steps, self.data.epoch, self.data.position == 0
+            stream = iter(self.data)
             while end is None or self.steps < end:
                 batches = [b for _, b in zip(range(self.config.gradient_accumulation_steps), stream, strict=False)]
                 if not self._all(len(batches) == self.config.gradient_accumulation_steps):
@@ -125,7 +126,7 @@ class Trainer(DistributedTrainer):
                 return
             if self.data.epoch == epoch:  # another process had no more
                 self.data.epoch, self.data.position = epoch + 1, 0
-            if self.steps == drawn:
+            if whole and self.steps == drawn:
                 raise ValueError("data: expected at least one step's batches in an epoch, got fewer")
 
     def _all(self, here: bool) -> bool:
