@@ -10,21 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from llmkern import check
+from llmkern import check, functional
 from llmkern.training.configuration import PretrainingConfig
 from llmkern.training.layers import PostNormBlock, PreNormBlock, Sequences, layer_norm, rms_norm
 
 IGNORED = -100  #: the label of what no loss counts
-
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *, ignore_index: int, label_smoothing: float,
-    z_loss: float,
-) -> Tensor:  # fmt: skip
-    """Stands in for llmkern.functional.linear_cross_entropy."""
-    logits = F.linear(hidden, weight, bias).float()
-    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing)
-    return loss + z_loss * logits.logsumexp(-1).square().mean() if z_loss else loss
 
 
 class ModelOutput(NamedTuple):
@@ -116,7 +106,7 @@ class PretrainingModel(nn.Module):
             rows, wanted = self.predicting(hidden, here, targets)
             if not wanted.numel():
                 return (rows.sum() + weight.sum() + (0.0 if bias is None else bias.sum())) * 0.0 + hidden.sum() * 0.0
-            loss: Tensor = linear_cross_entropy(
+            loss: Tensor = functional.linear_cross_entropy(
                 rows, weight, wanted, bias, ignore_index=IGNORED, label_smoothing=smoothing, z_loss=z_loss
             )
             return loss

@@ -40,7 +40,7 @@ def test_a_number_in_yaml_may_be_written_as_people_write_it(tmp_path):
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(kind, tmp_path):
     path = tmp_path / f"run.{kind}"
     path.write_text('{"num_hiden_layers": 3}')
-    with pytest.raises(ValueError, match="num_hiden_layers: expected a field .* nearest is num_hidden_layers"):
+    with pytest.raises(ValueError, match=r"num_hiden_layers: expected a field .* nearest is num_hidden_layers"):
         getattr(PretrainingConfig, f"from_{kind}")(path)
 
 

@@ -122,7 +122,7 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_batch(where, tmp_path):
     else:
         stepper.model.tokens.weight.register_hook(lambda g: g * torch.nan)
     before = [p.detach().clone() for p in stepper.model.parameters()]
-    with pytest.raises(NonFiniteLossError, match="expected a finite .*, got nan at step 1; the batch is kept in") as e:
+    with pytest.raises(NonFiniteLossError, match=r"expected a finite .*, got nan at step 1; the batch is kept in") as e:
         stepper.train_step(batch)
     assert str(e.value.path) in str(e.value) and e.value.path.parent == tmp_path
     kept = torch.load(e.value.path)
