@@ -1,0 +1,1 @@
+"""Training of language models: objectives, data, the trainer and its configuration."""
