@@ -162,10 +162,8 @@ def _int8_linear(*args: Any) -> list[Choice]:
     x = args[0]
     found = [_whole(1, args)]
     for d in range(x.ndim - 1):
-        given: dict[int, Placement] = {0: Shard(d), 4: Shard(d)}
-        if not (_is_tensor(args[5]) and args[5].ndim):
-            found.append(_choice([Shard(d)], given, args))
-    if args[9] == "none":
+        found.append(_choice([Shard(d)], {0: Shard(d), 4: Shard(d)}, args))
+    if args[9] not in ("swiglu", "geglu"):
         last = Shard(x.ndim - 1)
         found.append(_choice([last], {1: Shard(0), 2: Shard(0), 3: Shard(0), 4: last}, args))
     return found

@@ -35,7 +35,13 @@ def varlen(q, k, v, bounds):
     return f.attention_varlen(q, k, v, bounds, bounds, max_seqlen_q=5, max_seqlen_k=5, is_causal=True)
 
 
+def int8(x, weight, scale, bias, activation="none"):
+    return f.int8_linear(x, weight, scale, bias, activation=activation)
+
+
 QKV = [(2, 4, 6, 8)] * 3
+INT8 = [torch.linspace(-2, 2, 4 * 32).view(4, 32), (torch.arange(8 * 32) * 37 % 255 - 127).to(torch.int8).view(8, 32),
+        torch.linspace(0.01, 0.02, 8), torch.linspace(-1, 1, 8)]  # fmt: skip
 #: By name: the function, the shapes of what has gradients (or tensors without), how each is placed, and how the result
 #: is to lie: nothing is gathered on the way.
 CASES = {
@@ -80,6 +86,13 @@ CASES = {
     "attention with a sink, of a batch": (
         lambda q, k, v, s: attention(q, k, v, learnable_sink=s), [*QKV, (4,)], [Shard(0)] * 3 + [None], Shard(0),
     ),
+    "int8 linear of rows": (int8, INT8, [Shard(0), None, None, None], Shard(0)),
+    "int8 linear of outputs": (
+        lambda *args: int8(*args, activation="gelu"), INT8, [None, Shard(0), Shard(0), Shard(0)], Shard(1)
+    ),
+    "int8 linear, outputs in pairs": (
+        lambda *args: int8(*args, activation="swiglu"), INT8, [None, Shard(0), Shard(0), Shard(0)], None
+    ),
     "attention of sequences end to end": (varlen, [(8, 4, 8)] * 3 + [BOUNDS], [Shard(1)] * 3 + [None], Shard(1)),
 }  # fmt: skip
 
@@ -94,6 +107,8 @@ def tensors_of(shapes):
 def results(function, tensors):
     """The output, and the gradients of what has one."""
     output = function(*tensors)
+    if not output.requires_grad:
+        return [output]
     output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape) if not isinstance(output, DTensor)
                     else distribute_tensor(torch.linspace(-1, 1, output.numel()).view(output.shape),
                                            output.device_mesh, [Replicate()]))  # fmt: skip
