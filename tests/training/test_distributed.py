@@ -18,7 +18,7 @@ from tests.training import tiny
 GLOBAL_BATCH = 8
 WAYS = {
     "DDP": {},
-    "DDP, accumulated": {"gradient_accumulation_steps": 2},
+    "DDP, accumulated, checkpointed": {"gradient_accumulation_steps": 2, "activation_checkpointing": True},
     "FSDP2": {"parallelism": "fsdp"},
     "FSDP2, accumulated, checkpointed": {
         "parallelism": "fsdp", "gradient_accumulation_steps": 2, "activation_checkpointing": True,
@@ -27,8 +27,7 @@ WAYS = {
 }  # fmt: skip
 OBJECTIVES = ["mlm_nsp", "clm", "seq2seq"]
 CASES = {
-    2: [("DDP", "clm"), ("DDP", "seq2seq"), ("DDP, accumulated", "mlm_nsp"), ("FSDP2", "clm"),
-        ("tensor parallel", "mlm_nsp"), ("tensor parallel", "seq2seq")],
+    2: [("DDP", "clm"), ("DDP, accumulated, checkpointed", "mlm_nsp"), ("FSDP2", "clm"), ("tensor parallel", "seq2seq")],
     4: [("DDP", "mlm_nsp"), ("FSDP2, accumulated, checkpointed", "mlm_nsp"), ("tensor parallel", "clm")],
 }  # fmt: skip
 STEPS, SAVED = 6, 3
@@ -47,6 +46,21 @@ def data(objective):
     return tiny.Sentences(objective), tiny.collate
 
 
+def skipped(parallelism: str, rank: int, world: int) -> list[float]:
+    """Of three steps in float16, in the second of which one process's gradients overflow: how many were skipped, the
+    scale, and the last loss."""
+    fields = tiny.config(precision="float16", parallelism=parallelism)
+    trainer = DistributedTrainer(build_model(fields), fields)
+    batch, weighed = tiny.batch("mlm", range(4 * rank, 4 * rank + 4)), trainer._weighed
+    trainer.train_step(batch)
+    if rank == world - 1:  # the same loss, and gradients that much larger
+        trainer._weighed = lambda *args: weighed(*args) + 1e6 * (weighed(*args) - weighed(*args).detach())
+    trainer.train_step(batch)
+    trainer._weighed = weighed
+    loss = trainer.train_step(batch)
+    return [trainer.skipped_steps, trainer.scaler.get_scale(), loss]
+
+
 def work(rank: int, world: int, folder: str) -> None:
     """One of the processes: every case as a whole, and stopped and gone on."""
     torch.set_num_threads(1)
@@ -63,6 +77,7 @@ def work(rank: int, world: int, folder: str) -> None:
         dist.barrier()
         rest = Trainer(None, kept, *data(objective)).train()
         found[f"{way}-{objective}"] = {"whole": whole, "undisturbed": undisturbed, "rest": rest}
+    found["skipped"] = [skipped(parallelism, rank, world) for parallelism in ("ddp", "fsdp")]
     # What only the last process's batch brings about stops all of them, before any parameter is changed.
     batch = tiny.batch("mlm", range(4 * rank, 4 * rank + 4))
     trainer = DistributedTrainer(build_model(tiny.config()), tiny.config(output_dir=folder))
@@ -135,3 +150,11 @@ def test_what_is_not_finite_on_one_process_stops_all(world, found):
     folder, runs = found[world]
     assert [run.get("stopped") for run in runs] == [True] * world
     assert len(list(folder.glob("not-finite-step-1-rank-*.pt"))) == world
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_what_overflows_on_one_process_is_skipped_by_all(world, found):
+    _, runs = found[world]
+    for ddp, fsdp in (run["skipped"] for run in runs):
+        assert ddp[:2] == fsdp[:2] == [1, 32768.0] and ddp[2] == pytest.approx(fsdp[2], rel=1e-5)
+    assert all(run["skipped"] == runs[0]["skipped"] for run in runs)

@@ -177,6 +177,15 @@ def test_training_loads_nothing_heavy_and_nothing_loads_training():
     assert done.stdout.strip() == "[]"
 
 
+def test_tensorboard_gets_every_step(tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = tiny.config(output_dir=str(tmp_path), tensorboard=True, max_steps=4)
+    losses = Trainer(None, config, tiny.Sentences(), tiny.collate).train()
+    events = accumulators.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(i + 1, x) for i, x in enumerate(losses)]
+
+
 def test_bad_arguments_are_refused_by_name():
     with pytest.raises(TypeError, match="config: expected a PretrainingConfig, got dict"):
         Trainer(None, {}, tiny.Sentences(), tiny.collate)
