@@ -51,7 +51,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         if not all(isinstance(t, Tensor) and t.layout is torch.strided and not t.is_nested for t in (input, target)):
             return False
         shapes = input.dim() in (1, 2) and target.shape == input.shape[:-1] and input.size(-1) > 0
-        dtypes = input.dtype in check.PLAIN_FLOATS and target.dtype == torch.int64
+        floats = check.PLAIN_FLOATS if self.z_loss else check.FLOATS
+        dtypes = input.dtype in floats and target.dtype == torch.int64
         others = self.weight is None and self.reduction in checks.REDUCTIONS and 0.0 <= self.label_smoothing <= 1.0
         return bool(shapes and dtypes and others and input.device == target.device)
 

@@ -18,6 +18,11 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def widen(x: Tensor) -> Tensor:
+    """x in the dtype of the arithmetic, its rows side by side, so that sums go the same way whatever the strides."""
+    return x.to(widened(x.dtype)).contiguous()
+
+
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of gradients that are kept for an upstream gradient of 1: a loss that is not scaled up yet has gradients below
     the smallest float16."""
@@ -59,7 +64,7 @@ def cross_entropy(
 
     loss = lse - (1 - s) x_target - s mean(x) + z lse^2, with s label_smoothing and z z_loss. logits (N, V).
     """
-    wide = logits.to(widened(logits.dtype))
+    wide = widen(logits)
     counted, index = classes(targets, ignore_index)
     shifted, logarithm = log_sum(wide)
     given = shifted.gather(-1, index)[:, 0]
@@ -76,15 +81,16 @@ def cross_entropy_backward(
     grad_loss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, label_smoothing: float,
     z_loss: float,
 ) -> Tensor:  # fmt: skip
-    """The gradient of logits, in their dtype: grad_loss (p (1 + 2 z lse) - s / V - (1 - s) [v = target]); 0 in rows
-    that do not count."""
-    wide = logits.to(widened(logits.dtype))
+    """The gradient of logits, in their dtype: grad_loss (p - s / V - (1 - s) [v = target] + 2 z lse p), p the
+    probabilities; 0 in rows that do not count. The part of z is added last, as it is small."""
+    wide = widen(logits)
     counted, index = classes(targets, ignore_index)
     p = minus(wide, lse).exp()
-    if z_loss:
-        p = p * (1.0 + 2.0 * z_loss * lse.to(wide.dtype))[:, None]
     right = torch.full_like(index, 1.0 - label_smoothing, dtype=wide.dtype)
-    grad = (p - label_smoothing / wide.size(-1)).scatter_add(-1, index, -right) * grad_loss.to(wide.dtype)[:, None]
+    grad = (p - label_smoothing / wide.size(-1)).scatter_add(-1, index, -right)
+    if z_loss:
+        grad = grad + p * (2.0 * z_loss * lse.to(wide.dtype))[:, None]
+    grad = grad * grad_loss.to(wide.dtype)[:, None]
     return torch.where(counted[:, None], grad, 0.0).to(logits.dtype)
 
 
@@ -92,7 +98,7 @@ def cross_entropy_backward_of_logits(
     grad_loss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *options: float
 ) -> tuple[Tensor]:
     """The same with lse made of logits again, through which its own gradient flows."""
-    again = log_sum_exp(logits.to(widened(logits.dtype)))
+    again = log_sum_exp(widen(logits))
     return (cross_entropy_backward(grad_loss, logits, targets, again, *options),)  # type: ignore[arg-type]
 
 
@@ -103,11 +109,11 @@ def linear_gradients(
     """The gradients of hidden, weight and bias in `dtype`, times factor; empty where they are not needed."""
     wide = widened(hidden.dtype)
     grad = grad_logits.to(wide)
-    nothing = hidden.new_empty(0, dtype=dtype)
+    nothing = [hidden.new_empty(0, dtype=dtype) for _ in range(3)]
     return (
-        (grad @ weight.to(wide) * factor).to(dtype) if needs[0] else nothing,
-        (grad.T @ hidden.to(wide) * factor).to(dtype) if needs[1] else nothing,
-        (grad.sum(0) * factor).to(dtype) if needs[2] and bias is not None else nothing,
+        (grad @ weight.to(wide) * factor).to(dtype) if needs[0] else nothing[0],
+        (grad.T @ hidden.to(wide) * factor).to(dtype) if needs[1] else nothing[1],
+        (grad.sum(0) * factor).to(dtype) if needs[2] and bias is not None else nothing[2],
     )
 
 
@@ -146,7 +152,7 @@ def linear_cross_entropy_backward_of_inputs(
     grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with lse made of the inputs again, through which its own gradient flows."""
-    again = log_sum_exp(F.linear(hidden, weight, bias).to(widened(hidden.dtype)))
+    again = log_sum_exp(widen(F.linear(hidden, weight, bias)))
     return linear_cross_entropy_backward(grad_loss, hidden, weight, bias, targets, again, *rest)
 
 
@@ -159,7 +165,7 @@ def distillation(
     adds nothing. hard = the student's cross-entropy, 0 in rows that do not count. statistics: log-sum-exps of
     student / T, of student, and of teacher / T.
     """
-    wide, taught = (x.to(widened(x.dtype)) for x in (student, teacher))
+    wide, taught = widen(student), widen(teacher)
     (shifted, of_student), (taught_shifted, of_teacher) = (log_sum(x / temperature) for x in (wide, taught))
     log_q = taught_shifted - of_teacher[:, None]
     q = log_q.exp()
@@ -179,7 +185,7 @@ def distillation_backward(
     Of the student grad_soft (p - q) / T + that of the cross-entropy; of the teacher
     grad_soft q (log q - log p - soft) / T.
     """
-    wide, taught = (x.to(widened(x.dtype)) for x in (student, teacher))
+    wide, taught = widen(student), widen(teacher)
     log_p = minus(wide / temperature, statistics[:, 0])
     log_q = minus(taught / temperature, statistics[:, 2])
     q, scale = log_q.exp(), (grad_soft.to(wide.dtype) / temperature)[:, None]

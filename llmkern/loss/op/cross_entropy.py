@@ -11,6 +11,7 @@ from llmkern import check
 from llmkern.backend import Operator, reference_backend
 from llmkern.loss import reference
 from llmkern.loss.op import checks
+from llmkern.loss.triton_launch import TRITON_CROSS_ENTROPY, TRITON_CROSS_ENTROPY_BACKWARD
 from llmkern.operator import call_key, define, dispatch, is_compiling, short_autograd
 from llmkern.second_order import backward_of, setup
 
@@ -35,7 +36,7 @@ def cross_entropy(
     """
     check.one_of("reduction", reduction, checks.REDUCTIONS)
     checks.leading(targets, "logits", logits, "V")
-    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.size(-1))
+    rows = logits if logits.dim() == 2 else logits.reshape(targets.numel(), logits.size(-1))
     classes = targets.reshape(-1)
     args = rows, classes, ignore_index, label_smoothing, z_loss
     found = None if is_compiling() else call_key(*args)
@@ -82,13 +83,13 @@ def _backward_example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 _CROSS_ENTROPY = Operator(
     "cross_entropy", _check, _example,
     cpu=[reference_backend(reference.cross_entropy)],
-    cuda=[reference_backend(reference.cross_entropy)],
+    cuda=[TRITON_CROSS_ENTROPY, reference_backend(reference.cross_entropy)],
     other=[reference_backend(reference.cross_entropy)],
 )  # fmt: skip
 _BACKWARD = Operator(
     "cross_entropy_backward", _check_backward, _backward_example,
     cpu=[reference_backend(reference.cross_entropy_backward)],
-    cuda=[reference_backend(reference.cross_entropy_backward)],
+    cuda=[TRITON_CROSS_ENTROPY_BACKWARD, reference_backend(reference.cross_entropy_backward)],
     other=[reference_backend(reference.cross_entropy_backward)],
 )  # fmt: skip
 

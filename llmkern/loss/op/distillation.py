@@ -12,6 +12,7 @@ from llmkern import check
 from llmkern.backend import Operator, reference_backend
 from llmkern.loss import reference
 from llmkern.loss.op import checks
+from llmkern.loss.triton_launch import TRITON_DISTILLATION, TRITON_DISTILLATION_BACKWARD
 from llmkern.operator import call_key, define, dispatch, is_compiling, short_autograd
 from llmkern.second_order import backward_of, setup
 
@@ -35,7 +36,7 @@ def distillation(
     checks.leading(targets, "student_logits", student_logits, "V")
     check.is_tensor("teacher_logits", teacher_logits)
     check.shape("teacher_logits", teacher_logits, "the shape of student_logits", tuple(student_logits.shape))
-    student, teacher = (t.reshape(-1, t.size(-1)) for t in (student_logits, teacher_logits))
+    student, teacher = (t.reshape(targets.numel(), t.size(-1)) for t in (student_logits, teacher_logits))
     classes = targets.reshape(-1)
     args = student, teacher, classes, temperature, ignore_index
     found = None if is_compiling() else call_key(*args)
@@ -80,13 +81,13 @@ def _backward_example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 _DISTILLATION = Operator(
     "distillation", _check, _example,
     cpu=[reference_backend(reference.distillation)],
-    cuda=[reference_backend(reference.distillation)],
+    cuda=[TRITON_DISTILLATION, reference_backend(reference.distillation)],
     other=[reference_backend(reference.distillation)],
 )  # fmt: skip
 _BACKWARD = Operator(
     "distillation_backward", _check_backward, _backward_example,
     cpu=[reference_backend(reference.distillation_backward)],
-    cuda=[reference_backend(reference.distillation_backward)],
+    cuda=[TRITON_DISTILLATION_BACKWARD, reference_backend(reference.distillation_backward)],
     other=[reference_backend(reference.distillation_backward)],
 )  # fmt: skip
 

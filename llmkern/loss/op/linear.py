@@ -13,6 +13,7 @@ from llmkern.backend import Operator, reference_backend
 from llmkern.loss import reference
 from llmkern.loss.op import checks, kept
 from llmkern.loss.op.cross_entropy import reduced
+from llmkern.loss.triton_linear import TRITON_LINEAR_CROSS_ENTROPY, TRITON_LINEAR_CROSS_ENTROPY_BACKWARD
 from llmkern.operator import check_types, define, dispatch
 from llmkern.second_order import backward_of, setup
 
@@ -39,7 +40,7 @@ def linear_cross_entropy(
     if autocast.is_on(hidden.device):
         hidden, weight = autocast.cast(hidden, weight)
         bias = None if bias is None else autocast.cast(bias)[0]
-    hidden, targets = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
+    hidden, targets = hidden.reshape(targets.numel(), hidden.size(-1)), targets.reshape(-1)
     wanted = kept.needs(hidden, weight, bias)
     args = hidden, weight, bias, targets, ignore_index, label_smoothing, z_loss, reduction, wanted
     if kept.is_plain(hidden, weight, bias, targets):
@@ -84,13 +85,13 @@ def _backward_example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 _LINEAR = Operator(
     "linear_cross_entropy", _check, _example,
     cpu=[reference_backend(reference.linear_cross_entropy)],
-    cuda=[reference_backend(reference.linear_cross_entropy)],
+    cuda=[TRITON_LINEAR_CROSS_ENTROPY, reference_backend(reference.linear_cross_entropy)],
     other=[reference_backend(reference.linear_cross_entropy)],
 )  # fmt: skip
 _BACKWARD = Operator(
     "linear_cross_entropy_backward", _check_backward, _backward_example,
     cpu=[reference_backend(reference.linear_cross_entropy_backward)],
-    cuda=[reference_backend(reference.linear_cross_entropy_backward)],
+    cuda=[TRITON_LINEAR_CROSS_ENTROPY_BACKWARD, reference_backend(reference.linear_cross_entropy_backward)],
     other=[reference_backend(reference.linear_cross_entropy_backward)],
 )  # fmt: skip
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from llmkern import autocast, check, second_order
+from llmkern import autocast, check
 from llmkern.backend import Operator, reference_backend
 from llmkern.loss import reference
 from llmkern.loss.op import checks, kept
 from llmkern.loss.op.linear import empty_gradients
+from llmkern.loss.triton_linear import TRITON_LINEAR_DISTILLATION
 from llmkern.operator import check_types, define, dispatch
 
 
@@ -38,7 +40,7 @@ def linear_distillation(
     given: list[Any] = [student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias]
     if autocast.is_on(student_hidden.device):
         given = [autocast.cast(t)[0] if isinstance(t, Tensor) else t for t in given]
-    given = [t.reshape(-1, t.size(-1)) if i in (0, 3) else t for i, t in enumerate(given)]
+    given = [t.reshape(targets.numel(), t.size(-1)) if i in (0, 3) else t for i, t in enumerate(given)]
     given[3:] = [t.detach() if isinstance(t, Tensor) else t for t in given[3:]]
     classes = targets.reshape(-1)
     wanted = kept.needs(*given[:3])
@@ -79,7 +81,7 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 _LINEAR = Operator(
     "linear_distillation", _check, _example,
     cpu=[reference_backend(reference.linear_distillation)],
-    cuda=[reference_backend(reference.linear_distillation)],
+    cuda=[TRITON_LINEAR_DISTILLATION, reference_backend(reference.linear_distillation)],
     other=[reference_backend(reference.linear_distillation)],
 )  # fmt: skip
 
@@ -107,10 +109,17 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tu
 def _again(
     inputs: Sequence[Any], results: Sequence[Tensor], grad: Tensor, needed: tuple[bool, ...]
 ) -> Sequence[Tensor | None]:
-    """By plain PyTorch, with all logits in memory: a loss of hidden states is rarely differentiated twice."""
-    *given, _ = inputs
-    wanted = (*needed, *(False,) * (len(given) - 3))
-    return second_order.composed(reference.linear_distillation_loss, tuple(given), wanted, (grad,))[:3]
+    """With all logits in memory: it is rare that a loss of hidden states is differentiated twice."""
+    hidden, weight, bias, taught, head, taught_bias, targets, temperature, alpha, ignore_index, _ = inputs
+    student, teacher = F.linear(hidden, weight, bias), F.linear(taught, head, taught_bias)
+    rest = temperature, ignore_index
+    soft, hard, statistics = torch.ops.llmkern.distillation(student, teacher, targets, *rest)
+    grad_soft = (grad * (alpha * temperature**2 / max(targets.size(0), 1))).expand(soft.shape)
+    grad_hard = (grad * (1.0 - alpha) * reference.mean_factor(targets, ignore_index, grad.dtype)).expand(hard.shape)
+    of_student, _ = torch.ops.llmkern.distillation_backward(
+        grad_soft, grad_hard, student, teacher, targets, statistics, soft, *rest, [True, False]
+    )
+    return of_student @ weight, of_student.t() @ hidden, None if bias is None else of_student.sum(0)
 
 
 _setup, _backward = kept.rules(_again)
