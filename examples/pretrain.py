@@ -261,8 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     results = Results(decoder, encoder, decoder.perplexity[1], student, alone)
     print(
         "Distilled into half the width and half the layers\n"
-        f"perplexity on held-out text: teacher {results.teacher:.1f}, student {student:.1f}, the same student without a "
-        f"teacher {alone:.1f}"
+        f"perplexity on held-out text: teacher {results.teacher:.1f}, student {student:.1f}, the same student "
+        f"without a teacher {alone:.1f}"
     )
     if options.plot is not None:
         plot(results, options.plot)
