@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
 
-from llmkern.training.batches import Batches, Counted
+from llmkern.training.batches import Counted
 from llmkern.training.checkpoints import Checkpoints, generators, set_generators
 from llmkern.training.configuration import PretrainingConfig
 from llmkern.training.distributed import DistributedTrainer
 from llmkern.training.metrics import Metrics
 from llmkern.training.models import build_model
+from llmkern.training.objectives.batches import Batches, Collator
 from llmkern.training.optimisation import make_scheduler
 
 
 class Trainer(DistributedTrainer):
     """Pretrains a model: `Trainer(build_model(config), config, data).train()`, on one process or under torchrun.
 
-    model: None builds the config's. data: a dataset of numbered examples (`Batches` draws from it, with collate), or
-    any iterable of batches, of this process's own part of the data; a batch is a dict of tensors. Such an iterable goes
-    on exactly from a checkpoint by its state_dict and load_state_dict; without these it is drawn from its beginning.
+    model: None builds the config's. data: with collate a dataset of numbered examples, of which `objectives.Batches`
+    makes the config's batches, each process its own; without, any iterable of batches (dicts of tensors) of this
+    process's own part, gone through num_epochs times; objectives.Batches, which counts epochs itself, once. What has
+    state_dict and load_state_dict goes on by them; of anything else, what was seen is drawn again and dropped.
 
     A run with an output_dir that has a checkpoint goes on from the last, with the losses that it would have had: bit
     for bit on the same machine with the same number of processes. `path` of the config to metrics: metrics.read.
@@ -38,24 +39,24 @@ class Trainer(DistributedTrainer):
         self,
         model: nn.Module | None,
         config: PretrainingConfig,
-        data: Dataset[Any] | Iterable[Any],
-        collate: Callable[[list[Any]], Any] | None = None,
+        data: Any,
+        collate: Collator | None = None,
         *,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         if not isinstance(config, PretrainingConfig):
             raise TypeError(f"config: expected a PretrainingConfig, got {type(config).__name__}")
         super().__init__(build_model(config) if model is None else model, config, optimizer)
-        if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (list, tuple)):
-            dataset: Any = data
-            self.data: Batches | Counted = Batches(
-                dataset, config.batch_size, collate, seed=config.seed, rank=self.processes.data_rank,
-                size=self.processes.data_size, num_workers=config.num_workers,
+        if collate is not None:
+            data = Batches(
+                data, collate, config.batch_size, seed=config.seed, epochs=config.num_epochs,
+                rank=self.processes.data_rank, world_size=self.processes.data_size, num_workers=config.num_workers,
+                # Of its own: a loader draws from it, and training's must not know how often that was.
+                loader={"generator": torch.Generator().manual_seed(config.seed)},
             )  # fmt: skip
-        elif collate is not None:
-            raise ValueError("collate: expected None with an iterable of batches, got a function")
-        else:
-            self.data = Counted(data)  # type: ignore[arg-type]
+        elif not isinstance(data, Iterable):
+            raise TypeError(f"data: expected an iterable of batches without collate, got {type(data).__name__}")
+        self.data = Counted(data, config.num_epochs)
         self.total = self._total()
         if self.total is None and config.lr_scheduler != "constant":
             raise ValueError(f"max_steps: expected a number with data without a length and {config.lr_scheduler}")
@@ -70,7 +71,7 @@ class Trainer(DistributedTrainer):
 
     def _total(self) -> int | None:
         try:
-            whole = self.config.num_epochs * (len(self.data) // self.config.gradient_accumulation_steps)
+            whole = self.data.passes * (len(self.data) // self.config.gradient_accumulation_steps)
         except TypeError:
             return self.config.max_steps
         return whole if self.config.max_steps is None else self.config.max_steps
@@ -114,7 +115,7 @@ class Trainer(DistributedTrainer):
 
     def _micro_batches(self, end: int | None) -> Iterator[list[Any]]:
         """The batches of each step, epoch after epoch; an epoch ends where any process has no whole step left."""
-        while (end is None or self.steps < end) and self.data.epoch < self.config.num_epochs:
+        while (end is None or self.steps < end) and self.data.epoch < self.data.passes:
             drawn, epoch, whole = self.steps, self.data.epoch, self.data.position == 0
             stream = iter(self.data)
             while end is None or self.steps < end:

@@ -12,7 +12,7 @@ import torch
 
 import llmkern.training.checkpoints as checkpoints
 from llmkern.training import Trainer, build_model
-from llmkern.training.batches import Batches, Counted
+from llmkern.training.batches import Counted
 from llmkern.training.metrics import read
 from tests.training import tiny
 
@@ -39,9 +39,9 @@ class Stream:
 
 
 DATA = {
-    "dataset": lambda: tiny.Sentences(),
-    "stream with a state": Stream,
-    "list of batches": lambda: [tiny.batch("mlm", range(i, i + 4)) for i in range(0, 28, 4)],
+    "dataset": lambda: (tiny.Sentences(), tiny.collate),
+    "stream with a state": lambda: (Stream(),),
+    "list of batches": lambda: ([tiny.batch("mlm", range(i, i + 4)) for i in range(0, 28, 4)],),
 }
 
 
@@ -55,7 +55,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(kind, precision, tmp_path):
             objective="mlm", dropout=0.1, precision=precision, gradient_accumulation_steps=2, max_steps=9,
             checkpoint_every=3, output_dir=str(tmp_path / name), **changes,
         )  # fmt: skip
-        return Trainer(None, config, DATA[kind]())
+        return Trainer(None, config, *DATA[kind]())
 
     whole = run("whole")
     losses = whole.train()
@@ -76,10 +76,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(kind, precision, tmp_path):
 def test_without_any_part_of_its_state_it_would_not(forgotten, tmp_path, monkeypatch):
     """The faults that the test above is there for."""
     fields = dict(dropout=0.1, max_steps=6, checkpoint_every=3, objective="mlm")
-    losses = Trainer(None, tiny.config(**fields), tiny.Sentences()).train()
+    losses = Trainer(None, tiny.config(**fields), tiny.Sentences(), tiny.collate).train()
     config = tiny.config(output_dir=str(tmp_path), **fields)
-    Trainer(None, config, tiny.Sentences()).train(3)
-    trainer = Trainer(None, config, tiny.Sentences())
+    Trainer(None, config, tiny.Sentences(), tiny.collate).train(3)
+    trainer = Trainer(None, config, tiny.Sentences(), tiny.collate)
     if forgotten == "generators":
         monkeypatch.setattr("llmkern.training.trainer.set_generators", lambda state: None)
     else:
@@ -90,7 +90,7 @@ def test_without_any_part_of_its_state_it_would_not(forgotten, tmp_path, monkeyp
 def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
     """Killed at any write, flush or rename, a run finds the last one that was whole."""
     config = tiny.config(output_dir=str(tmp_path), checkpoint_every=2, max_steps=4)
-    expected = Trainer(None, config, tiny.Sentences()).train()[2:]
+    expected = Trainer(None, config, tiny.Sentences(), tiny.collate).train()[2:]
     shutil.rmtree(tmp_path / "step-4")
 
     class Killed(BaseException):
@@ -108,25 +108,25 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
         return function
 
     for name, module, calls in (("save", torch, 0), ("save", torch, 1), ("fsync", os, 2), ("rename", os, 0)):
-        trainer = Trainer(None, config, tiny.Sentences())
+        trainer = Trainer(None, config, tiny.Sentences(), tiny.collate)
         with monkeypatch.context() as patch:
             patch.setattr(module, name, dying(name, module, calls))
             with pytest.raises(Killed):
                 trainer.train()
         assert checkpoints.Checkpoints(tmp_path, 3).steps() == [2], name
-    assert Trainer(None, config, tiny.Sentences()).train() == expected
+    assert Trainer(None, config, tiny.Sentences(), tiny.collate).train() == expected
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "step-2", "step-4"]
 
 
 def test_the_last_few_are_kept(tmp_path):
     config = tiny.config(output_dir=str(tmp_path), checkpoint_every=1, keep_checkpoints=2, max_steps=12)
-    Trainer(None, config, tiny.Sentences()).train()
+    Trainer(None, config, tiny.Sentences(), tiny.collate).train()
     assert checkpoints.Checkpoints(tmp_path, 2).steps() == [11, 12]
 
 
 def test_what_is_in_a_checkpoint_loads_without_pickles_and_without_the_trainer(tmp_path):
     config = tiny.config(output_dir=str(tmp_path), max_steps=2)
-    trainer = Trainer(None, config, tiny.Sentences())
+    trainer = Trainer(None, config, tiny.Sentences(), tiny.collate)
     trainer.train()
     saved = torch.load(tmp_path / "step-2/shared.pt", weights_only=True)
     model = build_model(type(config).from_dict(saved["config"]))
@@ -136,52 +136,16 @@ def test_what_is_in_a_checkpoint_loads_without_pickles_and_without_the_trainer(t
 
 def test_the_checkpoint_of_another_run_is_refused(tmp_path):
     config = tiny.config(output_dir=str(tmp_path), max_steps=2)
-    Trainer(None, config, tiny.Sentences()).train()
+    Trainer(None, config, tiny.Sentences(), tiny.collate).train()
     fields = config.to_dict()
     with pytest.raises(ValueError, match=r"learning_rate: expected 0.01 as in the checkpoint of step 2, got 0.5"):
-        Trainer(None, type(config)(**(fields | {"learning_rate": 0.5})), tiny.Sentences()).train()
-    with pytest.raises(ValueError, match="state: expected examples = 50, got 40"):
-        Trainer(None, config, tiny.Sentences(examples=50)).train()
-
-
-def test_processes_share_what_one_with_the_whole_batch_sees():
-    whole = list(Batches(tiny.Sentences(), 8, seed=3))
-    parts = [list(Batches(tiny.Sentences(), 2, seed=3, rank=r, size=4)) for r in range(4)]
-    assert len(whole) == 5
-    for i, batch in enumerate(whole):
-        assert torch.equal(batch["input_ids"], torch.cat([p[i]["input_ids"] for p in parts]))
-
-
-def test_an_epoch_has_every_example_once_and_another_order_than_the_last():
-    batches = Batches(torch.arange(40), 4, collate=torch.stack)
-    first, second = (torch.cat(list(batches)).tolist() for _ in range(2))
-    assert sorted(first) == sorted(second) == list(range(40)) and first != second and first != sorted(first)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_go_on_from_every_place(workers):
-    def drawn(batches, number):
-        found = []
-        while len(found) < number:
-            for batch in batches:
-                found.append(batch.tolist())
-                if len(found) == number:
-                    break
-        return found
-
-    def made():
-        return Batches(torch.arange(20), 4, collate=torch.stack, num_workers=workers)
-
-    expected = drawn(made(), 12)
-    for place in range(11) if not workers else (3, 5):
-        first, second = made(), made()
-        assert drawn(first, place) == expected[:place]
-        second.load_state_dict(first.state_dict())
-        assert drawn(second, 12 - place) == expected[place:]
+        Trainer(None, type(config)(**(fields | {"learning_rate": 0.5})), tiny.Sentences(), tiny.collate).train()
+    with pytest.raises(ValueError, match="state: expected that of examples = 50, got 40"):
+        Trainer(None, config, tiny.Sentences(examples=50), tiny.collate).train()
 
 
 def test_batches_of_any_iterable_are_counted():
-    batches = Counted([1, 2, 3])
+    batches = Counted([1, 2, 3], 9)
     assert [b for b in batches] == [1, 2, 3] and batches.epoch == 1 and batches.position == 0
     batches.load_state_dict({"epoch": 4, "position": 2, "own": None})
     assert [b for b in batches] == [3] and batches.epoch == 5
@@ -189,7 +153,7 @@ def test_batches_of_any_iterable_are_counted():
 
 def test_metrics_and_board(tmp_path):
     config = tiny.config(output_dir=str(tmp_path), max_steps=3)
-    Trainer(None, config, tiny.Sentences()).train()
+    Trainer(None, config, tiny.Sentences(), tiny.collate).train()
     rows = read(tmp_path)
     assert [r["step"] for r in rows] == [1, 2, 3] and all(r["tokens_per_second"] > 0 for r in rows)
     assert rows[0]["learning_rate"] == pytest.approx(0.005) and rows[1]["learning_rate"] == pytest.approx(0.01)
@@ -197,17 +161,15 @@ def test_metrics_and_board(tmp_path):
         f.write(json.dumps(rows[-1])[:20])  # the process was killed within a line
     assert read(tmp_path) == rows
     with pytest.raises(ValueError, match="tensorboard: expected False without an output_dir"):
-        Trainer(None, tiny.config(tensorboard=True), tiny.Sentences()).train()
+        Trainer(None, tiny.config(tensorboard=True), tiny.Sentences(), tiny.collate).train()
 
 
 def test_bad_arguments_are_refused_by_name():
     with pytest.raises(TypeError, match="config: expected a PretrainingConfig, got dict"):
-        Trainer(None, {}, tiny.Sentences())
+        Trainer(None, {}, tiny.Sentences(), tiny.collate)
     with pytest.raises(ValueError, match="max_steps: expected a number with data without a length and cosine"):
         Trainer(None, tiny.config(max_steps=None), Stream())
-    with pytest.raises(ValueError, match="collate: expected None with an iterable of batches"):
-        Trainer(None, tiny.config(), Stream(), collate=list)
-    with pytest.raises(ValueError, match="dataset: expected at least 4 examples, got 3"):
-        Trainer(None, tiny.config(), tiny.Sentences(examples=3))
+    with pytest.raises(TypeError, match="data: expected an iterable of batches without collate, got Sentences"):
+        Trainer(None, tiny.config(), tiny.Sentences())
     with pytest.raises(ValueError, match="data: expected at least one step's batches in an epoch, got fewer"):
         Trainer(None, tiny.config(gradient_accumulation_steps=3), [tiny.batch()] * 2).train()

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from llmkern.training import PretrainingConfig
 
@@ -24,7 +23,7 @@ def config(**changes: Any) -> PretrainingConfig:
     return PretrainingConfig(**(fields | changes))
 
 
-class Sentences(Dataset[dict[str, Tensor]]):
+class Sentences:
     """Random tokens, padded to one length, about a third of them to be found; as `objective` needs them."""
 
     def __init__(self, objective: str = "mlm", examples: int = 40) -> None:
@@ -54,5 +53,8 @@ class Sentences(Dataset[dict[str, Tensor]]):
 
 def batch(objective: str = "mlm", rows: range = range(4)) -> dict[str, Tensor]:
     """Some examples in one batch."""
-    examples = [Sentences(objective)[i] for i in rows]
-    return {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
+    return collate([Sentences(objective)[i] for i in rows])
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {name: torch.stack([e[name] for e in examples]) for name in examples[0] if name != "position"}
