@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -43,6 +44,7 @@ SPECIAL = {
     "mask_token": "[MASK]",
     "eos_token": "[END]",
 }
+HELD_OUT = 20  # batches of held-out text at most
 IN_TURN = 5  # steps of one model before the other's turn
 
 
@@ -82,7 +84,7 @@ class Objective:
     """Examples for training, batches of held-out text, and what makes batches."""
 
     data: Any
-    held_out: Batches
+    held_out: list[Any]
     collate: Callable[..., Any]
     term: str
 
@@ -159,8 +161,8 @@ def objective_of(text: Text, config: PretrainingConfig) -> Objective:
     else:
         data = [SentencePairs(corpus, text.tokenizer, length) for corpus in (text.training, text.held_out)]
         collate, term = MaskedLanguageModelingCollator(text.tokenizer, whole_word=True), "mlm"
-    held_out = Batches(data[1], collate, config.batch_size, epochs=1, shuffle=False, drop_last=False)
-    return Objective(data[0], held_out, collate, term)
+    held_out = Batches(data[1], collate, config.batch_size, epochs=1, drop_last=False)
+    return Objective(data[0], list(islice(held_out, HELD_OUT)), collate, term)
 
 
 @torch.no_grad()
@@ -168,8 +170,7 @@ def perplexity(model: Any, objective: Objective) -> float:
     """exp of the mean loss of all tokens to be predicted in the held-out text: the next ones, or the hidden ones."""
     model.eval()
     total = count = 0.0
-    for number in range(len(objective.held_out)):
-        batch = objective.held_out.batch(number)
+    for batch in objective.held_out:
         counted = float(model.counted(batch)[objective.term])
         total += float(model(**batch).losses[objective.term]) * counted
         count += counted
