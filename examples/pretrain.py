@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     parser.add_argument("--plot", type=Path, help="a file for a plot of the losses (needs matplotlib)")
     options = parser.parse_args(arguments)
     steps = options.steps or (20 if options.quick else 300)
-    width, layers, length, vocabulary = (32, 2, 64, 600) if options.quick else (192, 4, 128, 2000)
+    width, layers, length, vocabulary = (32, 2, 64, 600) if options.quick else (128, 3, 128, 2000)
     try:
         text = prepare(options.text, vocabulary)
     except (FileNotFoundError, ValueError) as error:
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     config = PretrainingConfig(
         objective="clm", vocab_size=len(text.tokenizer), hidden_size=width, num_hidden_layers=layers,
         num_attention_heads=4, intermediate_size=4 * width, max_position_embeddings=length, max_seq_length=length,
-        batch_size=16, learning_rate=2e-3, dropout=0.0, layer_norm_eps=1e-6, progress=False,
+        batch_size=16, learning_rate=3e-3, dropout=0.0, layer_norm_eps=1e-6, progress=False,
         pad_token_id=text.tokenizer.pad_token_id,
     )  # fmt: skip
     decoder, teacher, objective = train_both(text, config, steps)

@@ -61,8 +61,9 @@ class Processes:
         model = model.to(self.device)
         if self.mesh is None:
             return model
-        if config.tensor_parallel_size > 1:
+        if config.parallelism == "fsdp" or config.tensor_parallel_size > 1:
             _agree(model)
+        if config.tensor_parallel_size > 1:
             parallelize(model, self.mesh["tensor"])
         if self.data_size == 1:
             return model
@@ -75,7 +76,6 @@ class Processes:
 
     def _shard(self, model: nn.Module, config: PretrainingConfig) -> nn.Module:
         assert self.mesh is not None
-        _agree(model)
         options: dict[str, Any] = {"mesh": self.mesh["data"], "mp_policy": MixedPrecisionPolicy()}
         for block in getattr(model, "layers", []):
             fully_shard(block, **options)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -162,6 +164,17 @@ def test_metrics_and_board(tmp_path):
     assert read(tmp_path) == rows
     with pytest.raises(ValueError, match="tensorboard: expected False without an output_dir"):
         Trainer(None, tiny.config(tensorboard=True), tiny.Sentences(), tiny.collate).train()
+
+
+def test_training_loads_nothing_heavy_and_nothing_loads_training():
+    """In a new process: neither transformers nor Triton, and `import llmkern` not this."""
+    script = (
+        "import sys, llmkern; assert 'llmkern.training' not in sys.modules;"
+        "import llmkern.training; llmkern.training.DistillationLoss;"
+        "print([m for m in ('transformers', 'triton', 'yaml', 'tensorboard', 'ftfy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_bad_arguments_are_refused_by_name():
