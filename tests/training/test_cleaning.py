@@ -8,6 +8,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmkern.training.data import (
     Cleaner,
@@ -58,6 +60,21 @@ def test_repaired(broken, whole):
 @pytest.mark.parametrize("text", KEPT.values(), ids=KEPT)
 def test_left_alone(text):
     assert repair(text) == text
+
+
+NEAR = NearDuplicates(permutations=16)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.characters(exclude_categories=()), max_size=60))
+def test_any_text_can_be_cleaned(text):
+    mended = repair(text)
+    mended.encode()
+    for given_text in (text, mended):
+        QualityFilter(min_words=None, min_sentences=None)(given_text)
+        exact = ExactDuplicates()
+        assert not exact.seen(given_text) and exact.seen(given_text)
+        assert (NEAR.signature(given_text).hashvalues == NEAR.signature(given_text).hashvalues).all()
 
 
 VOCABULARY = [

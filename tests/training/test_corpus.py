@@ -109,6 +109,7 @@ def test_wrong_documents():
     for wrong, error, words in (
         (["the cat", 3], TypeError, "expected strings or sequences of sentences, got 3 at 1"),
         ("the cat", TypeError, "expected an iterable of documents, got one string"),
+        (["the cat", "a\ud800"], ValueError, r"expected no lone surrogates .* got '\\ud800' at 1"),
         ([""], ValueError, "expected at least one with a token"),
     ):
         with pytest.raises(error, match=words):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -58,21 +60,19 @@ class SentencePairs:
         #: the number of each document's first sentence, and behind the last one that of all
         self.first = np.searchsorted(self.sentences, np.append(0, corpus.ends))
         self.single = int(np.count_nonzero(np.diff(self.first) < 2))
-        self.runs = np.array([run for document in range(len(corpus)) for run in self._runs(document)], np.int64)
+        self.runs = np.array(array("q", chain.from_iterable(map(self._runs, range(len(corpus)))))).reshape(-1, 2)
         if not len(self.runs):
             raise ValueError("corpus: expected a document of two sentences or more, got none")
 
-    def _runs(self, document: int) -> list[tuple[int, int]]:
+    def _runs(self, document: int) -> Iterator[int]:
         """Runs of sentences [from, to) that fill the room, two at least; what is left at the end joins the last."""
-        first, end = int(self.first[document]), int(self.first[document + 1])
-        runs, start = [], first
+        start, end = int(self.first[document]), int(self.first[document + 1])
         while end - start >= 2:
             full = int(np.searchsorted(self.sentences, self.sentences[start] + self.room, side="right")) - 1
             stop = min(max(full, start + 2), end)
             stop = end if end - stop < 2 else stop
-            runs.append((start, stop))
+            yield from (start, stop)
             start = stop
-        return runs
 
     def __len__(self) -> int:
         return len(self.runs)
