@@ -58,8 +58,9 @@ class Corpus:
         sentences of documents that are strings, for next sentence prediction; sequences are marked without. progress:
         show a bar.
 
-        Raises TypeError for a document that is neither, ValueError where marks are wanted of a tokenizer without
-        offsets (one that is not "fast") or no document has a token, FileExistsError for a folder that is there.
+        Raises TypeError for a document that is neither, ValueError for one with lone surrogates, where marks are wanted
+        of a tokenizer without offsets (one that is not "fast"), and where no document has a token, FileExistsError for
+        a folder that is there.
         """
         check.flag("words", words)
         check.flag("progress", progress)
@@ -165,6 +166,13 @@ def _documents(
             pieces = [sentence + " " for sentence in document]
         else:
             raise TypeError(f"documents: expected strings or sequences of sentences, got {document!r:.80} at {number}")
+        try:
+            "".join(pieces).encode()
+        except UnicodeEncodeError as error:
+            found = f"got {error.object[error.start]!r} at {number}"
+            raise ValueError(
+                f"documents: expected no lone surrogates (training.data.repair mends them), {found}"
+            ) from error
         begins = [0]
         for piece in pieces[:-1]:
             begins.append(begins[-1] + len(piece))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,9 @@ class SentencePairs:
 
     Every document is cut into runs of sentences that fill `length`, at least two in each; a run is one example. Its
     first segment is its first sentences, how many is drawn; its second segment is the others (label 0), or with one
-    chance in two as much from a random sentence of another document on (label 1). Longer pairs lose tokens from the
-    longer segment, at its beginning or its end as is drawn. Documents of one sentence have no pair; they are taken for
-    random segments, and counted in `single`. Held beside the corpus: 8 bytes a sentence, 16 a run.
+    chance in two about as much from a random sentence of another document on (label 1). Longer pairs lose tokens from
+    the longer segment, at its beginning or its end as is drawn. Documents of one sentence have no pair; they are taken
+    for random segments, and counted in `single`. Held beside the corpus: 8 bytes a sentence, 16 a run.
 
     `draw(index, position)`: input_ids, token_type_ids (N,), special_tokens_mask (N,) bool, next_sentence_label, and
     where words are marked word_starts (N,) bool; what is drawn is a function of the seed and of the position.
@@ -36,8 +38,9 @@ class SentencePairs:
 
     Raises ValueError for a corpus without marks, with one document, or without a document of two sentences, for a
     length with no room for two tokens, and for a tokenizer that did not make the corpus.
-    Source: Devlin et al. 2018, "BERT", section 3.1 and appendix A.2, create_pretraining_data.py; not as there, the
-    labels of documents' last single sentences are not all "random": such a sentence goes to the run before.
+    Source: Devlin et al. 2018, "BERT", section 3.1 and appendix A.2, create_pretraining_data.py; not as there, a
+    single sentence at a document's end goes to the run before, and random segments are as long as true ones: neither
+    gives the label away.
     """
 
     def __init__(self, corpus: Corpus, tokenizer: Any, length: int, *, seed: int = 0, short: float = 0.1) -> None:
@@ -57,21 +60,19 @@ class SentencePairs:
         #: the number of each document's first sentence, and behind the last one that of all
         self.first = np.searchsorted(self.sentences, np.append(0, corpus.ends))
         self.single = int(np.count_nonzero(np.diff(self.first) < 2))
-        self.runs = np.array([run for document in range(len(corpus)) for run in self._runs(document)], np.int64)
+        self.runs = np.array(array("q", chain.from_iterable(map(self._runs, range(len(corpus)))))).reshape(-1, 2)
         if not len(self.runs):
             raise ValueError("corpus: expected a document of two sentences or more, got none")
 
-    def _runs(self, document: int) -> list[tuple[int, int]]:
+    def _runs(self, document: int) -> Iterator[int]:
         """Runs of sentences [from, to) that fill the room, two at least; what is left at the end joins the last."""
-        first, end = int(self.first[document]), int(self.first[document + 1])
-        runs, start = [], first
+        start, end = int(self.first[document]), int(self.first[document + 1])
         while end - start >= 2:
             full = int(np.searchsorted(self.sentences, self.sentences[start] + self.room, side="right")) - 1
             stop = min(max(full, start + 2), end)
             stop = end if end - stop < 2 else stop
-            runs.append((start, stop))
+            yield from (start, stop)
             start = stop
-        return runs
 
     def __len__(self) -> int:
         return len(self.runs)
@@ -88,11 +89,10 @@ class SentencePairs:
         # The first segment: one sentence or more, and one or more left.
         split = start + 1 + int(draws.random() * (end - start - 1))
         first = (int(self.sentences[start]), int(self.sentences[split]))
+        second = (int(self.sentences[split]), int(self.sentences[end]))
         is_random = draws.random() < 0.5
         if is_random:
-            second = self._elsewhere(start, max(room - (first[1] - first[0]), 1), draws)
-        else:
-            second = (int(self.sentences[split]), int(self.sentences[end]))
+            second = self._elsewhere(start, second[1] - second[0], draws)
         first, second = _shorten(first, second, room, draws)
         tokens, marks = self.corpus.tokens, self.corpus.marks
         example: dict[str, Any] = self.template.wrap(tokens[slice(*first)], tokens[slice(*second)])
@@ -106,14 +106,20 @@ class SentencePairs:
         return example
 
     def _elsewhere(self, sentence: int, tokens: int, draws: np.random.Generator) -> tuple[int, int]:
-        """Whole sentences of another document than that of `sentence`, up to `tokens` or one."""
+        """Whole sentences, about `tokens`, of another document than that of `sentence`."""
         own = int(np.searchsorted(self.first, sentence, side="right")) - 1
         document = int(draws.random() * (len(self.corpus) - 1))
         document += document >= own
         begin, end = int(self.first[document]), int(self.first[document + 1])
-        start = begin + int(draws.random() * (end - begin))
-        full = int(np.searchsorted(self.sentences, self.sentences[start] + tokens, side="right")) - 1
-        return int(self.sentences[start]), int(self.sentences[min(max(full, start + 1), end)])
+        # Not so near the document's end that fewer would be left, where it has as many: a length that tells the label
+        # is learnt instead of the text.
+        last = int(np.searchsorted(self.sentences, self.sentences[end] - tokens, side="right")) - 1
+        start = begin + int(draws.random() * (min(max(last, begin), end - 1) - begin + 1))
+        wanted = int(self.sentences[start]) + tokens
+        stop = min(max(int(np.searchsorted(self.sentences, wanted, side="right")) - 1, start + 1), end)
+        if stop < end and self.sentences[stop + 1] - wanted < wanted - self.sentences[stop]:
+            stop += 1
+        return int(self.sentences[start]), int(self.sentences[stop])
 
 
 def _shorten(
