@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import export_aotinductor, int8_text, kernelize_model, lora_int8, train_encoder
+from examples import export_aotinductor, int8_text, kernelize_model, lora_int8, pretrain, train_encoder
 from tests.inductor import QUICK_PACKAGE
 from tests.models import tiny
 
@@ -53,6 +53,20 @@ def test_train_encoder(tmp_path, capsys):
     assert "PositionalEncoding" in printed and "FusedEncoderLayer" in printed
 
 
+def test_pretrain(tmp_path, capsys):
+    pytest.importorskip("transformers", minversion="5")
+    pytest.importorskip("matplotlib")
+    found = pretrain.main(["--quick", "--plot", str(tmp_path / "new" / "loss.png")])
+    for run in (found.decoder, found.encoder):
+        assert len(run.fused) == len(run.plain) == 20 and run.difference() < 1e-4
+        assert sum(run.fused[-4:]) < 0.99 * sum(run.fused[:4]) and run.perplexity[1] < 0.9 * run.perplexity[0]
+    assert found.teacher == found.decoder.perplexity[1]
+    assert max(found.student, found.alone) < found.decoder.perplexity[0]
+    assert (tmp_path / "new" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "dropped: too few words" in printed and "the same student without a teacher" in printed
+
+
 def test_lora_int8(tmp_path, capsys):
     pytest.importorskip("transformers", minversion="5")
     pytest.importorskip("peft")
@@ -76,6 +90,8 @@ WRONG = {
     "a file that is not there": (train_encoder, ["--text", "nowhere"], "argument --text: expected a file of text, got"),
     "no steps": (int8_text, ["--steps", "0"], "argument --steps: expected a positive integer, got '0'"),
     "a model that is not there": (int8_text, ["--model", "/nowhere"], "--model: expected a folder or name of a"),
+    "a text that is not there": (pretrain, ["--text", "nowhere"], "argument --text: paths: expected files or folders"),
+    "too little text": (pretrain, ["--text", "README.md"], "argument --text: paths: expected files of .txt, .jsonl"),
     "another ending": (export_aotinductor, ["--output", "model.onnx"], "--output: expected a file that ends in .pt2"),
 }
 

@@ -16,6 +16,14 @@ def test_the_drop_in_runs_as_printed(capsys):
     assert "PASSED" in capsys.readouterr().out
 
 
+def test_the_training_example_runs_as_printed(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    example = next(e for e in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Trainer(" in e)
+    exec(compile(example, "README.md", "exec"), {})
+    losses = [float(word) for word in capsys.readouterr().out.strip(" []\n").split(",")]
+    assert len(losses) == 30 and sum(losses[-5:]) < 0.75 * sum(losses[:5])
+
+
 def test_every_environment_variable_stands_in_the_table():
     patterns = [r'environ(?:\.get\(|\[)"(LLMKERN_\w+)"', r'"(LLMKERN_\w+)" in os\.environ', r'getenv\("(LLMKERN_\w+)"']
     sources = [ROOT / "setup.py", *(ROOT / "llmkern").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp"),

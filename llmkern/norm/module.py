@@ -92,6 +92,7 @@ def _flat(x: Tensor | None, dimensions: int) -> Any:
 
 
 def _shaped(result: Any, x: Tensor) -> Any:
+    """No view where none is needed: FSDP2 warns of modules that return one."""
     if isinstance(result, tuple):
-        return tuple(t.view(x.shape) for t in result)
-    return result.view(x.shape)
+        return tuple(_shaped(t, x) for t in result)
+    return result if result.shape == x.shape else result.view(x.shape)

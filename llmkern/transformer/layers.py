@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from llmkern.attention.mask import Mask
 from llmkern.attention.op import attention, attention_weights
 from llmkern.attention.sdpa import scaled_dot_product_attention
-from llmkern.norm.module import LayerNorm
+from llmkern.norm.module import LayerNorm, RMSNorm
 
 
 class FusedAttention(nn.MultiheadAttention):
@@ -171,9 +171,9 @@ def _is_hooked(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def _added(norm: nn.Module, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+def added(norm: nn.Module, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     """(norm(x + change), x + change), in one pass where the norm is ours and no hook sees what it takes and gives."""
-    if type(norm) is LayerNorm and not _is_hooked(norm):
+    if type(norm) in (LayerNorm, RMSNorm) and not _is_hooked(norm):
         normal, total = norm(change, residual=x)
         return normal, total
     total = x + change
@@ -196,10 +196,10 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
         """As torch.nn.TransformerEncoderLayer.forward, whose arguments these are."""
         masks = (src_mask, src_key_padding_mask)
         if self.norm_first:
-            x, total = _added(self.norm2, src, self._sa_block(self.norm1(src), *masks, is_causal=is_causal))
+            x, total = added(self.norm2, src, self._sa_block(self.norm1(src), *masks, is_causal=is_causal))
             return total + self._ff_block(x)
-        x, _ = _added(self.norm1, src, self._sa_block(src, *masks, is_causal=is_causal))
-        return _added(self.norm2, x, self._ff_block(x))[0]
+        x, _ = added(self.norm1, src, self._sa_block(src, *masks, is_causal=is_causal))
+        return added(self.norm2, x, self._ff_block(x))[0]
 
 
 class FusedEncoder(nn.TransformerEncoder):
@@ -224,9 +224,9 @@ class FusedDecoderLayer(nn.TransformerDecoderLayer):
         own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         other = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
         if self.norm_first:
-            x, total = _added(self.norm2, tgt, self._sa_block(self.norm1(tgt), *own))
-            x, total = _added(self.norm3, total, self._mha_block(x, *other))
+            x, total = added(self.norm2, tgt, self._sa_block(self.norm1(tgt), *own))
+            x, total = added(self.norm3, total, self._mha_block(x, *other))
             return total + self._ff_block(x)
-        x, _ = _added(self.norm1, tgt, self._sa_block(tgt, *own))
-        x, _ = _added(self.norm2, x, self._mha_block(x, *other))
-        return _added(self.norm3, x, self._ff_block(x))[0]
+        x, _ = added(self.norm1, tgt, self._sa_block(tgt, *own))
+        x, _ = added(self.norm2, x, self._mha_block(x, *other))
+        return added(self.norm3, x, self._ff_block(x))[0]

@@ -1,0 +1,181 @@
+"""One optimiser step: autocast, scaling of the loss, accumulation, clipping, and a stop at what is not finite."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim.lr_scheduler import LRScheduler
+
+from llmkern import check
+from llmkern.training.configuration import PretrainingConfig
+from llmkern.training.optimisation import clip, make_optimizer, total_norm
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss or a gradient that is NaN or infinite. path: the file that keeps the batch, to be read by torch.load."""
+
+    def __init__(self, message: str, path: Path | None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {k: moved(v, device) for k, v in batch.items()}
+    return batch
+
+
+def loss_of(outputs: Any) -> Tensor:
+    """The loss among a model's outputs. Raises TypeError where there is none."""
+    loss = outputs if isinstance(outputs, Tensor) else getattr(outputs, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(f"model: expected outputs with a loss of one number, got {type(outputs).__name__}")
+    return loss
+
+
+class MixedPrecisionTrainer:
+    """Trains a model in mixed precision: train_step(batch) -> float.
+
+    model: called as model(**batch) for a batch of names, else model(batch); its outputs have a loss, or are one.
+    optimizer: by default the AdamW of the config. scheduler: is stepped with it. config: the rest (PretrainingConfig's
+    defaults without one). precision: "float16" scales the loss and skips steps whose gradients overflow, counted in
+    skipped_steps; "bfloat16" and "float32" need no scaling; by default float16 on a GPU, bfloat16 on a CPU.
+
+    A model that has counted(batch) -> {term: how much it counts} and outputs with losses {term: mean}, as those of
+    build_model, gets micro-batches weighed by these counts: the step is that of the one large batch. Others are weighed
+    alike. The gradients' norm before clipping is kept in gradient_norm.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        *,
+        config: PretrainingConfig | None = None,
+        precision: str | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        self.config = PretrainingConfig() if config is None else config
+        self.model = model
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if precision is None:
+            precision = "bfloat16" if self.device.type == "cpu" else "float16"
+        check.one_of("precision", precision, tuple(PRECISIONS))
+        self.dtype = PRECISIONS[precision]
+        self.scaler = GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.optimizer = make_optimizer(model, self.config) if optimizer is None else optimizer
+        self.scheduler = scheduler
+        self.steps = self.skipped_steps = 0
+        self.gradient_norm = 0.0
+
+    @property
+    def inner(self) -> nn.Module:
+        """The model without a wrapper."""
+        return self.model
+
+    def train_step(self, batch: Any) -> float:
+        """One optimiser step on a batch, or on a list of micro-batches; the loss, the mean over what counts in them.
+
+        Raises NonFiniteLossError, before anything is changed, where the loss is not finite, or the gradients are not
+        and the precision is not float16, which skips such a step.
+        """
+        batches = list(batch) if isinstance(batch, Sequence) and not isinstance(batch, str) else [batch]
+        if not batches:
+            raise ValueError("batch: expected a batch or a list of them, got an empty list")
+        batches = [moved(b, self.device) for b in batches]
+        self.model.train()
+        shares = self._shares(batches)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, (one, share) in enumerate(zip(batches, shares, strict=True)):
+            with self._reducing(i + 1 == len(batches)):
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                    outputs = self.model(**one) if isinstance(one, Mapping) else self.model(one)
+                    loss = self._weighed(outputs, share)
+                total += loss.detach()
+                self.scaler.scale(loss).backward()
+        loss_value = float(self._mean(total))
+        if loss_value - loss_value != 0.0:
+            self._stop(f"loss: expected a finite number, got {loss_value}", batches)
+        self._update(batches)
+        return loss_value
+
+    def _update(self, batches: list[Any]) -> None:
+        """Gradients into parameters."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        self.scaler.unscale_(self.optimizer)
+        norm = total_norm(parameters)
+        self.gradient_norm = float(norm)
+        if not self.scaler.is_enabled() and self.gradient_norm - self.gradient_norm != 0.0:
+            self._stop(f"gradients: expected a finite norm, got {self.gradient_norm}", batches)
+        if self.config.max_grad_norm:
+            clip(parameters, self.config.max_grad_norm, norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        if self.scaler.get_scale() < scale:
+            self.skipped_steps += 1
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    def _shares(self, batches: list[Any]) -> list[dict[str, Tensor] | float]:
+        """The weight of each micro-batch's terms, such that their sum over batches and processes is the mean over all
+        that counts, where reducing gradients takes the mean over processes."""
+        counted = getattr(self.inner, "counted", None)
+        if counted is None or not isinstance(batches[0], Mapping):
+            return [1.0 / len(batches)] * len(batches)
+        counts = [counted(b) for b in batches]
+        terms = sorted({term for c in counts for term in c})
+        zero = torch.zeros((), device=self.device)
+        table = torch.stack([torch.stack([c.get(t, zero).double() for t in terms]) for c in counts])
+        whole = self._mean(table.sum(0)).clamp(min=1e-9)
+        return [dict(zip(terms, row, strict=True)) for row in table / whole]
+
+    def _weighed(self, outputs: Any, share: dict[str, Tensor] | float) -> Tensor:
+        if isinstance(share, float):
+            return loss_of(outputs) * share
+        losses = [outputs.losses[term] * weight.float() for term, weight in share.items() if term in outputs.losses]
+        return torch.stack(losses).sum()
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Over the processes that see other data; here there is one."""
+        return value
+
+    @contextlib.contextmanager
+    def _reducing(self, last: bool) -> Iterator[None]:
+        """Around the forward and backward of a micro-batch; gradients meet in the last."""
+        yield
+
+    @property
+    def _rank(self) -> int:
+        return 0
+
+    def _stop(self, message: str, batches: list[Any]) -> None:
+        """Keeps the batches in a file and raises."""
+        self.optimizer.zero_grad(set_to_none=True)
+        folder = Path(self.config.output_dir or tempfile.mkdtemp(prefix="llmkern-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"not-finite-step-{self.steps}-rank-{self._rank}.pt"
+        torch.save({"step": self.steps, "batches": moved(batches_of(batches), torch.device("cpu"))}, path)
+        raise NonFiniteLossError(f"{message} at step {self.steps}; the batch is kept in {os.fspath(path)}", path)
+
+
+def batches_of(batches: list[Any]) -> dict[str, Any]:
+    """Micro-batches by their number."""
+    return {str(i): b for i, b in enumerate(batches)}

@@ -1,0 +1,162 @@
+"""One step: accumulation, precisions, clipping, decay groups, schedules, and the stop at what is not finite."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from llmkern.training import MixedPrecisionTrainer, NonFiniteLossError, PretrainingConfig, build_model
+from llmkern.training.optimisation import factor, make_optimizer, parameter_groups
+from tests.training import tiny
+
+
+def trainer(**changes):
+    config = tiny.config(**changes)
+    return MixedPrecisionTrainer(build_model(config), config=config, precision=config.precision)
+
+
+def rows_of(batch, *numbers):
+    return [{k: v[list(part)] for k, v in batch.items()} for part in numbers]
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mlm_nsp", "clm", "seq2seq"])
+def test_accumulation_is_the_one_large_batch(objective):
+    """Though the micro-batches count other numbers of tokens, and one of them no sentence pair."""
+    batch = tiny.batch(objective, range(6))
+    parts = rows_of(batch, (0,), (1, 2), (3,), (4, 5))
+    whole, pieces = trainer(objective=objective), trainer(objective=objective)
+    counts = [whole.model.counted(p) for p in parts]
+    assert len({tuple(map(int, c.values())) for c in counts}) > 1
+    for _ in range(3):
+        assert pieces.train_step(parts) == pytest.approx(whole.train_step(batch), rel=2e-6)
+        assert pieces.gradient_norm == pytest.approx(whole.gradient_norm, rel=1e-5)
+
+
+def test_a_plain_mean_of_micro_batches_would_be_seen():
+    """The fault that the test above is there for."""
+    batch = tiny.batch("mlm", range(6))
+    whole, pieces = trainer(), trainer()
+    pieces._shares = lambda batches: [1.0 / len(batches)] * len(batches)
+    assert pieces.train_step(rows_of(batch, (0,), (1, 2), (3,), (4, 5))) != pytest.approx(
+        whole.train_step(batch), rel=1e-3
+    )
+
+
+class Regression(nn.Module):
+    """A model of others: called with a tensor, its output is the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return (self.linear(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", None])
+def test_any_model_with_a_loss_is_trained(precision):
+    torch.manual_seed(1)
+    model = Regression()
+    step = MixedPrecisionTrainer(model, torch.optim.SGD(model.parameters(), lr=0.1), precision=precision).train_step
+    x = torch.randn(16, 3)
+    losses = [step(x) for _ in range(60)]
+    assert isinstance(losses[0], float) and losses[-1] < 0.05 * losses[0]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("objective", ["mlm_nsp", "clm", "seq2seq"])
+def test_mixed_precision_follows_float32(objective, precision):
+    mixed, exact = trainer(objective=objective, precision=precision), trainer(objective=objective)
+    batch = tiny.batch(objective)
+    pairs = [(mixed.train_step(batch), exact.train_step(batch)) for _ in range(8)]
+    assert pairs[-1][1] < 0.9 * pairs[0][1] and mixed.skipped_steps == 0
+    assert all(a == pytest.approx(b, rel=0.02) for a, b in pairs) and any(a != b for a, b in pairs)
+
+
+def test_a_float16_step_whose_gradients_overflow_is_skipped_and_counted():
+    stepper = trainer(precision="float16")
+    stepper.scheduler = torch.optim.lr_scheduler.LambdaLR(stepper.optimizer, lambda step: 1.0 / (1 + step))
+    stepper.train_step(tiny.batch())
+    before = [p.detach().clone() for p in stepper.model.parameters()]
+    handle = stepper.model.tokens.weight.register_hook(lambda g: g * torch.inf)
+    stepper.train_step(tiny.batch())
+    assert stepper.skipped_steps == 1 and stepper.steps == 2 and stepper.scheduler.last_epoch == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, stepper.model.parameters(), strict=True))
+    handle.remove()
+    stepper.train_step(tiny.batch())
+    assert stepper.skipped_steps == 1 and not torch.equal(before[0], next(stepper.model.parameters()))
+
+
+def test_gradients_are_unscaled_before_they_are_clipped():
+    """With a scale of 65536, a norm that was clipped first would be that much smaller."""
+    mixed, exact = trainer(precision="float16"), trainer()
+    for stepper in (mixed, exact):
+        stepper.train_step(tiny.batch())
+    assert mixed.scaler.get_scale() == 65536.0
+    assert mixed.gradient_norm == pytest.approx(exact.gradient_norm, rel=0.02)
+
+
+def test_clipping_leaves_the_direction():
+    model = Regression()
+    config = tiny.config(max_grad_norm=1e-3)
+    stepper = MixedPrecisionTrainer(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), config=config, precision="float32"
+    )
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    stepper.train_step(torch.randn(8, 3))
+    moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert stepper.gradient_norm > 1e-2 and moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_and_keeps_the_batch(where, tmp_path):
+    stepper = trainer(output_dir=str(tmp_path))
+    batch = tiny.batch()
+    stepper.train_step(batch)
+    if where == "loss":
+        with torch.no_grad():
+            stepper.model.head_bias[0] = torch.nan
+    else:
+        stepper.model.tokens.weight.register_hook(lambda g: g * torch.nan)
+    before = [p.detach().clone() for p in stepper.model.parameters()]
+    with pytest.raises(NonFiniteLossError, match=r"expected a finite .*, got nan at step 1; the batch is kept in") as e:
+        stepper.train_step(batch)
+    assert str(e.value.path) in str(e.value) and e.value.path.parent == tmp_path
+    kept = torch.load(e.value.path)
+    assert kept["step"] == 1 and all(torch.equal(kept["batches"]["0"][k], v) for k, v in batch.items())
+    after = stepper.model.parameters()
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = build_model(tiny.config(objective="mlm_nsp"))
+    groups = parameter_groups(model, 0.1)
+    names = {p: n for n, p in model.named_parameters()}
+    decaying, others = ({names[p] for p in g["params"]} for g in groups)
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0] and len(decaying | others) == len(names)
+    assert others == {n for n in names.values() if "norm" in n or n.endswith("bias")}
+    assert {"tokens.weight", "layers.0.attention.w_q.weight"} <= decaying
+    optimizer = make_optimizer(model, PretrainingConfig(adam_beta1=0.8, adam_epsilon=1e-6, learning_rate=3e-4))
+    assert all((g["betas"], g["eps"], g["lr"]) == ((0.8, 0.999), 1e-6, 3e-4) for g in optimizer.param_groups)
+
+
+def test_schedules():
+    at = [factor(s, "linear", 4, 12) for s in (0, 1, 3, 4, 8, 12, 99)]
+    assert at == [0.25, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
+    at = [factor(s, "cosine", 4, 12) for s in (3, 4, 6, 8, 12)]
+    assert at == pytest.approx([1.0, 1.0, 0.5 * (1 + math.sqrt(0.5)), 0.5, 0.0])
+    assert [factor(s, "constant", 2, None) for s in (0, 1, 2, 999)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_bad_arguments_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got str"):
+        MixedPrecisionTrainer("bert")
+    with pytest.raises(ValueError, match="precision: expected one of float32, bfloat16, float16, got 'fp8'"):
+        MixedPrecisionTrainer(Regression(), precision="fp8")
+    with pytest.raises(ValueError, match="batch: expected a batch or a list of them, got an empty list"):
+        trainer().train_step([])
+    with pytest.raises(TypeError, match="model: expected outputs with a loss of one number, got Tensor"):
+        MixedPrecisionTrainer(nn.Linear(3, 3)).train_step(torch.randn(2, 3))

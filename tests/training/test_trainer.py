@@ -1,0 +1,197 @@
+"""A run: the order of the data, checkpoints, and going on from them bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import llmkern.training.checkpoints as checkpoints
+from llmkern.training import Trainer, build_model
+from llmkern.training.batches import Counted
+from llmkern.training.metrics import read
+from tests.training import tiny
+
+
+class Stream:
+    """Batches made by a generator of its own, which keep where they stand."""
+
+    def __init__(self):
+        self.generator, self.left = torch.Generator().manual_seed(5), 7
+
+    def __iter__(self):
+        while self.left:
+            self.left -= 1
+            first = int(torch.randint(30, (), generator=self.generator))
+            yield tiny.batch("mlm", range(first, first + 4))
+        self.left = 7
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state(), "left": self.left}
+
+    def load_state_dict(self, state):
+        self.left = state["left"]
+        self.generator.set_state(state["generator"])
+
+
+DATA = {
+    "dataset": lambda: (tiny.Sentences(), tiny.collate),
+    "stream with a state": lambda: (Stream(),),
+    "list of batches": lambda: ([tiny.batch("mlm", range(i, i + 4)) for i in range(0, 28, 4)],),
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("kind", DATA)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(kind, precision, tmp_path):
+    """With dropout, accumulation, over an epoch's end; stopped behind, and between, its checkpoints."""
+
+    def run(name, **changes):
+        config = tiny.config(
+            objective="mlm", dropout=0.1, precision=precision, gradient_accumulation_steps=2, max_steps=9,
+            checkpoint_every=3, output_dir=str(tmp_path / name), **changes,
+        )  # fmt: skip
+        return Trainer(None, config, *DATA[kind]())
+
+    whole = run("whole")
+    losses = whole.train()
+    assert len(losses) == 9 and [row["loss"] for row in read(tmp_path / "whole")] == losses
+    pieces = run("pieces").train(4)
+    shutil.rmtree(tmp_path / "pieces/step-4")  # as if it had been killed behind step 4: the last one is of step 3
+    torch.manual_seed(77)
+    np.random.seed(77)
+    second = run("pieces")
+    resumed = second.train()
+    assert pieces == losses[:4] and resumed == losses[3:]
+    assert [row["loss"] for row in read(tmp_path / "pieces")] == losses
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+    assert np.random.get_state()[1][0] != 77  # the generators of others too
+
+
+@pytest.mark.parametrize("forgotten", ["generators", "data", "optimizer", "scheduler"])
+def test_without_any_part_of_its_state_it_would_not(forgotten, tmp_path, monkeypatch):
+    """The faults that the test above is there for."""
+    fields = dict(dropout=0.1, max_steps=6, checkpoint_every=3, objective="mlm")
+    losses = Trainer(None, tiny.config(**fields), tiny.Sentences(), tiny.collate).train()
+    config = tiny.config(output_dir=str(tmp_path), **fields)
+    Trainer(None, config, tiny.Sentences(), tiny.collate).train(3)
+    trainer = Trainer(None, config, tiny.Sentences(), tiny.collate)
+    if forgotten == "generators":
+        monkeypatch.setattr("llmkern.training.trainer.set_generators", lambda state: None)
+    else:
+        monkeypatch.setattr(type(getattr(trainer, forgotten)), "load_state_dict", lambda self, state: None)
+    assert trainer.train() != losses[3:]
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
+    """Killed at any write, flush or rename, a run finds the last one that was whole."""
+    config = tiny.config(output_dir=str(tmp_path), checkpoint_every=2, max_steps=4)
+    expected = Trainer(None, config, tiny.Sentences(), tiny.collate).train()[2:]
+    shutil.rmtree(tmp_path / "step-4")
+
+    class Killed(BaseException):
+        pass
+
+    def dying(name, module, calls):
+        original, left = getattr(module, name), [calls]
+
+        def function(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return function
+
+    for name, module, calls in (("save", torch, 0), ("save", torch, 1), ("fsync", os, 2), ("rename", os, 0)):
+        trainer = Trainer(None, config, tiny.Sentences(), tiny.collate)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, dying(name, module, calls))
+            with pytest.raises(Killed):
+                trainer.train()
+        assert checkpoints.Checkpoints(tmp_path, 3).steps() == [2], name
+    assert Trainer(None, config, tiny.Sentences(), tiny.collate).train() == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "step-2", "step-4"]
+
+
+def test_the_last_few_are_kept(tmp_path):
+    config = tiny.config(output_dir=str(tmp_path), checkpoint_every=1, keep_checkpoints=2, max_steps=12)
+    Trainer(None, config, tiny.Sentences(), tiny.collate).train()
+    assert checkpoints.Checkpoints(tmp_path, 2).steps() == [11, 12]
+
+
+def test_what_is_in_a_checkpoint_loads_without_pickles_and_without_the_trainer(tmp_path):
+    config = tiny.config(output_dir=str(tmp_path), max_steps=2)
+    trainer = Trainer(None, config, tiny.Sentences(), tiny.collate)
+    trainer.train()
+    saved = torch.load(tmp_path / "step-2/shared.pt", weights_only=True)
+    model = build_model(type(config).from_dict(saved["config"]))
+    model.load_state_dict(saved["model"])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
+
+
+def test_the_checkpoint_of_another_run_is_refused(tmp_path):
+    config = tiny.config(output_dir=str(tmp_path), max_steps=2)
+    Trainer(None, config, tiny.Sentences(), tiny.collate).train()
+    fields = config.to_dict()
+    with pytest.raises(ValueError, match=r"learning_rate: expected 0.01 as in the checkpoint of step 2, got 0.5"):
+        Trainer(None, type(config)(**(fields | {"learning_rate": 0.5})), tiny.Sentences(), tiny.collate).train()
+    with pytest.raises(ValueError, match="state: expected that of examples = 50, got 40"):
+        Trainer(None, config, tiny.Sentences(examples=50), tiny.collate).train()
+
+
+def test_batches_of_any_iterable_are_counted():
+    batches = Counted([1, 2, 3], 9)
+    assert [b for b in batches] == [1, 2, 3] and batches.epoch == 1 and batches.position == 0
+    batches.load_state_dict({"epoch": 4, "position": 2, "own": None})
+    assert [b for b in batches] == [3] and batches.epoch == 5
+
+
+def test_metrics_and_board(tmp_path):
+    config = tiny.config(output_dir=str(tmp_path), max_steps=3)
+    Trainer(None, config, tiny.Sentences(), tiny.collate).train()
+    rows = read(tmp_path)
+    assert [r["step"] for r in rows] == [1, 2, 3] and all(r["tokens_per_second"] > 0 for r in rows)
+    assert rows[0]["learning_rate"] == pytest.approx(0.005) and rows[1]["learning_rate"] == pytest.approx(0.01)
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps(rows[-1])[:20])  # the process was killed within a line
+    assert read(tmp_path) == rows
+    with pytest.raises(ValueError, match="tensorboard: expected False without an output_dir"):
+        Trainer(None, tiny.config(tensorboard=True), tiny.Sentences(), tiny.collate).train()
+
+
+def test_training_loads_nothing_heavy_and_nothing_loads_training():
+    """In a new process: neither transformers nor Triton, and `import llmkern` not this."""
+    script = (
+        "import sys, llmkern; assert 'llmkern.training' not in sys.modules;"
+        "import llmkern.training; llmkern.training.DistillationLoss;"
+        "print([m for m in ('transformers', 'triton', 'yaml', 'tensorboard', 'ftfy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_tensorboard_gets_every_step(tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = tiny.config(output_dir=str(tmp_path), tensorboard=True, max_steps=4)
+    losses = Trainer(None, config, tiny.Sentences(), tiny.collate).train()
+    events = accumulators.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(i + 1, x) for i, x in enumerate(losses)]
+
+
+def test_bad_arguments_are_refused_by_name():
+    with pytest.raises(TypeError, match="config: expected a PretrainingConfig, got dict"):
+        Trainer(None, {}, tiny.Sentences(), tiny.collate)
+    with pytest.raises(ValueError, match="max_steps: expected a number with data without a length and cosine"):
+        Trainer(None, tiny.config(max_steps=None), Stream())
+    with pytest.raises(TypeError, match="data: expected an iterable of batches without collate, got Sentences"):
+        Trainer(None, tiny.config(), tiny.Sentences())
+    with pytest.raises(ValueError, match="data: expected at least one step's batches in an epoch, got fewer"):
+        Trainer(None, tiny.config(gradient_accumulation_steps=3), [tiny.batch()] * 2).train()
