@@ -100,8 +100,7 @@ class PretrainingModel(nn.Module):
 
     def _loss(self, hidden: Tensor, here: Sequences, targets: Tensor) -> Tensor:
         """The mean over what counts; 0 where nothing does, with gradients of 0 for everything."""
-        weight, bias = self.output()
-        smoothing, z_loss = self.config.label_smoothing, self.config.z_loss
+        (weight, bias), smoothing, z_loss = self.output(), self.config.label_smoothing, self.config.z_loss
         if self.config.fused:
             rows, wanted = self.predicting(hidden, here, targets)
             if not wanted.numel():
@@ -281,9 +280,8 @@ class EncoderDecoderModel(PretrainingModel):
         return self._result(x, here, {"labels": labels, "decoder_attention_mask": decoder_attention_mask}, {})
 
     def _embedded(self, tokens: Tensor, where: Sequences, norm: nn.Module) -> Tensor:
-        places = where.take(where.within_documents())
-        made: Tensor = self.dropout(norm(self.tokens(where.take(tokens)) + self.positions(places)))
-        return made
+        places = self.positions(where.take(where.within_documents()))
+        return self.dropout(norm(self.tokens(where.take(tokens)) + places))
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor:
         labels: Tensor = batch["labels"]

@@ -27,7 +27,8 @@ WAYS = {
 }  # fmt: skip
 OBJECTIVES = ["mlm_nsp", "clm", "seq2seq"]
 CASES = {
-    2: [("DDP", "clm"), ("DDP, accumulated, checkpointed", "mlm_nsp"), ("FSDP2", "clm"), ("tensor parallel", "seq2seq")],
+    2: [("DDP", "clm"), ("DDP, accumulated, checkpointed", "mlm_nsp"), ("FSDP2", "clm"),
+        ("tensor parallel", "seq2seq")],
     4: [("DDP", "mlm_nsp"), ("FSDP2, accumulated, checkpointed", "mlm_nsp"), ("tensor parallel", "clm")],
 }  # fmt: skip
 STEPS, SAVED = 6, 3
