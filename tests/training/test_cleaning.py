@@ -19,6 +19,7 @@ from llmkern.training.data import (
     read_documents,
     repair,
 )
+from llmkern.training.data.quality import _repeated_characters
 
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # one emoji of three, joined
 REPAIRED = {
@@ -197,6 +198,22 @@ def test_near_duplicates_of_other_scripts_and_short_ones():
     assert not near.seen(long) and near.seen(long.replace(long[700], "天", 1))
     assert not near.seen(chinese(2000, seed=6))
     assert not near.seen("one two") and near.seen("One  two") and not near.seen("two one") and not near.seen("")
+
+
+def test_texts_that_fall_into_one_band_are_compared(monkeypatch):
+    near = NearDuplicates()
+    assert not near.seen(prose(100))
+    monkeypatch.setattr(near._tables, "query", lambda made: [0])
+    assert not near.seen(prose(100, seed=1)) and near.seen(prose(100))
+
+
+def test_phrases_of_letters_are_twice_as_long():
+    nine = "天地玄黄宇宙洪荒日"
+    assert NEAR.signature(nine).jaccard(NEAR.signature(nine + "月")) == 0.0  # each is one phrase
+
+
+def test_no_character_is_counted_twice():
+    assert _repeated_characters(["a"] * 12, 5) == 10
 
 
 def test_a_cleaner_counts_what_it_drops():

@@ -8,7 +8,7 @@ import torch
 
 from llmkern.training.objectives import Batches, Corpus, MaskedLanguageModelingCollator, TextBlocks
 from llmkern.training.objectives.corpus import WORD_START
-from llmkern.training.objectives.tokenizer import ordinary_ids, special_ids
+from llmkern.training.objectives.tokenizer import ordinary_ids, special_ids, word_starts
 from tests.training.small_tokenizers import KINDS, documents, is_likely, numbered, word_piece
 
 
@@ -65,6 +65,11 @@ def test_words_begin_where_they_do(kind):
     assert {text.index(w) for w in ("The", "unb", "cat", "again", "it", "東", "京", "caf")} <= begun
     inside = {i for w in ("unbelievable", "again", "café") for i in range(text.index(w) + 1, text.index(w) + len(w))}
     assert not begun & inside
+
+
+def test_a_space_that_no_token_holds_parts_words():
+    offsets = np.array([[0, 2], [3, 4], [4, 5]])
+    assert word_starts("ab cd", [0, 0, 0], offsets).tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -70,6 +70,9 @@ def test_untruncated_segments_are_whole_sentences(prepared):
             assert part[0] % 5 == 0 and part[-1] % 5 == 4
     covered = sum(int(pairs.sentences[b] - pairs.sentences[a]) for a, b in pairs.runs)
     assert covered == len(corpus.tokens)
+    # Three sentences a run leave one at the end of each document: it joins the last.
+    runs = SentencePairs(corpus, tokenizer, 15).runs
+    assert len(runs) == SIZE * (SIZE // 3) and (runs[1:, 0] == runs[:-1, 1]).all()
 
 
 def test_random_segments_come_from_every_other_document_alike(prepared):

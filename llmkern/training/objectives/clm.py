@@ -75,7 +75,7 @@ class PackedDocuments:
         first, last = self.corpus.span(document)
         shift = len(self.before)
         tokens = self.corpus.tokens[first + max(start - shift, 0) : min(first + end - shift, last)]
-        before = self.before[start:] if start < shift else []
+        before = self.before if start == 0 else []  # one token, and a piece has two or more
         after = self.after if end - shift > last - first else []
         return np.concatenate([np.array(before, np.int64), tokens.astype(np.int64), np.array(after, np.int64)])
 
