@@ -128,7 +128,7 @@ struct Linear {
           const int64_t count = left < kVocabularyBlock ? left : kVocabularyBlock;
           float* x = logits ? logits + block * block_units : own;
           const Weights w = head.weights(first, count, copy);
-          Ahead ahead = head.next_block(first);
+          Ahead ahead = head.next_block(first, before && weight ? p.grads.weight : nullptr);
           if (before) {
             if (p.backward) head.logits(w, *before, first, count, x, ahead);
             differentiate(*before, first, count, x, g);

@@ -61,14 +61,19 @@ struct Head {
     pack_rows<false>(copy, from, p.weight_stride, count, p.width, step);
     return {copy, step};
   }
-  // The memory of the weight's next block.
-  Ahead next_block(int64_t first) const {
-    if (!in_place() || p.weight_stride != p.width) return {};
-    const float* from = static_cast<const float*>(p.weight);
-    int64_t begin = first + kVocabularyBlock, end = begin + kVocabularyBlock;
-    if (end > vocabulary) end = vocabulary;
-    if (begin >= end) return {};
-    return {reinterpret_cast<const char*>(from + begin * p.width), reinterpret_cast<const char*>(from + end * p.width)};
+  // The memory of the weight's next block, and of its gradient's.
+  Ahead next_block(int64_t first, const float* gradient) const {
+    const int64_t begin = first + kVocabularyBlock, next_end = begin + kVocabularyBlock;
+    const int64_t end = next_end < vocabulary ? next_end : vocabulary;
+    Ahead ahead = {};
+    if (begin >= end) return ahead;
+    auto set = [&](const float* from, const char*& low, const char*& high) {
+      low = reinterpret_cast<const char*>(from + begin * p.width);
+      high = reinterpret_cast<const char*>(from + end * p.width);
+    };
+    if (gradient) set(gradient, ahead.next, ahead.end);
+    if (in_place() && p.weight_stride == p.width) set(static_cast<const float*>(p.weight), ahead.then, ahead.then_end);
+    return ahead;
   }
 
   // x: (count, chunk_rows), the logits of entries [first, first + count) for the rows of the chunk; zeros behind them
@@ -77,7 +82,7 @@ struct Head {
     const int64_t piece = depth_of_piece(p.width);
     for (int64_t d = 0; d < p.width || d == 0; d += piece) {
       Operands o = {w.data + d, w.step, c.columns + d * kPanel, kPanel, kPanel * p.width, x, chunk_rows, d != 0};
-      product<true>(o, count, padded(c.rows, kWidth), p.width - d < piece ? p.width - d : piece, false, ahead);
+      product<true>(o, count, padded(c.rows, kWidth), p.width - d < piece ? p.width - d : piece, ahead);
     }
     if (!p.bias) return;
     const T* bias = static_cast<const T*>(p.bias) + first;
@@ -99,11 +104,11 @@ struct Head {
       }
     if (partial) {
       Operands o = {g, chunk_rows, w.data, w.step, kPanel, partial, step, !fresh};
-      product<false>(o, c.rows, padded(p.width, kWidth), count, false, ahead);
+      product<false>(o, c.rows, padded(p.width, kWidth), count, ahead);
     }
     if (to.weight) {
       Operands o = {g, chunk_rows, c.by_row, step, kPanel, to.weight + first * p.width, p.width, !first_chunk};
-      product<true>(o, count, p.width, c.rows, true, ahead);
+      product<true>(o, count, p.width, c.rows, ahead);
     }
   }
 

@@ -8,18 +8,27 @@ namespace {
 
 constexpr int kLine = 64;  // bytes
 
-// Memory that is wanted soon, asked for a few lines at a time while something is multiplied.
+// The compiler must not write a sum over an operand at its last use, and move registers around for it.
+LLMKERN_INLINE void used(const Float& x) {
+#if (defined(LLMKERN_SIMD_AVX512) || defined(__AVX2__)) && !defined(LLMKERN_EMULATE_AVX512)
+  asm volatile("" : : "v"(x));
+#else
+  (void)x;
+#endif
+}
+
+// Memory that is wanted soon, asked for a few lines at a time while something is multiplied: two ranges.
 struct Ahead {
-  const char *next, *end;
+  const char *next, *end, *then, *then_end;
 };
+constexpr int kLines = kPanel * 4 / kLine >= 4 ? 3 : 1;  // asked for with every eight k of a tile
 
 // c = (c +) sum over k < depth of a(i, k) * b[k * ldb + j] for R rows i and V vectors of j. a(i, k) lies at
 // a[i * a_step + k] where kAlong, else at a[i + k * a_step]. `tail`: the elements of the last vector of c. For every
-// eight k, as many lines as c has in a row are asked for at `ask`, which moves on by ask_step bytes.
+// eight k, kLines lines are asked for at `ask`, which moves on by ask_step bytes.
 template <bool kAlong, int R, int V>
 inline void product_tile(const float* a, int64_t a_step, const float* b, int64_t ldb, int64_t depth, float* c,
                          int64_t ldc, bool add_to, int tail, const char* ask, int64_t ask_step) {
-  constexpr int kLines = V * kWidth * 4 / kLine ? V * kWidth * 4 / kLine : 1;
   Float sums[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++)
@@ -34,7 +43,10 @@ inline void product_tile(const float* a, int64_t a_step, const float* b, int64_t
       Float factor = broadcast(kAlong ? x[i * a_step] : x[i]);
 #pragma GCC unroll 8
       for (int j = 0; j < V; j++) sums[i][j] = fma(factor, row[j], sums[i][j]);
+      used(factor);
     }
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) used(row[j]);
   };
   const int64_t k_step = kAlong ? 1 : a_step;
   int64_t k = 0;
@@ -71,24 +83,21 @@ struct Operands {
 };
 
 template <bool kAlong, int V = kVectors>
-inline void product_panel(const Operands& o, int64_t m, int64_t depth, int vectors, int tail, bool ask_of_c,
+inline void product_panel(const Operands& o, int64_t m, int64_t depth, int vectors, int tail,
                           Ahead& ahead) {
   if constexpr (V > 1) {
-    if (vectors < V) return product_panel<kAlong, V - 1>(o, m, depth, vectors, tail, ask_of_c, ahead);
+    if (vectors < V) return product_panel<kAlong, V - 1>(o, m, depth, vectors, tail, ahead);
   }
-  constexpr int64_t kStep = (V * kWidth * 4 / kLine ? V * kWidth * 4 / kLine : 1) * kLine;
   const int64_t row = kAlong ? o.a_step : 1;
   int64_t i = 0;
   auto tile = [&](auto r) {
     constexpr int R = decltype(r)::value;
     const char* ask = reinterpret_cast<const char*>(o.b);
     int64_t step = 0;
-    if (ask_of_c) {  // the rows that come next, or the first ones of the next panel
-      const float* next = i + R < m ? o.c + (i + R) * o.ldc : o.c + kPanel;
-      ask = reinterpret_cast<const char*>(next), step = 4 * o.ldc;
-    } else if (ahead.next < ahead.end) {
-      ask = ahead.next, step = kStep;
-      ahead.next += depth / 8 * kStep;
+    if (ahead.next >= ahead.end) ahead.next = ahead.then, ahead.end = ahead.then_end, ahead.then = ahead.then_end;
+    if (ahead.next < ahead.end) {
+      ask = ahead.next, step = kLines * kLine;
+      ahead.next += depth / 8 * step;
     }
     product_tile<kAlong, R, V>(o.a + i * row, o.a_step, o.b, o.ldb, depth, o.c + i * o.ldc, o.ldc, o.add_to, tail, ask,
                                step);
@@ -100,13 +109,13 @@ inline void product_panel(const Operands& o, int64_t m, int64_t depth, int vecto
   if (i < m) tile(Number<1>{});
 }
 
-// c = (c +) a b. ask_of_c: c comes from memory far away, and is asked for ahead; else what `ahead` says.
+// c = (c +) a b.
 template <bool kAlong>
-void product(Operands o, int64_t m, int64_t n, int64_t depth, bool ask_of_c, Ahead& ahead) {
+void product(Operands o, int64_t m, int64_t n, int64_t depth, Ahead& ahead) {
   for (int64_t j = 0; j < n; j += kPanel) {
     const int64_t left = n - j < kPanel ? n - j : kPanel;
     const int vectors = static_cast<int>((left + kWidth - 1) / kWidth);
-    product_panel<kAlong>(o, m, depth, vectors, static_cast<int>(left) - (vectors - 1) * kWidth, ask_of_c, ahead);
+    product_panel<kAlong>(o, m, depth, vectors, static_cast<int>(left) - (vectors - 1) * kWidth, ahead);
     o.b += o.b_panel, o.c += kPanel;
   }
 }
