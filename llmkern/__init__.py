@@ -9,6 +9,7 @@ from llmkern import flops, functional, reference
 from llmkern.attention.module import MultiHeadAttention
 from llmkern.int8.module import Int8Linear
 from llmkern.int8.scheme import Int8Scheme
+from llmkern.loss.module import CrossEntropyLoss, LinearCrossEntropyLoss
 from llmkern.models.kernelize import kernelize, report, restore
 from llmkern.models.quantize import quantize_like, quantize_model
 from llmkern.norm.module import LayerNorm, RMSNorm
@@ -21,9 +22,11 @@ flops.register()
 __version__ = "0.1.0"
 
 __all__ = [
+    "CrossEntropyLoss",
     "Int8Linear",
     "Int8Scheme",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "MultiHeadAttention",
     "PositionalEncoding",
     "RMSNorm",

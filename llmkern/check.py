@@ -86,6 +86,13 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
+def flags(name: str, value: object) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: expected a list of True and False, got {value!r}")
+    for each in value:
+        flag(name, each)
+
+
 def text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a string, got {value!r}")

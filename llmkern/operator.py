@@ -69,6 +69,7 @@ def refuse_forward_ad(name: str, *tensors: Any) -> None:
 _signatures: dict[str, list[tuple[str, str]]] = {}
 _KINDS = {
     "bool": check.flag, "int": check.integer, "float": check.number, "str": check.text, "Tensor": check.is_tensor,
+    "List[bool]": check.flags,
 }  # fmt: skip
 
 
@@ -79,8 +80,9 @@ def check_types(name: str, args: tuple[Any, ...], public: Mapping[str, str] | No
     """
     for (argument, kind), value in zip(_signatures[name], args, strict=False):
         argument = (public or {}).get(argument, argument)
-        if not (value is None and kind.startswith("Optional")):
-            _KINDS[kind.removeprefix("Optional[").removesuffix("]")](argument, value)
+        optional = kind.startswith("Optional[")
+        if not (value is None and optional):
+            _KINDS[kind.removeprefix("Optional[").removesuffix("]") if optional else kind](argument, value)
         if isinstance(value, Tensor):
             check.has_memory(argument, value)
 

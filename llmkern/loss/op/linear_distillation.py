@@ -1,0 +1,124 @@
+"""torch.ops.llmkern.linear_distillation: distillation of both models' hidden states, without logits in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern import autocast, check, second_order
+from llmkern.backend import Operator, reference_backend
+from llmkern.loss import reference
+from llmkern.loss.op import checks, kept
+from llmkern.loss.op.linear import empty_gradients
+from llmkern.loss.triton_linear import TRITON_LINEAR_DISTILLATION
+from llmkern.operator import check_types, define, dispatch
+
+
+def linear_distillation(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, targets: Tensor,
+    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None, *, temperature: float = 4.0,
+    alpha: float = 0.3, ignore_index: int = -100,
+) -> Tensor:  # fmt: skip
+    """distillation(student_hidden @ student_weight.T + student_bias, the teacher's alike, targets), which never holds
+    all logits of either.
+
+    student_hidden: (..., D), float32, bfloat16 or float16 (float64 as plain PyTorch); student_weight: (V, D),
+    student_bias: (V,). The teacher's: the same leading shape, dtype and V, any width; they get no gradient, as if they
+    were detached. Under autocast all are cast to its dtype. targets: the hidden states' shape without the last
+    dimension, int64. Options and result: as `distillation`.
+
+    The student's gradients are made with the loss, chunk by chunk, and kept for the backward.
+
+    Raises as `distillation`. Source: as `distillation` and `linear_cross_entropy`.
+    """
+    checks.leading(targets, "student_hidden", student_hidden, "D")
+    checks.leading(targets, "teacher_hidden", teacher_hidden, "D")
+    given: list[Any] = [student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias]
+    if autocast.is_on(student_hidden.device):
+        given = [autocast.cast(t)[0] if isinstance(t, Tensor) else t for t in given]
+    given = [t.reshape(targets.numel(), t.size(-1)) if i in (0, 3) else t for i, t in enumerate(given)]
+    given[3:] = [t.detach() if isinstance(t, Tensor) else t for t in given[3:]]
+    classes = targets.reshape(-1)
+    wanted = kept.needs(*given[:3])
+    args = *given, classes, temperature, alpha, ignore_index, wanted
+    if kept.is_plain(*given, classes):
+        check_types("linear_distillation", args)
+        return _LinearDistillation.apply(*args) if any(wanted) else _checked_run(*args)[0]
+    loss: Tensor = dispatch("linear_distillation", *args)[0]
+    return loss
+
+
+def _check(
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher_hidden: Tensor,
+    teacher_weight: Tensor, teacher_bias: Tensor | None, targets: Tensor, temperature: float, alpha: float,
+    ignore_index: int, needs: Sequence[bool],
+) -> None:  # fmt: skip
+    checks.head("student_", student_hidden, student_weight, student_bias)
+    check.same_dtype("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    check.same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    checks.head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
+    for name, value, other in (
+        ("teacher_hidden: expected the rows of student_hidden", teacher_hidden, student_hidden),
+        ("teacher_weight: expected the classes of student_weight", teacher_weight, student_weight),
+    ):
+        if value.size(0) != other.size(0):
+            raise ValueError(f"{name}, {other.size(0)}, got {value.size(0)}")
+    checks.of_rows("targets", targets, torch.int64, "student_hidden", student_hidden)
+    checks.temperature(temperature)
+    check.finite("alpha", alpha)
+
+
+def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    hidden, weight = torch.empty(8, 64, dtype=dtype, device=device), torch.empty(96, 64, dtype=dtype, device=device)
+    targets = torch.empty(8, dtype=torch.int64, device=device)
+    return hidden, weight, None, hidden, weight, None, targets, 4.0, 0.3, -100, (True, True, False)
+
+
+_LINEAR = Operator(
+    "linear_distillation", _check, _example,
+    cpu=[reference_backend(reference.linear_distillation)],
+    cuda=[TRITON_LINEAR_DISTILLATION, reference_backend(reference.linear_distillation)],
+    other=[reference_backend(reference.linear_distillation)],
+)  # fmt: skip
+
+
+@kept.without_autocast
+def _checked_run(*args: Any) -> tuple[Tensor, ...]:
+    """The backends give both losses of each row; the operator gives them combined, and by themselves."""
+    *given, wanted = args
+    _check(*args)
+    weight, targets, temperature, alpha, ignore_index = args[1], *args[6:10]
+    checks.in_range(targets, weight.size(0), ignore_index)
+    soft, hard, *gradients = _LINEAR.run(*given, tuple(wanted))
+    loss = reference.combined(soft, hard, targets, temperature, alpha, ignore_index)
+    return loss, soft, hard, *gradients
+
+
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    _check(hidden, weight, bias, *rest)
+    dtype = reference.widened(hidden.dtype)
+    loss, soft, hard = (hidden.new_empty(shape, dtype=dtype) for shape in ((), hidden.size(0), hidden.size(0)))
+    gradients = empty_gradients(hidden, weight, bias, rest[-1], reference.gradient_dtype(hidden.dtype))
+    return loss, soft, hard, *gradients
+
+
+def _again(
+    inputs: Sequence[Any], results: Sequence[Tensor], grad: Tensor, needed: tuple[bool, ...]
+) -> Sequence[Tensor | None]:
+    """By plain PyTorch, with all logits in memory: a loss of hidden states is rarely differentiated twice."""
+    *given, _ = inputs
+    wanted = (*needed, *(False,) * (len(given) - 3))
+    return second_order.composed(reference.linear_distillation_loss, tuple(given), wanted, (grad,))[:3]
+
+
+_setup, _backward = kept.rules(_again)
+define(
+    "linear_distillation(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, "
+    "Tensor teacher_weight, Tensor? teacher_bias, Tensor targets, float temperature, float alpha, int ignore_index, "
+    "bool[3] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _checked_run, _fake, setup_context=_setup, backward=_backward,
+)  # fmt: skip
+_LinearDistillation = kept.function(_checked_run, _again)
