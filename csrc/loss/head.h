@@ -3,6 +3,7 @@
 // Logits of a block lie transposed, (vocabulary, chunk): rows are lanes, so that statistics of rows and the products
 // with the weight as it lies need no packing of the weight, which is read once.
 #pragma once
+#include "../common/parallel.h"
 #include "../common/row.h"
 #include "layout.h"
 #include "product.h"
@@ -63,8 +64,7 @@ struct Head {
   }
   // The memory of the weight's next block, and of its gradient's.
   Ahead next_block(int64_t first, const float* gradient) const {
-    const int64_t begin = first + kVocabularyBlock, next_end = begin + kVocabularyBlock;
-    const int64_t end = next_end < vocabulary ? next_end : vocabulary;
+    const int64_t begin = first + kVocabularyBlock, end = smaller(begin + kVocabularyBlock, vocabulary);
     Ahead ahead = {};
     if (begin >= end) return ahead;
     auto set = [&](const float* from, const char*& low, const char*& high) {
@@ -82,7 +82,7 @@ struct Head {
     const int64_t piece = depth_of_piece(p.width);
     for (int64_t d = 0; d < p.width || d == 0; d += piece) {
       Operands o = {w.data + d, w.step, c.columns + d * kPanel, kPanel, kPanel * p.width, x, chunk_rows, d != 0};
-      product<true>(o, count, padded(c.rows, kWidth), p.width - d < piece ? p.width - d : piece, ahead);
+      product<true>(o, count, padded(c.rows, kWidth), smaller(piece, p.width - d), ahead);
     }
     if (!p.bias) return;
     const T* bias = static_cast<const T*>(p.bias) + first;
@@ -113,16 +113,23 @@ struct Head {
   }
 
   // The gradient of a chunk's hidden states: the sum over the groups' parts, in their order.
-  void finish_hidden(void* to, const float* partial, int64_t groups, const Chunk& c, int64_t begin, int64_t end) const {
-    for (int64_t r = begin; r < end; r++) {
-      T* out = static_cast<T*>(to) + (c.first + r) * p.width;
-      const float* from = partial + r * step;
-      for_each_vector(p.width, [&](int64_t d, int n) {
-        Float total = load(from + d);
-        for (int64_t g = 1; g < groups; g++) total = add(total, load(from + g * chunk_rows * step + d));
-        store_some(out + d, total, n);
-      });
-    }
+  void finish_hidden(const LinearHeadGradients& to, const float* partial, int64_t groups, const Chunk& c, int threads) {
+    auto body = [&](int thread, int count) {
+      const Range range = share(c.rows, 1, thread, count);
+      for (int64_t r = range.begin; r < range.end; r++) {
+        const float* from = partial + r * step;
+        const int64_t at = (c.first + r) * p.width;
+        for_each_vector(p.width, [&](int64_t d, int n) {
+          Float total = load(from + d);
+          for (int64_t g = 1; g < groups; g++) total = add(total, load(from + g * chunk_rows * step + d));
+          if (to.wide)
+            store_some(static_cast<float*>(to.hidden) + at + d, total, n);
+          else
+            store_some(static_cast<T*>(to.hidden) + at + d, total, n);
+        });
+      }
+    };
+    parallel(threads, body);
   }
 };
 

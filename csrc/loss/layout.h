@@ -14,6 +14,7 @@ constexpr int64_t kMostGroups = 16;
 // Numbers of a block that each row keeps for its statistics.
 constexpr int64_t kBlockStatistics = 3, kDistillationStatistics = 6;
 
+LLMKERN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 LLMKERN_INLINE int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 // An odd number of cache lines: rows that far apart spread over all sets of a cache.
 LLMKERN_INLINE int64_t row_units(int64_t width) {
@@ -45,6 +46,13 @@ LLMKERN_INLINE int64_t linear_cross_entropy_units(int64_t width, int64_t vocabul
   if (hidden) units += partial_units(width, vocabulary, chunk);
   if (!backward) units += blocks * chunk * (kBlockStatistics + (any ? kVocabularyBlock : 0));
   return units + 256;
+}
+LLMKERN_INLINE int64_t linear_distillation_units(int64_t width, int64_t teacher_width, int64_t vocabulary,
+                                                 int64_t chunk, bool hidden, bool weight, bool any) {
+  int64_t units = 2 * (head_units(width, chunk, weight) + head_units(teacher_width, chunk, false)) + 16 * chunk;
+  if (hidden) units += partial_units(width, vocabulary, chunk);
+  units += block_count(vocabulary) * chunk * (kDistillationStatistics + (any ? 2 * kVocabularyBlock : 0));
+  return units + 512;
 }
 
 }  // namespace llmkern

@@ -1,5 +1,5 @@
-// Arguments of the loss kernels. Strides count elements from row to row; rows themselves are contiguous. Losses and
-// statistics are float32. A row whose target is `ignore_index` has loss 0 and no gradient; a target outside of
+// Arguments of the loss kernels. Strides count elements from row to row; rows themselves are contiguous. Losses are
+// float32, log-sum-exps double. A row whose target is `ignore_index` has loss 0, log-sum-exp 0 and no gradient; a target outside of
 // [0, vocabulary) otherwise, which the operators refuse, makes NaN and touches no memory.
 #pragma once
 #include <cstdint>
@@ -18,7 +18,8 @@ struct LossRule {
 struct CrossEntropyParams {
   const void* logits;
   const int64_t* targets;
-  float *loss, *lse;
+  float* loss;
+  double* lse;
   int64_t rows, vocabulary, stride;
   LossRule rule;
   DType dtype;
@@ -30,7 +31,7 @@ struct CrossEntropyBackwardParams {
   const float* grad;
   const void* logits;
   const int64_t* targets;
-  const float* lse;
+  const double* lse;
   void* out;
   int64_t rows, vocabulary, stride;
   LossRule rule;
@@ -43,7 +44,8 @@ struct CrossEntropyBackwardParams {
 struct DistillationParams {
   const void *student, *teacher;
   const int64_t* targets;
-  float *soft, *hard, *stats;
+  float *soft, *hard;
+  double* stats;
   int64_t rows, vocabulary, student_stride, teacher_stride;
   float temperature;
   int64_t ignore_index;
@@ -56,7 +58,8 @@ struct DistillationBackwardParams {
   const float *grad_soft, *grad_hard;
   const void *student, *teacher;
   const int64_t* targets;
-  const float *stats, *soft;
+  const double* stats;
+  const float* soft;
   void *student_out, *teacher_out;
   int64_t rows, vocabulary, student_stride, teacher_stride;
   float temperature;
@@ -71,11 +74,12 @@ struct LinearHead {
   int64_t width, hidden_stride, weight_stride;
 };
 
-// The gradients of a head: hidden (rows, width) contiguous in the head's dtype, weight (vocabulary, width) and bias
-// (vocabulary) contiguous float32 whatever the dtype. Each may be null.
+// The gradients of a head: hidden (rows, width) contiguous in float32 where `wide`, else in the head's dtype; weight
+// (vocabulary, width) and bias (vocabulary) contiguous float32 whatever the dtype. Each may be null.
 struct LinearHeadGradients {
   void* hidden;
   float *weight, *bias;
+  bool wide;
 };
 
 // The cross-entropy of the logits of a head, which are never whole in memory: `chunk` rows at a time (a multiple of
@@ -86,7 +90,8 @@ struct LinearCrossEntropyParams {
   LinearHeadGradients grads;
   const int64_t* targets;
   const float* upstream;
-  float *loss, *lse, *work;
+  float *loss, *work;
+  double* lse;
   int64_t rows, vocabulary, chunk;
   LossRule rule;
   bool backward;
