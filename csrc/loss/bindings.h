@@ -35,8 +35,16 @@ inline void bind_loss(pybind11::module_& m) {
       "cross_entropy",
       [](const std::array<uintptr_t, 4>& a, const std::array<int64_t, 3>& sizes, int64_t ignore_index,
          const std::array<float, 2>& rule, int dtype, int threads) {
-        cross_entropy({At{a[0]}, At{a[1]}, At{a[2]}, At{a[3]}, sizes[0], sizes[1], sizes[2],
-                       {ignore_index, rule[0], rule[1]}, static_cast<DType>(dtype), threads});
+        cross_entropy({At{a[0]},
+                       At{a[1]},
+                       At{a[2]},
+                       At{a[3]},
+                       sizes[0],
+                       sizes[1],
+                       sizes[2],
+                       {ignore_index, rule[0], rule[1]},
+                       static_cast<DType>(dtype),
+                       threads});
       },
       py::call_guard<py::gil_scoped_release>());
   // addresses: grad, logits, targets, lse, out; the rest as above.
@@ -44,8 +52,17 @@ inline void bind_loss(pybind11::module_& m) {
       "cross_entropy_backward",
       [](const std::array<uintptr_t, 5>& a, const std::array<int64_t, 3>& sizes, int64_t ignore_index,
          const std::array<float, 2>& rule, int dtype, int threads) {
-        cross_entropy_backward({At{a[0]}, At{a[1]}, At{a[2]}, At{a[3]}, At{a[4]}, sizes[0], sizes[1], sizes[2],
-                                {ignore_index, rule[0], rule[1]}, static_cast<DType>(dtype), threads});
+        cross_entropy_backward({At{a[0]},
+                                At{a[1]},
+                                At{a[2]},
+                                At{a[3]},
+                                At{a[4]},
+                                sizes[0],
+                                sizes[1],
+                                sizes[2],
+                                {ignore_index, rule[0], rule[1]},
+                                static_cast<DType>(dtype),
+                                threads});
       },
       py::call_guard<py::gil_scoped_release>());
   // addresses: student, teacher, targets, soft, hard, stats; sizes: rows, vocabulary, strides of student and teacher.
@@ -62,8 +79,8 @@ inline void bind_loss(pybind11::module_& m) {
       "distillation_backward",
       [](const std::array<uintptr_t, 9>& a, const std::array<int64_t, 4>& sizes, float temperature,
          int64_t ignore_index, int dtype, int threads) {
-        distillation_backward({At{a[0]}, At{a[1]}, At{a[2]}, At{a[3]}, At{a[4]}, At{a[5]}, At{a[6]}, At{a[7]},
-                               At{a[8]}, sizes[0], sizes[1], sizes[2], sizes[3], temperature, ignore_index,
+        distillation_backward({At{a[0]}, At{a[1]}, At{a[2]}, At{a[3]}, At{a[4]}, At{a[5]}, At{a[6]}, At{a[7]}, At{a[8]},
+                               sizes[0], sizes[1], sizes[2], sizes[3], temperature, ignore_index,
                                static_cast<DType>(dtype), threads});
       },
       py::call_guard<py::gil_scoped_release>());

@@ -110,7 +110,8 @@ struct Linear {
   // The gradient of a block's logits.
   void differentiate(const Chunk& c, int64_t first, int64_t count, const float* x, float* g) const {
     for (int64_t r = 0; r < c.rows; r += kWidth) {
-      const Float h = load(high + r), l = load(low + r), e = load(even + r), z = load(of_z + r), factor = load(grad + r);
+      const Float h = load(high + r), l = load(low + r), e = load(even + r), z = load(of_z + r),
+                  factor = load(grad + r);
       for (int64_t v = 0; v < count; v++)
         store(g + v * p.chunk + r, slope(probability(load(x + v * p.chunk + r), h, l), e, z, factor));
     }

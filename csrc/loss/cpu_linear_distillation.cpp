@@ -95,7 +95,8 @@ struct Distillation {
       for (int i = 0; i < 4; i++) store(found[2 + i], add(sums[i][0], sums[i][1]));
       for (int64_t i = 0; i < kWidth && r + i < c.rows; i++) {
         const int64_t row = c.first + r + i, target = p.targets[row];
-        const double m = found[0][i], m_tempered = found[0][i] / p.temperature, mt_tempered = found[1][i] / p.temperature;
+        const double m = found[0][i], m_tempered = found[0][i] / p.temperature,
+                     mt_tempered = found[1][i] / p.temperature;
         const double s = log_sum(m, found[2][i]), hard = log_sum(m, found[3][i]);
         const double t = log_sum(found[1][i], found[4][i]);
         p.soft[row] = static_cast<float>(static_cast<double>(found[5][i]) / found[4][i] - t + s);

@@ -83,8 +83,7 @@ struct Operands {
 };
 
 template <bool kAlong, int V = kVectors>
-inline void product_panel(const Operands& o, int64_t m, int64_t depth, int vectors, int tail,
-                          Ahead& ahead) {
+inline void product_panel(const Operands& o, int64_t m, int64_t depth, int vectors, int tail, Ahead& ahead) {
   if constexpr (V > 1) {
     if (vectors < V) return product_panel<kAlong, V - 1>(o, m, depth, vectors, tail, ahead);
   }

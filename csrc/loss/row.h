@@ -11,14 +11,10 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 
 // What is subtracted before exponentials are taken: the maximum, but 0 where all are -infinity.
-LLMKERN_INLINE Float shift_of(Float maximum) {
-  return where_equal(maximum, broadcast(-kInfinity), zero(), maximum);
-}
+LLMKERN_INLINE Float shift_of(Float maximum) { return where_equal(maximum, broadcast(-kInfinity), zero(), maximum); }
 
 // e^(x - m) for x <= m; 1 where both are the same infinity.
-LLMKERN_INLINE Float factor_of(Float x, Float m) {
-  return where_equal(x, m, broadcast(1.0f), exp_negative(sub(x, m)));
-}
+LLMKERN_INLINE Float factor_of(Float x, Float m) { return where_equal(x, m, broadcast(1.0f), exp_negative(sub(x, m))); }
 
 // The logarithm of the sum of e^(x - maximum); NaN where the maximum is infinite.
 LLMKERN_INLINE double log_sum(double maximum, double sum) {
