@@ -1,13 +1,14 @@
 """What torch.utils.flop_counter.FlopCounterMode counts for the operators: their matrix products, as for torch's own.
 
-A multiply-add counts 2. Masks, causal or other, are not subtracted; elementwise work (rotary, sinusoidal_add) is 0.
+A multiply-add counts 2. Masks, causal or other, are not subtracted; elementwise work (rotary, sinusoidal_add, a loss of
+logits) is 0.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -85,6 +86,29 @@ def _int8_linear(x: Tensor, weight: Tensor, *rest: Any) -> int:
     return 2 * x.shape[:-1].numel() * weight.shape[0] * weight.shape[1]
 
 
+def _products(hidden: Tensor, weight: Tensor, needs: Sequence[bool] = ()) -> int:
+    """The logits, and the gradients that are made with them: as many products of the same size."""
+    return 2 * hidden.shape[0] * weight.shape[0] * weight.shape[1] * (1 + sum(map(bool, needs[:2])))
+
+
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int, label_smoothing: float,
+    z_loss: float, reduction: str, needs: Sequence[bool],
+) -> int:  # fmt: skip
+    return _products(hidden, weight, () if reduction == "none" else needs)
+
+
+def _linear_cross_entropy_backward(grad_loss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> int:
+    return _products(hidden, weight, rest[-1])
+
+
+def _linear_distillation(
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher_hidden: Tensor,
+    teacher_weight: Tensor, *rest: Any,
+) -> int:  # fmt: skip
+    return _products(student_hidden, student_weight, rest[-1]) + _products(teacher_hidden, teacher_weight)
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "attention": _attention,
     "attention_backward": _attention_backward,
@@ -97,6 +121,9 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "attention_kvcache": _kvcache,
     "int8_linear": _int8_linear,
     "int8_linear_backward": _int8_linear,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "linear_cross_entropy_backward": _linear_cross_entropy_backward,
+    "linear_distillation": _linear_distillation,
 }
 
 

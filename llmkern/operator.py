@@ -189,6 +189,8 @@ def _batching_rule(operator: Any, together: Callable[..., Any] | None) -> Callab
         if together is not None and (result := together(info.batch_size, in_dims, *args)) is not NotImplemented:
             return result
 
+        in_dims = tuple(d if isinstance(d, int) else None for d in in_dims)  # a list has one for each entry
+
         def sample(i: int) -> Any:
             return operator(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
 

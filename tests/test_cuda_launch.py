@@ -314,7 +314,19 @@ def _rows():
     F.swiglu(x, x * 2).sum().backward()
 
 
+def _losses():
+    hidden, weight, bias = (torch.randn(s, requires_grad=True) for s in ((5, 6), (9, 6), (9,)))
+    targets, logits = torch.tensor([3, 0, -100, 8, 3]), torch.randn(5, 9, requires_grad=True)
+    F.cross_entropy(logits, targets, label_smoothing=0.1).backward()
+    F.distillation(logits, logits * 2, targets).backward()
+    for reduction in ("mean", "none"):
+        F.linear_cross_entropy(hidden, weight, targets, bias, reduction=reduction).sum().backward()
+    F.linear_distillation(hidden, weight, hidden, weight, targets, bias).backward()
+
+
+LOSSES = ("cross_entropy", "distillation", "linear_cross_entropy")
 CALLED = {
+    **dict.fromkeys((*LOSSES, *(f"{name}_backward" for name in LOSSES), "linear_distillation"), _losses),
     "attention_weights": lambda: _weights(sums=False), "attention_weights_backward": lambda: _weights(sums=False),
     "attention_column_sums": lambda: _weights(sums=True), "attention_varlen": _end_to_end,
     "attention_varlen_backward": _end_to_end, "attention_int8": _integers, "norm": _rows, "norm_backward": _rows,

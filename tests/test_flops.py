@@ -100,6 +100,22 @@ def test_int8_linear():
     assert counted(lambda: layer(x).sum().backward()) == 2 * 2 * 6 * 16 * 5
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_losses_of_hidden_states(reduction):
+    """As torch counts the linear layer and its gradients, whenever they are made; for "none" the logits twice."""
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8)
+    targets, product = torch.randint(20, (6,)), 2 * 6 * 8 * 20
+    with torch.no_grad():
+        assert counted(LF.linear_cross_entropy, hidden, weight, targets, reduction=reduction) == product
+    for needs in (False, True):
+        weight.requires_grad_(needs)
+        run = lambda: LF.linear_cross_entropy(hidden, weight, targets, reduction=reduction).sum().backward()  # noqa: E731
+        assert counted(run) == product * (2 + needs + (reduction == "none"))
+    taught = torch.randn(6, 5), torch.randn(20, 5)
+    assert counted(LF.linear_distillation, hidden, weight, *taught, targets) == 3 * product + 2 * 6 * 5 * 20
+    assert counted(LF.cross_entropy, hidden, torch.zeros(6).long()) == 0
+
+
 def test_the_formulas_are_told_whenever_the_counter_is_loaded():
     """Also where its module was looked for before, and where it is loaded anew."""
     script = """

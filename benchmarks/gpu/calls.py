@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.gpu.call import FLOATS, HALVES, Call, Case, random
+from benchmarks.gpu.loss_calls import loss_cases
 from benchmarks.gpu.packed_calls import packed_cases
 from benchmarks.gpu.row_calls import row_cases
 from benchmarks.gpu.steps import Setting
@@ -31,6 +32,7 @@ def cases(setting: Setting, small: bool = False) -> Iterator[Case]:
     yield from _decode(setting, small)
     yield from _positional(setting, small)
     yield from row_cases(setting, small)
+    yield from loss_cases(setting, small)
     yield from _int8(setting, small)
 
 

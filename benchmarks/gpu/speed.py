@@ -13,6 +13,7 @@ from benchmarks import peers
 from benchmarks.gpu import calls
 from benchmarks.gpu.contestants import OURS, Contestants, held, ours, peer, report, served_by
 from benchmarks.gpu.speed_attention import attention, decode
+from benchmarks.gpu.speed_loss import losses
 from benchmarks.gpu.steps import Setting, Step
 from llmkern import functional
 
@@ -23,6 +24,7 @@ def part(setting: Setting) -> Iterator[Step]:
     yield from int8(setting)
     yield from int8_backward(setting)
     yield from rotary(setting)
+    yield from losses(setting)
 
 
 # --- int8 --------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     elif a.device.type == "cuda" and not torch.version.hip:
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += torch.mm(a, b)
 

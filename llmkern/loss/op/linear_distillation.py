@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from llmkern import autocast, check, second_order
+from llmkern import autocast, check
 from llmkern.backend import Operator, reference_backend
 from llmkern.loss import reference
 from llmkern.loss.compiled_linear import CPU_LINEAR_DISTILLATION
@@ -109,10 +110,17 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tu
 def _again(
     inputs: Sequence[Any], results: Sequence[Tensor], grad: Tensor, needed: tuple[bool, ...]
 ) -> Sequence[Tensor | None]:
-    """By plain PyTorch, with all logits in memory: a loss of hidden states is rarely differentiated twice."""
-    *given, _ = inputs
-    wanted = (*needed, *(False,) * (len(given) - 3))
-    return second_order.composed(reference.linear_distillation_loss, tuple(given), wanted, (grad,))[:3]
+    """With all logits in memory: it is rare that a loss of hidden states is differentiated twice."""
+    hidden, weight, bias, taught, head, taught_bias, targets, temperature, alpha, ignore_index, _ = inputs
+    student, teacher = F.linear(hidden, weight, bias), F.linear(taught, head, taught_bias)
+    rest = temperature, ignore_index
+    soft, hard, statistics = torch.ops.llmkern.distillation(student, teacher, targets, *rest)
+    grad_soft = (grad * (alpha * temperature**2 / max(targets.size(0), 1))).expand(soft.shape)
+    grad_hard = (grad * (1.0 - alpha) * reference.mean_factor(targets, ignore_index, grad.dtype)).expand(hard.shape)
+    of_student, _ = torch.ops.llmkern.distillation_backward(
+        grad_soft, grad_hard, student, teacher, targets, statistics, soft, *rest, [True, False]
+    )
+    return of_student @ weight, of_student.t() @ hidden, None if bias is None else of_student.sum(0)
 
 
 _setup, _backward = kept.rules(_again)
