@@ -42,8 +42,9 @@ struct Linear {
       auto each = [&](auto f) {
         int64_t v = 0;
         for (; v + kSums <= count; v += kSums)
+#pragma GCC unroll 4
           for (int i = 0; i < kSums; i++) f(i, load(lane + (v + i) * p.chunk));
-        for (int i = 0; v < count; v++, i++) f(i, load(lane + v * p.chunk));
+        for (; v < count; v++) f(0, load(lane + v * p.chunk));
       };
       each([&](int i, Float y) { m[i] = max(y, m[i]); });  // the second where the first is NaN
       const Float largest = max(max(m[0], m[1]), max(m[2], m[3])), shift = shift_of(largest);

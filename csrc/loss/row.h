@@ -71,10 +71,11 @@ LLMKERN_INLINE Part part_of(int64_t begin, int64_t end, F f) {
   auto each = [&](auto g) {
     int64_t d = begin;
     for (; d + 4 * kWidth <= end; d += 4 * kWidth)
+#pragma GCC unroll 4
       for (int i = 0; i < 4; i++) g(i, f(d + i * kWidth, kWidth), kWidth);
-    for (int i = 0; d < end; i++, d += kWidth) {
+    for (; d < end; d += kWidth) {
       const int n = end - d < kWidth ? static_cast<int>(end - d) : kWidth;
-      g(i, f(d, n), n);
+      g(0, f(d, n), n);
     }
   };
   each([&](int i, Float x, int) { m[i] = max(x, m[i]); });  // the second where the first is NaN
