@@ -2,9 +2,9 @@
 
     python -m benchmarks.loss [--shapes 2048,576,49152 ...] [--rounds 5] [--cases linear plain distillation]
 
-A shape: rows, hidden width, vocabulary. Times are of contestants that take turns within one process; peak memory is that
-above the start, gradients included, of one forward and backward in a process of its own. Liger-Kernel and
-cut-cross-entropy have Triton kernels alone: they are contestants of `python -m benchmarks.gpu`.
+A shape: rows, hidden width, vocabulary. Times are of contestants that take turns within one process; peak memory is
+that above the start, gradients included, of one forward and backward in a process of its own. Liger-Kernel and
+cut-cross-entropy, not run here, have Triton kernels alone: they are contestants of `python -m benchmarks.gpu`.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def plain(rows: int, width: int, classes: int) -> dict[str, Run]:
 
 
 def distillation(rows: int, width: int, classes: int) -> dict[str, Run]:
-    from llmkern.reference import DistillationLoss as Plain
     from llmkern.loss import DistillationLoss
+    from llmkern.reference import DistillationLoss as Plain
 
     student, teacher = torch.randn(rows, classes).requires_grad_(), torch.randn(rows, classes)
     targets = torch.randint(classes, (rows,))

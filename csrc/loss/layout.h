@@ -10,7 +10,7 @@ namespace llmkern {
 // cache together. A multiple of the rows of a tile.
 constexpr int64_t kVocabularyBlock = 96;
 // Consecutive blocks whose parts of the hidden states' gradient are summed together: the pieces that threads take.
-constexpr int64_t kMostGroups = 16;
+constexpr int64_t kMostGroups = 12;
 // Numbers of a block that each row keeps for its statistics.
 constexpr int64_t kBlockStatistics = 3, kDistillationStatistics = 6;
 
