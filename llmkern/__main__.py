@@ -71,7 +71,7 @@ def build_lines() -> list[str]:
 
 def operator_lines() -> list[str]:
     """For each operator and device, which backend serves a typical call of each dtype, and why not an earlier one."""
-    lines = ["", f"{'operator':<28}{'device':<8}{'dtype':<10}served by"]
+    lines = ["", f"{'operator':<30}{'device':<8}{'dtype':<10}served by"]
     for name, operator in sorted(Operator.all.items()):
         for device in [d for d in operator.by_device if d != "other"]:
             for dtype in DTYPES:
@@ -85,15 +85,15 @@ def operator_lines() -> list[str]:
                 before = [b for b, _ in reasons].index(served) if served != "nothing" else len(reasons)
                 earlier = "; ".join(refused[:before])
                 label = str(dtype).removeprefix("torch.")
-                lines.append(f"{name:<28}{device:<8}{label:<10}{served}" + (f"  ({earlier})" if earlier else ""))
+                lines.append(f"{name:<30}{device:<8}{label:<10}{served}" + (f"  ({earlier})" if earlier else ""))
     return lines
 
 
 def preference_lines() -> list[str]:
     """Which of CUDA C++ and Triton comes first where both have a kernel, and why."""
-    lines = ["", f"{'operator':<28}{'capability':<18}{'shapes':<18}{'first on a GPU':<16}because"]
+    lines = ["", f"{'operator':<30}{'capability':<18}{'shapes':<18}{'first on a GPU':<16}because"]
     for p in backend.PREFERENCES:
-        lines.append(f"{p.operator:<28}{p.capabilities:<18}{p.shapes:<18}{p.backend:<16}{p.reason}")
+        lines.append(f"{p.operator:<30}{p.capabilities:<18}{p.shapes:<18}{p.backend:<16}{p.reason}")
     return lines
 
 

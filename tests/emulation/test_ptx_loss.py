@@ -50,12 +50,11 @@ def test_odd_rows():
     hold_cross_entropy(Emulated(), torch.tensor([ROWS[name][0] for name in NAN_ROWS]), torch.zeros(4).long())
 
 
-@CAPABILITIES
-def test_linear(capability):
-    run = Emulated(capability)
-    for dtype, reduction in ((torch.float32, "mean"), (torch.bfloat16, "none"), (torch.float16, "mean")):
-        hold_linear(run, 5, 70, dtype, reduction)
-    hold_linear_distillation(run, 5, 70, torch.bfloat16)
+def test_linear():
+    run = Emulated()
+    hold_linear(run, 3, 40, torch.float16, "mean")
+    hold_linear(run, 3, 40, torch.float32, "none", biased=False)
+    hold_linear_distillation(run, 3, 40, torch.bfloat16)
     assert {kernel for _, kernel in run.launched} == {
         "cross_entropy_kernel", "cross_entropy_backward_kernel", "distillation_kernel",
     }  # fmt: skip

@@ -140,7 +140,7 @@ def test_autocast(function, dtype, isa):
     fast, plain = both(function)
     with torch.autocast("cpu", dtype):
         loss, expected = fast(*given, targets), plain(*given, targets).float()
-    assert loss.dtype == torch.float32
+    assert loss.dtype == torch.float32 and loss.grad_fn.kept[0].dtype == reference.gradient_dtype(dtype)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     for a, b in zip(torch.autograd.grad(loss, given), torch.autograd.grad(expected, given), strict=True):
         assert a.dtype == torch.float32

@@ -17,22 +17,30 @@ import torch
 from torch import Tensor
 
 from llmkern import autocast
-from llmkern.operator import call_key, is_compiling
+from llmkern.operator import call_key, check_types, dispatch, is_compiling
 
 #: The gradients of hidden, weight and bias made again, of the operator's arguments, its results between the loss and
 #: the gradients, the loss's gradient, and which of the three are needed.
 Again = Callable[[Sequence[Any], Sequence[Tensor], Tensor, tuple[bool, ...]], Sequence[Tensor | None]]
 
 
-def needs(*tensors: Tensor | None) -> list[bool]:
-    """Which gradients autograd will ask for."""
+def loss(
+    name: str, function: type[torch.autograd.Function], run: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]
+) -> Tensor:
+    """The loss of an operator's arguments but the last: by its Function of eager calls where they are plain tensors, by
+    the dispatcher else. Under autocast its floating tensors are cast first, as torch casts those of a linear layer."""
+    device = args[0].device
+    if autocast.is_on(device):
+        args = tuple(autocast.cast(t)[0] if isinstance(t, Tensor) else t for t in args)
+        with torch.autocast(device.type, enabled=False):
+            return loss(name, function, run, args)
     enabled = torch.is_grad_enabled()
-    return [enabled and t is not None and t.requires_grad for t in tensors]
-
-
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary tensors in ordinary eager mode, of which nothing is lost past the dispatcher."""
-    return not is_compiling() and call_key(*tensors) is not None
+    needs = [enabled and isinstance(t, Tensor) and t.requires_grad for t in args[:3]]
+    if is_compiling() or call_key(*(t for t in args if isinstance(t, Tensor))) is None:
+        result: Tensor = dispatch(name, *args, needs)[0]
+        return result
+    check_types(name, (*args, needs))
+    return function.apply(*args, needs) if any(needs) else run(*args, needs)[0]
 
 
 def rules(again: Again) -> tuple[Callable[..., None], Callable[..., Any]]:

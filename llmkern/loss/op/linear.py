@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern import autocast, check
+from llmkern import check
 from llmkern.backend import Operator, reference_backend
 from llmkern.loss import reference
 from llmkern.loss.compiled_linear import CPU_LINEAR_CROSS_ENTROPY, CPU_LINEAR_CROSS_ENTROPY_BACKWARD
 from llmkern.loss.op import checks, kept
 from llmkern.loss.op.cross_entropy import reduced
 from llmkern.loss.triton_linear import TRITON_LINEAR_CROSS_ENTROPY, TRITON_LINEAR_CROSS_ENTROPY_BACKWARD
-from llmkern.operator import check_types, define, dispatch
+from llmkern.operator import define
 from llmkern.second_order import backward_of, setup
 
 
@@ -37,19 +37,10 @@ def linear_cross_entropy(
     """
     check.one_of("reduction", reduction, checks.REDUCTIONS)
     checks.leading(targets, "hidden", hidden, "D")
-    shape = targets.shape
-    if autocast.is_on(hidden.device):
-        hidden, weight = autocast.cast(hidden, weight)
-        bias = None if bias is None else autocast.cast(bias)[0]
-    hidden, targets = hidden.reshape(targets.numel(), hidden.size(-1)), targets.reshape(-1)
-    wanted = kept.needs(hidden, weight, bias)
-    args = hidden, weight, bias, targets, ignore_index, label_smoothing, z_loss, reduction, wanted
-    if kept.is_plain(hidden, weight, bias, targets):
-        check_types("linear_cross_entropy", args)
-        loss = _LinearCrossEntropy.apply(*args) if any(wanted) else _checked_run(*args)[0]
-    else:
-        loss = dispatch("linear_cross_entropy", *args)[0]
-    return loss.view(shape) if reduction == "none" else loss
+    rows = hidden.reshape(targets.numel(), hidden.size(-1))
+    args = rows, weight, bias, targets.reshape(-1), ignore_index, label_smoothing, z_loss, reduction
+    loss = kept.loss("linear_cross_entropy", _LinearCrossEntropy, _checked_run, args)
+    return loss.view(targets.shape) if reduction == "none" else loss
 
 
 def _check(

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmkern import autocast, check
+from llmkern import check
 from llmkern.backend import Operator, reference_backend
 from llmkern.loss import reference
 from llmkern.loss.compiled_linear import CPU_LINEAR_DISTILLATION
 from llmkern.loss.op import checks, kept
 from llmkern.loss.op.linear import empty_gradients
 from llmkern.loss.triton_linear import TRITON_LINEAR_DISTILLATION
-from llmkern.operator import check_types, define, dispatch
+from llmkern.operator import define
 
 
 def linear_distillation(
@@ -38,19 +38,10 @@ def linear_distillation(
     """
     checks.leading(targets, "student_hidden", student_hidden, "D")
     checks.leading(targets, "teacher_hidden", teacher_hidden, "D")
-    given: list[Any] = [student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias]
-    if autocast.is_on(student_hidden.device):
-        given = [autocast.cast(t)[0] if isinstance(t, Tensor) else t for t in given]
-    given = [t.reshape(targets.numel(), t.size(-1)) if i in (0, 3) else t for i, t in enumerate(given)]
-    given[3:] = [t.detach() if isinstance(t, Tensor) else t for t in given[3:]]
-    classes = targets.reshape(-1)
-    wanted = kept.needs(*given[:3])
-    args = *given, classes, temperature, alpha, ignore_index, wanted
-    if kept.is_plain(*given, classes):
-        check_types("linear_distillation", args)
-        return _LinearDistillation.apply(*args) if any(wanted) else _checked_run(*args)[0]
-    loss: Tensor = dispatch("linear_distillation", *args)[0]
-    return loss
+    hidden, taught = (t.reshape(targets.numel(), t.size(-1)) for t in (student_hidden, teacher_hidden))
+    teacher = (t.detach() if isinstance(t, Tensor) else t for t in (taught, teacher_weight, teacher_bias))
+    args = hidden, student_weight, student_bias, *teacher, targets.reshape(-1), temperature, alpha, ignore_index
+    return kept.loss("linear_distillation", _LinearDistillation, _checked_run, args)
 
 
 def _check(
