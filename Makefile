@@ -6,7 +6,7 @@ PIP_ARGS ?=
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 # Those that run the compiled library; not the GPU kernels' tests, which bring their own.
 # Nor those of what Python does around the int8 kernels.
-LIBRARY_TESTS := tests/activation tests/attention tests/int8 tests/norm tests/positional --ignore-glob='*test_triton.py' --ignore-glob='*test_cuda*.py' \
+LIBRARY_TESTS := tests/activation tests/attention tests/int8 tests/loss tests/norm tests/positional --ignore-glob='*test_triton.py' --ignore-glob='*test_cuda*.py' \
 	$(foreach name,lora packing packing_threads out portability,--ignore=tests/int8/test_$(name).py)
 # Test files run in two processes: most of them keep one core busy. Threads that wait leave the cores to others.
 WORKERS ?= -n 2 --dist loadfile
@@ -50,4 +50,4 @@ sanitize: install-demo,test  ## the kernels' tests under AddressSanitizer and Un
 # AArch64's portable code is that of other processors but for the products of int8.
 neon: install-demo,test  ## the kernels' tests with the NEON code under QEMU (g++-aarch64-linux-gnu, qemu-user-static)
 	LLMKERN_TEST_ISAS="neon neondot" $(BIN)/python tests/neon/run.py -k neon tests/neon $(LIBRARY_TESTS)
-	LLMKERN_TEST_ISAS=portable $(BIN)/python tests/neon/run.py -k portable $(filter-out tests/activation tests/attention tests/norm tests/positional,$(LIBRARY_TESTS))
+	LLMKERN_TEST_ISAS=portable $(BIN)/python tests/neon/run.py -k portable $(filter-out tests/activation tests/attention tests/loss tests/norm tests/positional,$(LIBRARY_TESTS))

@@ -15,6 +15,7 @@
 #include "common/parallel.h"
 #include "int8/bindings.h"
 #include "layer/bindings.h"
+#include "loss/bindings.h"
 #include "norm/bindings.h"
 #include "positional/bindings.h"
 #ifdef LLMKERN_CUDA
@@ -50,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
   llmkern::bind_activation(m);
   llmkern::bind_attention(m);
   llmkern::bind_int8(m);
+  llmkern::bind_loss(m);
   llmkern::bind_norm(m);
   llmkern::bind_positional(m);
   llmkern::bind_layer(m);

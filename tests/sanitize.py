@@ -18,7 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 IGNORED = ["--ignore-glob=*test_triton.py", "--ignore-glob=*test_cuda*.py"]
 IGNORED += [f"--ignore=tests/int8/test_{name}.py" for name in ("lora", "packing", "packing_threads", "portability")]
 # Those of the kernels, without those of what Python does around the int8 ones.
-FAMILIES = ["tests/activation", "tests/attention", "tests/int8", "tests/norm", "tests/positional", *IGNORED]
+FAMILIES = [
+    "tests/activation",
+    "tests/attention",
+    "tests/int8",
+    "tests/loss",
+    "tests/norm",
+    "tests/positional",
+    *IGNORED,
+]
 
 OVERFLOW = """
 import torch

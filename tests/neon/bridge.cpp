@@ -69,6 +69,22 @@ void move_pointers(NormBackwardParams& p) {
 }
 void move_pointers(GatedParams& p) { move_all(p.gate, p.up, p.out); }
 void move_pointers(GatedBackwardParams& p) { move_all(p.grad, p.gate, p.up, p.dgate, p.dup); }
+void move_pointers(CrossEntropyParams& p) { move_all(p.logits, p.targets, p.loss, p.lse); }
+void move_pointers(CrossEntropyBackwardParams& p) { move_all(p.grad, p.logits, p.targets, p.lse, p.out); }
+void move_pointers(DistillationParams& p) { move_all(p.student, p.teacher, p.targets, p.soft, p.hard, p.stats); }
+void move_pointers(DistillationBackwardParams& p) {
+  move_all(p.grad_soft, p.grad_hard, p.student, p.teacher, p.targets, p.stats, p.soft, p.student_out, p.teacher_out);
+}
+void move_pointers(LinearHead& p) { move_all(p.hidden, p.weight, p.bias); }
+void move_pointers(LinearHeadGradients& p) { move_all(p.hidden, p.weight, p.bias); }
+void move_pointers(LinearCrossEntropyParams& p) {
+  move_pointers(p.head), move_pointers(p.grads);
+  move_all(p.targets, p.upstream, p.loss, p.work, p.lse);
+}
+void move_pointers(LinearDistillationParams& p) {
+  move_pointers(p.student), move_pointers(p.teacher), move_pointers(p.grads);
+  move_all(p.targets, p.soft, p.hard, p.work);
+}
 void move_pointers(RooflineParams& p) { move_all(p.data, p.sink, p.work); }
 
 // A process under QEMU that serves one call after the other.

@@ -13,23 +13,30 @@
 #include "../../csrc/attention/params.h"
 #include "../../csrc/common/roofline.h"
 #include "../../csrc/int8/params.h"
+#include "../../csrc/loss/params.h"
 #include "../../csrc/norm/params.h"
 #include "../../csrc/positional/params.h"
 
 // Every kernel, with its parameters; and those that instruction sets which add products of bytes alone have for
 // themselves.
-#define LLMKERN_FOR_EACH_PLAIN_KERNEL(X)         \
-  X(attention_forward, AttentionParams)          \
-  X(attention_backward, AttentionParams)         \
-  X(attention_weights, AttentionParams)          \
-  X(attention_weights_backward, AttentionParams) \
-  X(cache_append, CacheParams)                   \
-  X(sinusoidal_add, SinusoidalAddParams)         \
-  X(rotary, RotaryParams)                        \
-  X(norm, NormParams)                            \
-  X(norm_backward, NormBackwardParams)           \
-  X(gated, GatedParams)                          \
-  X(gated_backward, GatedBackwardParams)
+#define LLMKERN_FOR_EACH_PLAIN_KERNEL(X)                \
+  X(attention_forward, AttentionParams)                 \
+  X(attention_backward, AttentionParams)                \
+  X(attention_weights, AttentionParams)                 \
+  X(attention_weights_backward, AttentionParams)        \
+  X(cache_append, CacheParams)                          \
+  X(sinusoidal_add, SinusoidalAddParams)                \
+  X(rotary, RotaryParams)                               \
+  X(norm, NormParams)                                   \
+  X(norm_backward, NormBackwardParams)                  \
+  X(gated, GatedParams)                                 \
+  X(gated_backward, GatedBackwardParams)                \
+  X(cross_entropy, CrossEntropyParams)                  \
+  X(cross_entropy_backward, CrossEntropyBackwardParams) \
+  X(distillation, DistillationParams)                   \
+  X(distillation_backward, DistillationBackwardParams)  \
+  X(linear_cross_entropy, LinearCrossEntropyParams)     \
+  X(linear_distillation, LinearDistillationParams)
 #define LLMKERN_FOR_EACH_BYTE_KERNEL(X) \
   X(int8_pack, Int8PackParams)          \
   X(int8_linear, Int8LinearParams)      \

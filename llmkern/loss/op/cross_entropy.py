@@ -10,6 +10,7 @@ from torch import Tensor
 from llmkern import check
 from llmkern.backend import Operator, reference_backend
 from llmkern.loss import reference
+from llmkern.loss.compiled import CPU_CROSS_ENTROPY, CPU_CROSS_ENTROPY_BACKWARD
 from llmkern.loss.op import checks
 from llmkern.loss.triton_launch import TRITON_CROSS_ENTROPY, TRITON_CROSS_ENTROPY_BACKWARD
 from llmkern.operator import call_key, define, dispatch, is_compiling, short_autograd
@@ -82,13 +83,13 @@ def _backward_example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 
 _CROSS_ENTROPY = Operator(
     "cross_entropy", _check, _example,
-    cpu=[reference_backend(reference.cross_entropy)],
+    cpu=[CPU_CROSS_ENTROPY, reference_backend(reference.cross_entropy)],
     cuda=[TRITON_CROSS_ENTROPY, reference_backend(reference.cross_entropy)],
     other=[reference_backend(reference.cross_entropy)],
 )  # fmt: skip
 _BACKWARD = Operator(
     "cross_entropy_backward", _check_backward, _backward_example,
-    cpu=[reference_backend(reference.cross_entropy_backward)],
+    cpu=[CPU_CROSS_ENTROPY_BACKWARD, reference_backend(reference.cross_entropy_backward)],
     cuda=[TRITON_CROSS_ENTROPY_BACKWARD, reference_backend(reference.cross_entropy_backward)],
     other=[reference_backend(reference.cross_entropy_backward)],
 )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from llmkern import check
 from llmkern.backend import Operator, reference_backend
 from llmkern.loss import reference
+from llmkern.loss.compiled import CPU_DISTILLATION, CPU_DISTILLATION_BACKWARD
 from llmkern.loss.op import checks
 from llmkern.loss.triton_launch import TRITON_DISTILLATION, TRITON_DISTILLATION_BACKWARD
 from llmkern.operator import call_key, define, dispatch, is_compiling, short_autograd
@@ -80,13 +81,13 @@ def _backward_example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 
 _DISTILLATION = Operator(
     "distillation", _check, _example,
-    cpu=[reference_backend(reference.distillation)],
+    cpu=[CPU_DISTILLATION, reference_backend(reference.distillation)],
     cuda=[TRITON_DISTILLATION, reference_backend(reference.distillation)],
     other=[reference_backend(reference.distillation)],
 )  # fmt: skip
 _BACKWARD = Operator(
     "distillation_backward", _check_backward, _backward_example,
-    cpu=[reference_backend(reference.distillation_backward)],
+    cpu=[CPU_DISTILLATION_BACKWARD, reference_backend(reference.distillation_backward)],
     cuda=[TRITON_DISTILLATION_BACKWARD, reference_backend(reference.distillation_backward)],
     other=[reference_backend(reference.distillation_backward)],
 )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from llmkern import check
 from llmkern.backend import Operator, reference_backend
 from llmkern.loss import reference
+from llmkern.loss.compiled_linear import CPU_LINEAR_CROSS_ENTROPY, CPU_LINEAR_CROSS_ENTROPY_BACKWARD
 from llmkern.loss.op import checks, kept
 from llmkern.loss.op.cross_entropy import reduced
 from llmkern.loss.triton_linear import TRITON_LINEAR_CROSS_ENTROPY, TRITON_LINEAR_CROSS_ENTROPY_BACKWARD
@@ -75,13 +76,13 @@ def _backward_example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 
 _LINEAR = Operator(
     "linear_cross_entropy", _check, _example,
-    cpu=[reference_backend(reference.linear_cross_entropy)],
+    cpu=[CPU_LINEAR_CROSS_ENTROPY, reference_backend(reference.linear_cross_entropy)],
     cuda=[TRITON_LINEAR_CROSS_ENTROPY, reference_backend(reference.linear_cross_entropy)],
     other=[reference_backend(reference.linear_cross_entropy)],
 )  # fmt: skip
 _BACKWARD = Operator(
     "linear_cross_entropy_backward", _check_backward, _backward_example,
-    cpu=[reference_backend(reference.linear_cross_entropy_backward)],
+    cpu=[CPU_LINEAR_CROSS_ENTROPY_BACKWARD, reference_backend(reference.linear_cross_entropy_backward)],
     cuda=[TRITON_LINEAR_CROSS_ENTROPY_BACKWARD, reference_backend(reference.linear_cross_entropy_backward)],
     other=[reference_backend(reference.linear_cross_entropy_backward)],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from llmkern import check
 from llmkern.backend import Operator, reference_backend
 from llmkern.loss import reference
+from llmkern.loss.compiled_linear import CPU_LINEAR_DISTILLATION
 from llmkern.loss.op import checks, kept
 from llmkern.loss.op.linear import empty_gradients
 from llmkern.loss.triton_linear import TRITON_LINEAR_DISTILLATION
@@ -71,7 +72,7 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 
 _LINEAR = Operator(
     "linear_distillation", _check, _example,
-    cpu=[reference_backend(reference.linear_distillation)],
+    cpu=[CPU_LINEAR_DISTILLATION, reference_backend(reference.linear_distillation)],
     cuda=[TRITON_LINEAR_DISTILLATION, reference_backend(reference.linear_distillation)],
     other=[reference_backend(reference.linear_distillation)],
 )  # fmt: skip
