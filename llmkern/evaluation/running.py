@@ -27,16 +27,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def cast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast, or nothing for "float32"."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
 @contextlib.contextmanager
-def evaluating(model: nn.Module, precision: str) -> Iterator[None]:
+def evaluating(model: nn.Module, precision: str = "float32") -> Iterator[None]:
     """In eval mode and without gradients, under autocast unless precision is "float32"; afterwards as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
-    kind = device_of(model).type
-    dtype = None if precision == "float32" else getattr(torch, precision)
-    cast = torch.autocast(kind, dtype=dtype) if dtype else contextlib.nullcontext()
     try:
-        with torch.no_grad(), cast:
+        with torch.no_grad(), cast(device_of(model), precision):
             yield
     finally:
         for module in training:
