@@ -21,6 +21,7 @@ PUBLIC = [
     *((llmkern.reference, name) for name in [*MODULES, "quantize_model"] if name not in ("LayerNorm", "RMSNorm")),
     *((llmkern.functional, name) for name in FUNCTIONAL),
     # But for a named tuple, whose constructor is not its own.
+    *((llmkern.monitoring, name) for name in ("Counts", "start", "stop", "watch")),
     *((llmkern.evaluation, name) for name in llmkern.evaluation.__all__),
     *((llmkern.training, name) for name in llmkern.training.__all__ if name != "ModelOutput"),
 ]
