@@ -157,7 +157,7 @@ def start(*, ranges: bool = False) -> Counts:
 
 
 def stop() -> None:
-    """Counts no longer."""
+    """Counts no longer; what was counted stays in the Counts that `start` returned."""
     _change(None)
 
 
