@@ -76,7 +76,9 @@ def scored(outputs: list[str], references: list[list[str]]) -> GenerationQuality
             f'expected sacrebleu and rouge-score, which pip install "llmkern[eval]" brings: {error}'
         ) from error
     most = max(map(len, references))
-    streams = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
+    streams: list[list[Any]] = [
+        [several[i] if i < len(several) else None for several in references] for i in range(most)
+    ]
     corpus, sentence = BLEU(), BLEU(effective_order=True)  # the latter as sacrebleu asks for single sentences
     bleu = corpus.corpus_score(outputs, streams).score
     sentences = [sentence.sentence_score(o, several).score for o, several in zip(outputs, references, strict=True)]
