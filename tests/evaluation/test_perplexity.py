@@ -14,6 +14,7 @@ from torch.multiprocessing import spawn
 
 import llmkern
 from llmkern.evaluation import ModelEvaluator
+from llmkern.evaluation.scoring import negative_log_likelihood
 from llmkern.training import build_model
 from tests.evaluation import tiny
 from tests.training import tiny as training
@@ -60,6 +61,14 @@ def test_texts_without_a_window_are_cut_to_what_the_model_takes():
     total, count = tiny.independent(model, tokens(), 8, 4)
     found = ModelEvaluator(model, tiny.tokenizer()).evaluate_perplexity(tiny.TEXTS)
     assert found == pytest.approx(math.exp(total / count), rel=1e-12)
+
+
+def test_logits_of_a_large_vocabulary_are_summed_in_float64():
+    logits = torch.randn(2, 3, 50_000, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[7, -100, 49_999], [-100, -100, 3]])
+    right = -math.fsum(tiny.log_probability(logits[i, j], int(targets[i, j])) for i, j in ((0, 0), (0, 2), (1, 2)))
+    found, count = negative_log_likelihood(logits, targets)
+    assert count == 3 and found == pytest.approx(right, rel=1e-13)
 
 
 @torch.no_grad()
