@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.harness import markdown
+from llmkern.evaluation.timing import markdown
 from llmkern.functional import attention_int8_error
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks import attention_contestants, machine
 from benchmarks.attention_contestants import CONTESTANTS, Problem
 from benchmarks.family import OURS, RESULTS, progress, slug
-from benchmarks.harness import Spread, markdown
+from llmkern.evaluation.timing import Spread, markdown
 
 NAME = "attention_peers"
 DOCS = machine.ROOT / "docs" / "attention_share_of_peak.md"

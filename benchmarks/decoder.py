@@ -28,7 +28,7 @@ import torch
 from benchmarks import int8_models, machine
 from benchmarks.decoder_contestants import CONTESTANTS, GGUF, TOKENS, WINDOW, missing
 from benchmarks.family import RESULTS, progress, slug
-from benchmarks.harness import Spread, markdown
+from llmkern.evaluation.timing import Spread, markdown
 
 BASELINE = "transformers (sdpa, fp32)"
 LONGEST = 1800.0  #: seconds after which a process counts as hanging

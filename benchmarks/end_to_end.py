@@ -19,11 +19,9 @@ Writes end_to_end.md (the table), .png (a plot, where matplotlib is installed) a
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import multiprocessing
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -35,9 +33,10 @@ from torch import Tensor, nn
 
 import llmkern
 from benchmarks import machine
-from benchmarks.harness import Result, Spread, markdown, measure, seconds
 from benchmarks.sentence_encoder import Batch, Source, cosine, embeddings, neighbours_kept, sentences, source
 from llmkern import extension
+from llmkern.evaluation.memory import release, resident
+from llmkern.evaluation.timing import Result, Spread, markdown, measure, seconds
 
 BATCH = 32
 COLUMNS = (
@@ -95,22 +94,6 @@ def run(model: nn.Module, batches: list[Batch], after_batch: Callable[[], Any] =
             outputs.append(model(*batch))
             after_batch()
         return outputs
-
-
-def resident(field: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (the peak) of this process, of its own pages and of files it has mapped."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
-
-
-def release() -> None:
-    """Gives what is freed back to the system, so that it does not count as used."""
-    gc.collect()
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):  # another C library
-            return
 
 
 def peak_memory(contestant: Contestant, origin: Source, batches: list[Batch], device: str) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import isa, machine, roofline
-from benchmarks.harness import Result, markdown, measure, seconds
+from llmkern.evaluation.timing import Result, markdown, measure, seconds
 from llmkern.verify import Report
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -32,10 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import end_to_end, harness, int8_models, machine, peers, sentence_encoder
+from benchmarks import end_to_end, int8_models, machine, peers, sentence_encoder
 from benchmarks.family import OURS
-from benchmarks.harness import Result, Spread, markdown, seconds
 from benchmarks.int8_models import FP32, Contestant
+from llmkern.evaluation import timing as harness
+from llmkern.evaluation.timing import Result, Spread, markdown, seconds
 
 LAYERS = [(768, 3072), (4096, 4096)]  # (K, N)
 ROWS = 128

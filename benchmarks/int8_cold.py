@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import harness, int8, isa, machine, peers, roofline
+from benchmarks import int8, isa, machine, peers, roofline
 from benchmarks.family import OURS, RESULTS, progress, slug
-from benchmarks.harness import Result, Spread, markdown, seconds
+from llmkern.evaluation import timing as harness
+from llmkern.evaluation.timing import Result, Spread, markdown, seconds
 from llmkern.verify.report import Report
 
 SHAPES = [(m, k, n) for k, n in int8.LAYERS for m in (1, 4)]

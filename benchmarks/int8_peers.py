@@ -23,8 +23,8 @@ from typing import Any
 from benchmarks import int8, int8_contestants, machine
 from benchmarks.attention_peers import Comparison, compare
 from benchmarks.family import OURS, RESULTS, slug
-from benchmarks.harness import Spread, markdown, seconds
 from benchmarks.int8_contestants import CONTESTANTS, Problem
+from llmkern.evaluation.timing import Spread, markdown, seconds
 
 NAME = "int8_peers"
 SHAPES = [(m, k, n) for k, n in int8.LAYERS[:-1] for m in (1, 16, 128, 512)]

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from benchmarks import machine
 from benchmarks.family import RESULTS, slug
-from benchmarks.harness import measure
+from llmkern.evaluation.timing import measure
 from llmkern.training import MixedPrecisionTrainer, PretrainingConfig, build_model
 from llmkern.training.models import IGNORED, PretrainingModel
 

@@ -5,7 +5,7 @@ The modules here have the constructor, forward and state_dict of their plain ver
 outputs and gradients are as accurate as the plain version's. `python -m llmkern` prints what serves each operator here.
 """
 
-from llmkern import flops, functional, reference
+from llmkern import flops, functional, monitoring, reference
 from llmkern.attention.module import MultiHeadAttention
 from llmkern.int8.module import Int8Linear
 from llmkern.int8.scheme import Int8Scheme
@@ -34,6 +34,7 @@ __all__ = [
     "Transformer",
     "functional",
     "kernelize",
+    "monitoring",
     "quantize_like",
     "quantize_model",
     "reference",

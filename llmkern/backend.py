@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llmkern import extension
+from llmkern import extension, monitoring
 from llmkern.operator import check_types
 
 NAMES = ("cpu", "cuda", "triton", "reference")
@@ -267,8 +267,12 @@ class Operator:
     def plan(self, *args: Any) -> Callable[..., Any]:
         """Checks the arguments, and gives the launcher for all calls with their metadata."""
         self.check(*args)
-        launch: Callable[..., Any] = self._choose(args).plan(*args)
-        return launch
+        chosen = self._choose(args)
+        launch: Callable[..., Any] = chosen.plan(*args)
+        if monitoring.current is None:
+            return launch
+        fallback = chosen.name == "reference" and _forced is None
+        return monitoring.current.counting(self.name, chosen.name, fallback, launch)
 
     def short_call(self, key: bytes, recorded: Callable[..., Any], *args: Any) -> Callable[..., Any]:
         """The launcher of a public function's calls with this key (`operator.call_key`), kept in `short`.

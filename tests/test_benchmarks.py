@@ -16,7 +16,6 @@ from benchmarks import (
     attention_contestants,
     attention_peers,
     family,
-    harness,
     int8,
     int8_accuracy,
     int8_cold,
@@ -31,8 +30,9 @@ from benchmarks import (
 )
 from benchmarks.attention_contestants import Problem
 from benchmarks.family import Case
-from benchmarks.harness import Result, Spread, markdown, measure, seconds
 from llmkern import extension
+from llmkern.evaluation import timing as harness
+from llmkern.evaluation.timing import Result, Spread, markdown, measure, seconds
 from llmkern.verify import verify
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import end_to_end, sentence_encoder
-from benchmarks.harness import Result
+from llmkern.evaluation.timing import Result
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import export_aotinductor, int8_text, kernelize_model, lora_int8, pretrain, train_encoder
+from examples import evaluate, export_aotinductor, int8_text, kernelize_model, lora_int8, pretrain, train_encoder
 from tests.inductor import QUICK_PACKAGE
 from tests.models import tiny
 
@@ -53,6 +53,19 @@ def test_train_encoder(tmp_path, capsys):
     assert "PositionalEncoding" in printed and "FusedEncoderLayer" in printed
 
 
+def test_evaluate(capsys):
+    pytest.importorskip("transformers", minversion="5")
+    evaluate.main(["--steps", "40", "--windows", "2", "--rounds", "2", "--prompt-tokens", "16"])
+    printed = capsys.readouterr().out
+    found = {
+        name: float(x) for name, x in re.findall(r"^(fp32|llmkern|int8) +perplexity (\d+\.\d+)", printed, re.MULTILINE)
+    }
+    assert len(found) == 3 and found["llmkern"] == pytest.approx(found["fp32"], rel=1e-3)
+    assert found["int8"] == pytest.approx(found["fp32"], rel=0.1) and 1 < found["fp32"] < 200
+    assert len(re.findall(r"^\w+ +decode: .* times as fast", printed, re.MULTILINE)) == 3
+    assert "a million tokens" in printed and re.search(r"^attention +cpu", printed, re.MULTILINE)
+
+
 def test_pretrain(tmp_path, capsys):
     pytest.importorskip("transformers", minversion="5")
     pytest.importorskip("matplotlib")
@@ -88,6 +101,7 @@ def test_export_aotinductor(tmp_path, capsys):
 
 WRONG = {
     "a file that is not there": (train_encoder, ["--text", "nowhere"], "argument --text: expected a file of text, got"),
+    "a free hour": (evaluate, ["--cost-per-hour", "0"], "--cost-per-hour: cost_per_hour: expected a number above 0"),
     "no steps": (int8_text, ["--steps", "0"], "argument --steps: expected a positive integer, got '0'"),
     "a model that is not there": (int8_text, ["--model", "/nowhere"], "--model: expected a folder or name of a"),
     "a text that is not there": (pretrain, ["--text", "nowhere"], "argument --text: paths: expected files or folders"),

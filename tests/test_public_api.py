@@ -7,6 +7,7 @@ import inspect
 import pytest
 
 import llmkern  # which must bring its rooms along
+import llmkern.evaluation
 import llmkern.training
 
 MODULES = [
@@ -20,6 +21,8 @@ PUBLIC = [
     *((llmkern.reference, name) for name in [*MODULES, "quantize_model"] if name not in ("LayerNorm", "RMSNorm")),
     *((llmkern.functional, name) for name in FUNCTIONAL),
     # But for a named tuple, whose constructor is not its own.
+    *((llmkern.monitoring, name) for name in ("Counts", "start", "stop", "watch")),
+    *((llmkern.evaluation, name) for name in llmkern.evaluation.__all__),
     *((llmkern.training, name) for name in llmkern.training.__all__ if name != "ModelOutput"),
 ]
 

@@ -8,8 +8,8 @@ from typing import Any
 from benchmarks.gpu import calls, timing
 from benchmarks.gpu.device_rates import floor
 from benchmarks.gpu.steps import Setting
-from benchmarks.harness import Result, seconds
 from llmkern import backend
+from llmkern.evaluation.timing import Result, seconds
 from llmkern.verify import verify
 
 Contestants = dict[str, Callable[[], Any]]

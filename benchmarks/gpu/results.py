@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import markdown, seconds
+from llmkern.evaluation.timing import markdown, seconds
 
 Rows = Mapping[str, list[dict[str, Any]]]
 STATUSES = ("passed", "measured", "skipped", "failed", "not reached")

@@ -24,8 +24,8 @@ import torch
 from benchmarks import machine
 from benchmarks.gpu import calls, timing
 from benchmarks.gpu.steps import Setting
-from benchmarks.harness import Spread, seconds
 from llmkern import backend, triton, triton_table
+from llmkern.evaluation.timing import Spread, seconds
 from llmkern.inspect import sweep
 from llmkern.triton_table import Line
 from llmkern.verify import verify

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.steps import context_lost
-from benchmarks.harness import Result
+from llmkern.evaluation.timing import Result
 
 #: Calls of a contestant in one round; the median over them is the round's sample.
 CALLS = 5
@@ -51,7 +51,7 @@ def measure(
     floor: float = 0.0,
     clock: Callable[[Callable[[], Any], str], float] = once,
 ) -> Result:
-    """As benchmarks.harness.measure; floor: seconds that no version beats."""
+    """As llmkern.evaluation.timing.measure; floor: seconds that no version beats."""
     result = Result(baseline, {}, {})
     for name, function in contestants.items():
         try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as every
 
-from llmkern import check, extension
+from llmkern import check, extension, monitoring
 from llmkern.int8 import packing
 from llmkern.int8.module import Int8Linear
 from llmkern.int8.scheme import ACTIVATIONS, INPUTS
@@ -183,7 +183,10 @@ def call(layer: Any, gate: str, norms: Any, hidden: Tensor, arguments: dict[str,
             return None
         blocks = found
     out = torch.empty_like(hidden)
-    extension._C.decoder_layer(
+    run = extension._C.decoder_layer
+    if monitoring.current is not None:
+        run = monitoring.current.counting("decoder_layer", "cpu", False, run)
+    run(
         plan, extension.threads(), past, hidden, out, *tables, mask, *blocks, attention_norm, feed_norm,
         *weights.tensors,
     )  # fmt: skip

@@ -1,14 +1,17 @@
 """`python -m llmkern serve MODEL`: transformers' server, every model that it loads on the kernels (extra: serve).
 
 Arguments and endpoints are those of `transformers serve`, among them OpenAI's /v1/chat/completions; --quantization
-takes int8 as well, which quantises every linear layer but the head of a model as it is loaded.
+takes int8 as well, which quantises every linear layer but the head of a model as it is loaded. --metrics-port gives
+Prometheus the counts of llmkern.monitoring at /metrics of that port (extra: eval), on --metrics-host (127.0.0.1).
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
+from llmkern import monitoring
 from llmkern.models.huggingface import head
 from llmkern.models.kernelize import kernelize
 from llmkern.models.quantize import quantize_model
@@ -31,6 +34,7 @@ def main(args: list[str]) -> None:
         raise SystemExit(f"{_NEEDS}, and transformers 5: {error}") from error
     if not is_serve_available():
         raise SystemExit(_NEEDS)
+    args = _with_metrics(args)
     register()  # what a folder's own configuration may name is then known here
     # The server makes its manager by this name, and its command line knows no other way to exchange what loads models.
     manager: Any = served
@@ -39,6 +43,29 @@ def main(args: list[str]) -> None:
         app(args=["serve", *args], prog_name="python -m llmkern")
     except OSError as error:  # so transformers says that there is no such model
         raise SystemExit(f"{_NAME}: {error}") from error
+
+
+def _with_metrics(args: list[str]) -> list[str]:
+    """Answers Prometheus, where these arguments ask for it; the rest of them."""
+    parser = argparse.ArgumentParser(prog=_NAME, add_help=False, allow_abbrev=False)
+    parser.add_argument("--metrics-port", type=int)
+    parser.add_argument("--metrics-host", default="127.0.0.1")
+    options, rest = parser.parse_known_args(args)
+    if options.metrics_port is None:
+        return rest
+    if not 0 < options.metrics_port < 65536:
+        raise SystemExit(f"{_NAME}: --metrics-port: expected 1 to 65535, got {options.metrics_port}")
+    where = f"{options.metrics_host}:{options.metrics_port}"
+    try:
+        monitoring.start().serve(options.metrics_port, options.metrics_host)
+    except ImportError as error:
+        raise SystemExit(
+            f'{_NAME}: --metrics-port: expected prometheus-client (pip install "llmkern[eval]")'
+        ) from error
+    except OSError as error:
+        raise SystemExit(f"{_NAME}: --metrics-port: expected a free port, got {where}: {error}") from error
+    print(f"llmkern: counts at http://{where}/metrics", file=sys.stderr, flush=True)
+    return rest
 
 
 def _manager(plain: Any) -> type[Any]:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import llmkern
 transformers = pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
 openai = pytest.importorskip("openai")
 
 from tests.models import tiny  # noqa: E402
@@ -44,8 +46,10 @@ class Server:
     """One that runs, with what it printed so far."""
 
     def __init__(self, folder: Path, log: Path, options: list[str]) -> None:
-        port = free_port()
-        arguments = command(str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", *options)
+        port, metrics = free_port(), free_port()
+        options = [*options, "--device", "cpu", "--metrics-port", str(metrics)]
+        arguments = command(str(folder), "--host", "127.0.0.1", "--port", str(port), *options)
+        self.metrics = f"http://127.0.0.1:{metrics}/metrics"
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self.log = log
         with log.open("w") as file:
@@ -106,6 +110,10 @@ def test_a_chat_gives_the_models_greedy_text(way, servers, folder):
     assert text == expected(folder, way) and len(text.split()) >= 3
     streamed = [part.choices[0].delta.content or "" for part in client.chat.completions.create(**asked, stream=True)]
     assert "".join(streamed) == text and len([part for part in streamed if part]) > 1
+    with urllib.request.urlopen(servers[way].metrics, timeout=30) as answer:
+        counts = answer.read().decode()
+    served = "int8_linear" if way == "int8" else "attention"
+    assert re.search(rf'llmkern_calls_total{{backend="cpu",operator="{served}"}} [1-9]', counts), counts
     log = servers[way].log.read_text()
     assert re.search(r"llmkern: (\d+) of \1 modules that kernels might serve replaced", log)
     assert ("llmkern: 14 of 15 linear layers in int8" in log) == (way == "int8")

@@ -22,6 +22,17 @@ from typing import Any, NamedTuple
 import torch
 
 
+def percentile(values: Iterable[float], share: float) -> float:
+    """By linear interpolation between the sorted values; share: .95 for the 95th."""
+    ordered = sorted(values)
+    if not ordered:
+        raise ValueError("values: expected at least one, got none")
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
 class Spread(NamedTuple):
     """A median with the 20th and the 80th percentile."""
 
@@ -32,17 +43,8 @@ class Spread(NamedTuple):
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
         """Percentiles by linear interpolation between the sorted values."""
-        ordered = sorted(values)
-        if not ordered:
-            raise ValueError("values: expected at least one, got none")
-
-        def at(share: float) -> float:
-            place = share * (len(ordered) - 1)
-            below = int(place)
-            above = min(below + 1, len(ordered) - 1)
-            return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
-
-        return cls(at(0.5), at(0.2), at(0.8))
+        found = list(values)
+        return cls(*(percentile(found, share) for share in (0.5, 0.2, 0.8)))
 
 
 @dataclass

@@ -1,0 +1,37 @@
+"""What a model is worth: its quality on one's own data, its speed, memory and cost. docs/evaluation.md."""
+
+from llmkern.evaluation.cost import (
+    MachineCost,
+    Return,
+    RunCost,
+    ServiceCost,
+    calculate_tech_stack_cost,
+    cost_per_million_tokens,
+    pretraining_cost,
+    return_on_acceleration,
+    service_cost,
+)
+from llmkern.evaluation.efficiency import Efficiency, Phase, compare_efficiency, count_flops, measure_efficiency
+from llmkern.evaluation.evaluator import ModelEvaluator
+from llmkern.evaluation.results import Classification, GenerationQuality, Likelihood
+
+__all__ = [
+    "Classification",
+    "Efficiency",
+    "GenerationQuality",
+    "Likelihood",
+    "MachineCost",
+    "ModelEvaluator",
+    "Phase",
+    "Return",
+    "RunCost",
+    "ServiceCost",
+    "calculate_tech_stack_cost",
+    "compare_efficiency",
+    "cost_per_million_tokens",
+    "count_flops",
+    "measure_efficiency",
+    "pretraining_cost",
+    "return_on_acceleration",
+    "service_cost",
+]
