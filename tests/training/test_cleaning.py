@@ -20,6 +20,8 @@ from llmkern.training.data import (
     repair,
 )
 from llmkern.training.data.quality import _repeated_characters
+from llmkern.training.data.units import units
+from tests.training.scripts import TEXTS
 
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # one emoji of three, joined
 REPAIRED = {
@@ -126,6 +128,12 @@ DROPPED = {
     "one phrase": (prose(150) + " and so it goes on and on for ever." * 12, "repeated 5-grams"),
     "Chinese over and over": (chinese(200) + "天地玄黄宇宙洪荒日月盈昃。" * 20, "one 3-gram over and over"),
     "short Chinese": (chinese(60), "too few words"),
+    "short Thai": (TEXTS["Thai"][:100], "too few words"),
+    "Burmese without sentences": (TEXTS["Burmese"].replace("။", ""), "too few sentences"),
+    "Khmer without sentences": (TEXTS["Khmer"].replace("។", ""), "too few sentences"),
+    "Tibetan without sentences": (TEXTS["Tibetan"].replace("།", ""), "too few sentences"),
+    "Lao over and over": (TEXTS["Lao"] + "ຊາວປະມົງສ້າງເຮືອນໄມ້" * 20, "one 3-gram over and over"),
+    "Thai digits": (TEXTS["Thai"] + " ๑๒๓๔๕" * 20, "words without letters"),
 }
 
 
@@ -146,7 +154,8 @@ GOOD = {
     "Japanese": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で"
     "ニャーニャー泣いていた事だけは記憶している。吾輩はここで始めて人間というものを見た。しかもあとで聞くと"
     "それは書生という人間中で一番獰悪な種族であったそうだ。",
-    "Thai": "".join(chr(0x0E01 + int(c)) for c in np.random.default_rng(1).integers(0, 40, 300)) + ". ๑. ๒.",
+    **TEXTS,
+    "Khmer with spaces of no width": "\u200b".join(units(TEXTS["Khmer"])),
     "Arabic": "؟ ".join(" ".join(arabic(20 * s + n) for n in range(20)) for s in range(5)) + "؟",
 }
 
@@ -154,6 +163,12 @@ GOOD = {
 @pytest.mark.parametrize("text", GOOD.values(), ids=GOOD)
 def test_good_texts_stay(text):
     assert QualityFilter()(text) is None
+
+
+def test_signs_belong_to_their_letters():
+    assert units("ที่นี่ ດ້ວຍ") == ["ที่", "นี่", "ດ້", "ວ", "ຍ"]
+    assert units("བོད་ཡིན།") == ["བོ", "ད་", "ཡི", "ན།"] and units("မြို့။") == ["မြို့။"]
+    assert units("ឆ្នាំ\u200bនេះ។ 12 か\u3099") == ["ឆ្", "នាំ\u200b", "នេះ។", "12", "か\u3099"]
 
 
 def test_limits_of_none_are_not_looked_at():
