@@ -273,6 +273,16 @@ def test_documents_are_taken_one_by_one():
     assert taken == [0, 1]
 
 
+def test_the_ending_says_what_a_file_is(tmp_path):
+    (tmp_path / "a.jsonl.txt").write_text("no JSON")
+    (tmp_path / "b.txt").mkdir()
+    (tmp_path / "b.txt" / "c.txt").write_bytes(b"\xef\xbb\xbfmarked")
+    (tmp_path / "d.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    with gzip.open(tmp_path / "e.jsonl.gz", "wb") as file:
+        file.write(b'\xef\xbb\xbf{"text": "three"}\n')
+    assert list(read_documents([tmp_path])) == ["no JSON", "marked", "one", "two", "three"]
+
+
 def test_documents_of_files(tmp_path):
     (tmp_path / "a.txt").write_bytes("Café".encode() + b"\xff")
     (tmp_path / "deep").mkdir()
@@ -298,6 +308,11 @@ WRONG = {
     "below nothing": (lambda: QualityFilter(max_symbols=-1), ValueError, "max_symbols: expected 0 or more"),
     "a flag": (lambda: QualityFilter(braces=None), TypeError, "braces: expected True or False, got None"),
     "a threshold": (lambda: NearDuplicates(1.5), ValueError, "threshold: expected a probability"),
+    "a threshold of 1": (lambda: NearDuplicates(1.0), ValueError, "threshold: expected one that 128 perm.* got 1.0"),
+    "too few for it": (lambda: NearDuplicates(0.99, permutations=16), ValueError, "threshold: .* 16 .* got 0.99"),
+    "exact": (lambda: Cleaner(exact=5), TypeError, "exact: expected True, False or what has seen.*, got 5"),
+    "near": (lambda: Cleaner(near=0.8), TypeError, "near: expected True, False or what has seen.*, got 0.8"),
+    "quality": (lambda: Cleaner(quality=3), TypeError, "quality: expected a function of a text, or None, got 3"),
     "permutations": (lambda: NearDuplicates(permutations=0), ValueError, "permutations: expected a positive"),
     "bytes": (lambda: repair(b"a"), TypeError, "text: expected a string, got b'a'"),
     "one string": (lambda: list(Cleaner()("abc")), TypeError, "documents: expected an iterable of documents"),
