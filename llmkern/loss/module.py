@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from llmkern import autocast, check
 from llmkern.loss import op
 from llmkern.loss.op import checks
+from llmkern.loss.reference_module import distilled
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -108,22 +110,26 @@ class DistillationLoss(_Distillation):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, true_labels: Tensor) -> Tensor:
         """student_logits, teacher_logits (N, C), true_labels (N,) int64, -100 where a row has none. Returns a number in
-        the logits' dtype, float32 under autocast.
+        the wider of the logits' dtypes, float32 under autocast.
 
-        Logits of (batch, seq, V) with labels of (batch, seq) are taken as batch * seq rows. Where seq is V, torch
-        could mean the classes by either; these are refused: flatten them first.
+        What else torch's losses take is computed by plain PyTorch: logits (N, C, d1, ...), class probabilities or uint8
+        as labels, a teacher of other rows that broadcasts. Logits of (batch, seq, V) with labels of (batch, seq) are
+        taken as batch * seq rows. Where seq is V, torch could mean the classes by either; these are refused: flatten
+        them first.
         """
-        if isinstance(student_logits, Tensor) and student_logits.dim() > 2:
-            _, *others, classes = student_logits.shape
-            if tuple(student_logits.shape[2:]) == tuple(others):
-                raise ValueError(
-                    f"student_logits: expected rows of classes whose last dimension is told from the second, got shape "
-                    f"{tuple(student_logits.shape)}; flatten them to (N, {classes})"
-                )
-        loss = op.distillation(
-            student_logits, teacher_logits, true_labels, temperature=self.temperature, alpha=self.alpha
-        )
-        return _as_torch(loss, student_logits)
+        student, teacher = student_logits, teacher_logits
+        if not all(isinstance(t, Tensor) for t in (student, teacher, true_labels)):
+            return op.distillation(student, teacher, true_labels)  # which says what is wrong
+        if student.dim() > 2 and student.shape[2:] == student.shape[1:-1] and true_labels.shape == student.shape[:-1]:
+            raise ValueError(
+                f"student_logits: expected rows of classes whose last dimension is told from the second, got shape "
+                f"{tuple(student.shape)}; flatten them to (N, {student.size(-1)})"
+            )
+        if _for_torch(student, teacher, true_labels):
+            return distilled(student, teacher, true_labels, self.temperature, self.alpha)
+        student, teacher = _widened(student, [student], teacher, [teacher])
+        loss = op.distillation(student, teacher, true_labels, temperature=self.temperature, alpha=self.alpha)
+        return _as_torch(loss, student)
 
 
 class LinearDistillationLoss(_Distillation):
@@ -135,12 +141,42 @@ class LinearDistillationLoss(_Distillation):
         true_labels: Tensor, student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """student_hidden (..., D), student_weight (V, D), teacher_hidden (..., E), teacher_weight (V, E), true_labels
-        (...) int64, biases (V,). Returns a number in student_hidden's dtype, float32 under autocast."""
+        (...) int64, biases (V,). Returns a number in the wider of both models' dtypes, float32 under autocast. The
+        narrower model's tensors, its weight too, are copied in the wider dtype where they differ."""
+        student = [student_hidden, student_weight, student_bias]
+        teacher = [teacher_hidden, teacher_weight, teacher_bias]
+        widened = _widened(student_hidden, student, teacher_hidden, teacher)
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = widened
         loss = op.linear_distillation(
             student_hidden, student_weight, teacher_hidden, teacher_weight, true_labels, student_bias, teacher_bias,
             temperature=self.temperature, alpha=self.alpha,
         )  # fmt: skip
         return _as_torch(loss, student_hidden)
+
+
+def _for_torch(student: Tensor, teacher: Tensor, labels: Tensor) -> bool:
+    """Whether the call is one that torch's losses take and the kernels do not."""
+    same, plain = teacher.shape == student.shape, teacher.dim() == student.dim() > 1
+    rows = labels.shape == student.shape[:-1]
+    channels = student.dim() > 2 and labels.shape == student.shape[:1] + student.shape[2:] and not rows
+    probabilities = labels.is_floating_point() and labels.shape == student.shape
+    narrow = labels.dtype == torch.uint8 and rows and student.dim() == 2
+    if not plain:
+        return False
+    if same:
+        return bool(channels or probabilities or narrow)
+    return student.dim() == 2 and all(1 in (a, b) or a == b for a, b in zip(teacher.shape, student.shape, strict=True))
+
+
+def _widened(student: Any, of_student: Sequence[Any], teacher: Any, of_teacher: Sequence[Any]) -> list[Any]:
+    """The tensors that have the student's dtype, or the teacher's, in the wider of both, as torch promotes them."""
+    given = [*of_student, *of_teacher]
+    floats = all(isinstance(t, Tensor) and t.is_floating_point() for t in (student, teacher))
+    if not floats or student.dtype == teacher.dtype:
+        return given
+    wide = torch.promote_types(student.dtype, teacher.dtype)
+    own = [student.dtype] * len(of_student) + [teacher.dtype] * len(of_teacher)
+    return [t.to(wide) if isinstance(t, Tensor) and t.dtype == d else t for t, d in zip(given, own, strict=True)]
 
 
 def _as_torch(loss: Tensor, x: Tensor) -> Tensor:

@@ -51,10 +51,14 @@ class DistillationLoss(nn.Module):
         self.temperature, self.alpha = temperature, alpha
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, true_labels: Tensor) -> Tensor:
-        log_p = F.log_softmax(student_logits / self.temperature, dim=1)
-        q = F.softmax(teacher_logits / self.temperature, dim=1)
-        soft = F.kl_div(log_p, q, reduction="batchmean") * self.temperature**2
-        return self.alpha * soft + (1.0 - self.alpha) * F.cross_entropy(student_logits, true_labels)
+        return distilled(student_logits, teacher_logits, true_labels, self.temperature, self.alpha)
+
+
+def distilled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float) -> Tensor:
+    log_p = F.log_softmax(student / temperature, dim=1)
+    q = F.softmax(teacher / temperature, dim=1)
+    soft = F.kl_div(log_p, q, reduction="batchmean") * temperature**2
+    return alpha * soft + (1.0 - alpha) * F.cross_entropy(student, labels)
 
 
 class LinearDistillationLoss(DistillationLoss):

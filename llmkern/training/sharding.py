@@ -1,9 +1,9 @@
 """DTensor rules: how torch.ops.llmkern's operators run on tensors that several processes share.
 
-`register()` once, and norms, gated activations, rotary positions, attention and int8 linear layers take DTensors: each
-process runs its kernel on its own part, and no part is gathered where the rule of a dimension does not ask for it. All
-tensors of a call must be DTensors then. A rule lists, for one dimension of the mesh, the placements of results and
-arguments that go together; torch chooses the cheapest for what it is given.
+`register()` once, and norms, gated activations, rotary positions, attention, int8 linear layers and losses take
+DTensors: each process runs its kernel on its own part, and no part is gathered where the rule of a dimension does not
+ask for it. All tensors of a call must be DTensors then. A rule lists, for one dimension of the mesh, the placements of
+results and arguments that go together; torch chooses the cheapest for what it is given.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from llmkern.activation.op import gated  # noqa: F401  (operators must be declared before they have rules)
 from llmkern.attention.op import attention, attention_varlen  # noqa: F401
 from llmkern.int8.op import int8_linear  # noqa: F401
+from llmkern.loss.op import cross_entropy, distillation  # noqa: F401
 from llmkern.norm.op import layer_norm  # noqa: F401
 from llmkern.positional.op import rotary  # noqa: F401
 
@@ -169,6 +170,57 @@ def _int8_linear(*args: Any) -> list[Choice]:
     return found
 
 
+def _rows(results: int, tensors: int) -> Callable[..., list[Choice]]:
+    """Rows are alone: all results and the first tensors are split by them."""
+
+    def rule(*args: Any) -> list[Choice]:
+        split = _choice([Shard(0)] * results, dict.fromkeys(range(tensors), Shard(0)), args)
+        return [_whole(results, args), split]
+
+    return rule
+
+
+def _distillation_backward(*args: Any) -> list[Choice]:
+    """grad_soft, grad_hard, student, teacher, targets, statistics, soft, ..., needs -> those of student and teacher,
+    empty where they are not wanted."""
+    results: list[Placement] = [Shard(0) if wanted else Replicate() for wanted in args[9]]
+    return [_whole(2, args), _choice(results, dict.fromkeys(range(7), Shard(0)), args)]
+
+
+def _linear_gradients(bias: Any, needs: Iterable[bool]) -> list[Placement]:
+    """Those of hidden, weight and bias, the last two sums over rows, empty where they are not wanted."""
+    of_hidden, of_weight, of_bias = needs
+    return [
+        Shard(0) if of_hidden else Replicate(),
+        Partial() if of_weight else Replicate(),
+        Partial() if of_bias and _is_tensor(bias) else Replicate(),
+    ]
+
+
+def _linear_cross_entropy(*args: Any) -> list[Choice]:
+    """hidden, weight, bias, targets, ..., reduction, needs -> loss, log-sum-exp and the gradients: rows are split. Of a
+    mean each part would need to know how many rows count in the others: the function asks for sums."""
+    found = [_whole(5, args)]
+    _, _, bias, *_, reduction, needs = args
+    if reduction != "mean":
+        none = reduction == "none"
+        gradients = _linear_gradients(bias, [False] * 3 if none else needs)
+        results = [Shard(0) if none else Partial(), Shard(0), *gradients]
+        found.append(_choice(results, {0: Shard(0), 3: Shard(0)}, args))
+    return found
+
+
+def _linear_cross_entropy_backward(*args: Any) -> list[Choice]:
+    """grad_loss, hidden, weight, bias, targets, log-sum-exp, ..., needs -> the gradients."""
+    split = _choice(_linear_gradients(args[3], args[-1]), {i: Shard(0) for i in (0, 1, 4, 5)}, args)
+    return [_whole(3, args), split]
+
+
+def _linear_distillation(*args: Any) -> list[Choice]:
+    """It adds two means, over all rows and over those that count: computed whole."""
+    return [_whole(6, args)]
+
+
 _RULES: dict[str, Callable[..., list[Choice]]] = {
     "norm": _norm,
     "norm_backward": _norm_backward,
@@ -180,6 +232,13 @@ _RULES: dict[str, Callable[..., list[Choice]]] = {
     "attention_varlen": _varlen,
     "attention_varlen_backward": _varlen_backward,
     "int8_linear": _int8_linear,
+    "cross_entropy": _rows(2, 2),
+    "cross_entropy_backward": _rows(1, 4),
+    "distillation": _rows(3, 3),
+    "distillation_backward": _distillation_backward,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "linear_cross_entropy_backward": _linear_cross_entropy_backward,
+    "linear_distillation": _linear_distillation,
 }
 
 

@@ -87,6 +87,19 @@ def test_backward_more_than_once(function, isa):
 
 
 @FUNCTIONS
+def test_several_upstream_gradients_at_once(function, isa):
+    """A Jacobian's rows; what is kept is still there for a backward after it."""
+    given, targets = leaves()
+    fast, plain = (f(*given, targets) for f in both(function))
+    upstream = torch.tensor([1.0, -2.0, 0.5])
+    each = [torch.autograd.grad(f, given, upstream, is_grads_batched=True, retain_graph=True) for f in (fast, plain)]
+    after = [torch.autograd.grad(f, given) for f in (fast, plain)]
+    for results in (each, after):
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@FUNCTIONS
 def test_accumulation(function, isa):
     """.grad takes what was kept as its own, and a second backward adds to it without changing what it adds."""
     given, targets = leaves()

@@ -223,10 +223,57 @@ def test_distillation_of_sequences():
     module = loss.DistillationLoss()
     flat = module(student.flatten(0, 1), teacher.flatten(0, 1), targets.flatten())
     assert torch.equal(module(student, teacher, targets), flat)
-    with pytest.raises(ValueError, match=r"targets: .*got \(3, 12\)"):
-        module(student, teacher, torch.randint(4, (3, 12)))
+    with pytest.raises(ValueError, match=r"targets: .*got \(3, 11\)"):
+        module(student, teacher, torch.randint(4, (3, 11)))
     with pytest.raises(ValueError, match=r"student_logits: .*told from the second, got shape \(3, 12, 12\)"):
         module(torch.randn(3, 12, 12), torch.randn(3, 12, 12), torch.randint(12, (3, 12)))
+
+
+CHANNELS = torch.randint(12, (20, 3))
+#: What the plain version takes: the shapes of student and teacher, their dtypes, labels.
+TAKEN = {
+    "a teacher of 16 bits": ((20, 12), (20, 12), torch.float32, torch.bfloat16, classes(20, 12)),
+    "a student of 16 bits": ((20, 12), (20, 12), torch.bfloat16, torch.float32, classes(20, 12)),
+    "torch's layout": ((20, 12, 3), (20, 12, 3), torch.float32, torch.float32, CHANNELS),
+    "torch's layout, a teacher of 16 bits": ((20, 12, 3), (20, 12, 3), torch.float32, torch.bfloat16, CHANNELS),
+    "probabilities": ((20, 12), (20, 12), torch.float32, torch.float32, torch.rand(20, 12).softmax(-1)),
+    "a teacher of one row": ((20, 12), (1, 12), torch.float32, torch.float32, classes(20, 12)),
+    "a student of one row": ((1, 12), (20, 12), torch.float32, torch.float32, torch.tensor([3])),
+    "uint8": ((20, 12), (20, 12), torch.float32, torch.float32, torch.randint(12, (20,), dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("under_autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("name", TAKEN)
+def test_distillation_takes_what_the_reference_takes(name, under_autocast):
+    shape, of_teacher, dtype, other, labels = TAKEN[name]
+    student, teacher = torch.randn(shape, dtype=dtype), torch.randn(of_teacher, dtype=other)
+    found = []
+    for module in (loss.DistillationLoss(), llmkern.reference.DistillationLoss()):
+        leaves = [t.clone().requires_grad_() for t in (student, teacher)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+            result = module(*leaves, labels)
+        found.append((result, *torch.autograd.grad(result, leaves)))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        # The plain version rounds the softmax of 16 bits; ours does not.
+        rtol, atol = (1e-2, 5e-4) if torch.bfloat16 in (dtype, other) else (1e-5, 1e-6)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def test_linear_distillation_of_two_dtypes():
+    leaves, taught = heads(20, (6,), 12, torch.float32), heads(20, (4,), 12, torch.bfloat16)
+    leaves, targets = [t.requires_grad_() for t in leaves], classes(20, 12)
+    found = []
+    for module in (loss.LinearDistillationLoss(), llmkern.reference.LinearDistillationLoss()):
+        result = module(*leaves[:2], *taught[:2], targets, leaves[2], taught[2])
+        found.append((result, *torch.autograd.grad(result, leaves)))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+    with pytest.raises(TypeError, match="teacher_weight: expected the dtype of teacher_hidden"):
+        module = loss.LinearDistillationLoss()
+        module(*leaves[:2], taught[0], taught[1].half(), targets, leaves[2], taught[2])
 
 
 @pytest.mark.parametrize(

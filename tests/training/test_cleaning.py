@@ -20,6 +20,8 @@ from llmkern.training.data import (
     repair,
 )
 from llmkern.training.data.quality import _repeated_characters
+from llmkern.training.data.units import units
+from tests.training.scripts import TEXTS
 
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # one emoji of three, joined
 REPAIRED = {
@@ -126,6 +128,12 @@ DROPPED = {
     "one phrase": (prose(150) + " and so it goes on and on for ever." * 12, "repeated 5-grams"),
     "Chinese over and over": (chinese(200) + "天地玄黄宇宙洪荒日月盈昃。" * 20, "one 3-gram over and over"),
     "short Chinese": (chinese(60), "too few words"),
+    "short Thai": (TEXTS["Thai"][:100], "too few words"),
+    "Burmese without sentences": (TEXTS["Burmese"].replace("။", ""), "too few sentences"),
+    "Khmer without sentences": (TEXTS["Khmer"].replace("។", ""), "too few sentences"),
+    "Tibetan without sentences": (TEXTS["Tibetan"].replace("།", ""), "too few sentences"),
+    "Lao over and over": (TEXTS["Lao"] + "ຊາວປະມົງສ້າງເຮືອນໄມ້" * 20, "one 3-gram over and over"),
+    "Thai digits": (TEXTS["Thai"] + " ๑๒๓๔๕" * 20, "words without letters"),
 }
 
 
@@ -146,7 +154,8 @@ GOOD = {
     "Japanese": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で"
     "ニャーニャー泣いていた事だけは記憶している。吾輩はここで始めて人間というものを見た。しかもあとで聞くと"
     "それは書生という人間中で一番獰悪な種族であったそうだ。",
-    "Thai": "".join(chr(0x0E01 + int(c)) for c in np.random.default_rng(1).integers(0, 40, 300)) + ". ๑. ๒.",
+    **TEXTS,
+    "Khmer with spaces of no width": "\u200b".join(units(TEXTS["Khmer"])),
     "Arabic": "؟ ".join(" ".join(arabic(20 * s + n) for n in range(20)) for s in range(5)) + "؟",
 }
 
@@ -154,6 +163,12 @@ GOOD = {
 @pytest.mark.parametrize("text", GOOD.values(), ids=GOOD)
 def test_good_texts_stay(text):
     assert QualityFilter()(text) is None
+
+
+def test_signs_belong_to_their_letters():
+    assert units("ที่นี่ ດ້ວຍ") == ["ที่", "นี่", "ດ້", "ວ", "ຍ"]
+    assert units("བོད་ཡིན།") == ["བོ", "ད་", "ཡི", "ན།"] and units("မြို့။") == ["မြို့။"]
+    assert units("ឆ្នាំ\u200bនេះ។ 12 か\u3099") == ["ឆ្", "នាំ\u200b", "នេះ។", "12", "か\u3099"]
 
 
 def test_limits_of_none_are_not_looked_at():
@@ -258,6 +273,16 @@ def test_documents_are_taken_one_by_one():
     assert taken == [0, 1]
 
 
+def test_the_ending_says_what_a_file_is(tmp_path):
+    (tmp_path / "a.jsonl.txt").write_text("no JSON")
+    (tmp_path / "b.txt").mkdir()
+    (tmp_path / "b.txt" / "c.txt").write_bytes(b"\xef\xbb\xbfmarked")
+    (tmp_path / "d.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    with gzip.open(tmp_path / "e.jsonl.gz", "wb") as file:
+        file.write(b'\xef\xbb\xbf{"text": "three"}\n')
+    assert list(read_documents([tmp_path])) == ["no JSON", "marked", "one", "two", "three"]
+
+
 def test_documents_of_files(tmp_path):
     (tmp_path / "a.txt").write_bytes("Café".encode() + b"\xff")
     (tmp_path / "deep").mkdir()
@@ -283,6 +308,11 @@ WRONG = {
     "below nothing": (lambda: QualityFilter(max_symbols=-1), ValueError, "max_symbols: expected 0 or more"),
     "a flag": (lambda: QualityFilter(braces=None), TypeError, "braces: expected True or False, got None"),
     "a threshold": (lambda: NearDuplicates(1.5), ValueError, "threshold: expected a probability"),
+    "a threshold of 1": (lambda: NearDuplicates(1.0), ValueError, "threshold: expected one that 128 perm.* got 1.0"),
+    "too few for it": (lambda: NearDuplicates(0.99, permutations=16), ValueError, "threshold: .* 16 .* got 0.99"),
+    "exact": (lambda: Cleaner(exact=5), TypeError, "exact: expected True, False or what has seen.*, got 5"),
+    "near": (lambda: Cleaner(near=0.8), TypeError, "near: expected True, False or what has seen.*, got 0.8"),
+    "quality": (lambda: Cleaner(quality=3), TypeError, "quality: expected a function of a text, or None, got 3"),
     "permutations": (lambda: NearDuplicates(permutations=0), ValueError, "permutations: expected a positive"),
     "bytes": (lambda: repair(b"a"), TypeError, "text: expected a string, got b'a'"),
     "one string": (lambda: list(Cleaner()("abc")), TypeError, "documents: expected an iterable of documents"),

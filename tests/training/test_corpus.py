@@ -36,6 +36,13 @@ def test_in_files_as_in_memory(tmp_path):
         assert other.has_words and other.has_sentences and other.vocabulary == held.vocabulary
     part = held.subset(10, 20)
     assert len(part) == 10 and all(np.array_equal(part[i], held[10 + i]) for i in range(10))
+    count = len(held)
+    assert len(held.subset(np.int64(0), count)) == count
+    for start, end in ((0, 0), (5, 3), (-1, 2), (0, count + 1)):
+        with pytest.raises(ValueError, match=rf"start, end: expected 0 <= start < end <= {count}, got {start}, {end}"):
+            held.subset(start, end)
+    with pytest.raises(TypeError, match=r"end: expected an integer, got 2\.5"):
+        held.subset(0, 2.5)
 
 
 def test_a_broken_run_leaves_no_corpus(tmp_path):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.multiprocessing import spawn
 
 import llmkern
@@ -39,6 +39,13 @@ def int8(x, weight, scale, bias, activation="none"):
     return f.int8_linear(x, weight, scale, bias, activation=activation)
 
 
+def linear_loss(reduction):
+    return lambda h, w, b, t: f.linear_cross_entropy(h, w, t, b, label_smoothing=0.1, z_loss=0.01, reduction=reduction)
+
+
+TARGETS = torch.tensor([3, 0, 5, 2, -100, -100, -100, 1])  # of the second half one counts
+BASE = torch.linspace(-1, 1, 45).view(9, 5)
+HEAD, SPLIT = [(8, 6), (9, 6), (9,), TARGETS], [Shard(0), None, None, Shard(0)]
 QKV = [(2, 4, 6, 8)] * 3
 INT8 = [torch.linspace(-2, 2, 4 * 32).view(4, 32), (torch.arange(8 * 32) * 37 % 255 - 127).to(torch.int8).view(8, 32),
         torch.linspace(0.01, 0.02, 8), torch.linspace(-1, 1, 8)]  # fmt: skip
@@ -92,6 +99,20 @@ CASES = {
     ),
     "int8 linear, outputs in pairs": (
         lambda *args: int8(*args, activation="swiglu"), INT8, [None, Shard(0), Shard(0), Shard(0)], None
+    ),
+    "cross_entropy of rows": (
+        lambda x, t: f.cross_entropy(x, t, reduction="none"), [(8, 9), TARGETS], [Shard(0)] * 2, Shard(0)
+    ),
+    "the mean of cross_entropy": (f.cross_entropy, [(8, 9), TARGETS], [Shard(0)] * 2, Partial()),
+    "CrossEntropyLoss": (lambda x, t: llmkern.CrossEntropyLoss()(x, t), [(8, 9), TARGETS], [Shard(0)] * 2, Partial()),
+    "distillation": (f.distillation, [(8, 9), (8, 9), TARGETS], [Shard(0)] * 3, Partial()),
+    "linear_cross_entropy of rows": (linear_loss("none"), HEAD, SPLIT, Shard(0)),
+    "the sum of linear_cross_entropy": (linear_loss("sum"), HEAD, SPLIT, Partial()),
+    "the mean of linear_cross_entropy": (linear_loss("mean"), HEAD, SPLIT, Partial()),
+    "the mean of no rows": (linear_loss("mean"), [*HEAD[:3], TARGETS * 0 - 100], SPLIT, Partial()),
+    "linear_distillation is whole": (
+        f.linear_distillation, [(8, 6), (9, 6), BASE[:8], BASE, TARGETS],
+        [Shard(0), None, Shard(0), None, Shard(0)], None,
     ),
     "attention of sequences end to end": (varlen, [(8, 4, 8)] * 3 + [BOUNDS], [Shard(1)] * 3 + [None], Shard(1)),
 }  # fmt: skip
@@ -157,7 +178,7 @@ def test_parts_give_what_the_whole_gives(name, found):
     function, shapes, _, placement = CASES[name]
     expected = results(function, tensors_of(shapes))
     for got, want in zip(found[0][name], expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
     assert found[1][name] == str(placement or Replicate())
 
 

@@ -83,9 +83,11 @@ def function(run: Callable[..., tuple[Tensor, ...]], again: Again) -> type[torch
             every = _saved(ctx)
             inputs, results = every[: ctx.arguments], every[ctx.arguments :]
             kept = ctx.kept
-            if grad is not None and not torch.is_grad_enabled():
+            # Of several upstream gradients at once (vmap), one tensor would have to hold all results.
+            several = grad is not None and _is_batched(grad)
+            if grad is not None and not several and not torch.is_grad_enabled():
                 ctx.kept = None
-            found = _gradients(ctx, again, inputs, results, kept, grad, _taken)
+            found = _gradients(ctx, again, inputs, results, kept, grad, _times if several else _taken)
             return *found, *(None,) * (len(inputs) - 3)
 
     return Kept
@@ -128,6 +130,12 @@ def _taken(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if factor.device.type != "cpu" or factor.item() != 1.0:
         kept.mul_(factor)
     return kept.to(dtype)
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Of torch.func's vmap, or of autograd's own, which is_grads_batched uses."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
 
 
 def _save(ctx: Any, values: tuple[Any, ...]) -> None:

@@ -37,10 +37,26 @@ def linear_cross_entropy(
     """
     check.one_of("reduction", reduction, checks.REDUCTIONS)
     checks.leading(targets, "hidden", hidden, "D")
+    if reduction == "mean" and hasattr(hidden, "placements"):
+        return _mean_of_parts(hidden, weight, targets, bias, ignore_index, label_smoothing, z_loss)
     rows = hidden.reshape(targets.numel(), hidden.size(-1))
     args = rows, weight, bias, targets.reshape(-1), ignore_index, label_smoothing, z_loss, reduction
     loss = kept.loss("linear_cross_entropy", _LinearCrossEntropy, _checked_run, args)
     return loss.view(targets.shape) if reduction == "none" else loss
+
+
+def _mean_of_parts(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, *options: float
+) -> Tensor:
+    """Of DTensors: each process has the sum of its rows, and their number is that of all."""
+    label_smoothing, z_loss = options
+    total = linear_cross_entropy(
+        hidden, weight, targets, bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+        reduction="sum",
+    )  # fmt: skip
+    count = (targets != ignore_index).sum()
+    # NaN where no row counts, with gradients of 0: what is added has none.
+    return total * reference.mean_factor(targets, ignore_index, total.dtype) + (count / count - 1.0)
 
 
 def _check(

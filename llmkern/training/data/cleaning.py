@@ -44,6 +44,8 @@ class Cleaner:
     calls, and texts of one call are duplicates of those before, so that several sources can be cleaned one after
     another.
 
+    Raises TypeError for parts that are none, by name.
+
     >>> cleaner = Cleaner()
     >>> corpus = Corpus.build(cleaner(documents), tokenizer)
     >>> print(cleaner.report)
@@ -58,6 +60,11 @@ class Cleaner:
         near: NearDuplicates | bool = True,
     ) -> None:
         check.flag("repaired", repaired)
+        if quality is not None and not callable(quality):
+            raise TypeError(f"quality: expected a function of a text, or None, got {quality!r}")
+        for name, value in (("exact", exact), ("near", near)):
+            if not isinstance(value, bool) and not callable(getattr(value, "seen", None)):
+                raise TypeError(f"{name}: expected True, False or what has seen(text), got {value!r}")
         self.repaired, self.quality = repaired, quality
         # Asked by identity: one that holds nothing yet is as false as an empty list.
         self.exact = ExactDuplicates() if exact is True else None if exact is False else exact

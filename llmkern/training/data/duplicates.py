@@ -62,7 +62,15 @@ class NearDuplicates:
 
         self.threshold, self.phrase = threshold, phrase
         self._empty = MinHash(permutations, seed=seed)
-        self._tables = MinHashLSH(threshold, permutations, weights=(0.1, 0.9))  # a miss costs more than a comparison
+        try:
+            self._tables = MinHashLSH(
+                threshold, permutations, weights=(0.1, 0.9)
+            )  # a miss costs more than a comparison
+        except ValueError as error:  # one band of all of them finds next to nothing
+            raise ValueError(
+                f"threshold: expected one that {permutations} permutations can be split for in bands, got {threshold}; "
+                "ask for more permutations or less, or for ExactDuplicates"
+            ) from error
         self._signatures: list[Any] = []
 
     def __len__(self) -> int:

@@ -8,11 +8,13 @@ from collections import Counter
 from dataclasses import dataclass, fields
 
 from llmkern import check
-from llmkern.training.data.units import is_unspaced, units
+from llmkern.training.data.units import is_unspaced, marks_sentences, units
 
 _BULLETS = ("-", "*", "•", "‣", "▪", "◦", "●", "·", "\u2013")
 _ELLIPSES = ("...", "…", "……")
-_SENTENCE_END = re.compile("[.!?\u2026\u3002\uff01\uff1f\uff61\u0964\u0965\u061f\u06d4\u0589\u1362]+")
+_SENTENCE_END = re.compile(
+    "[.!?\u2026\u3002\uff01\uff1f\uff61\u0964\u0965\u061f\u06d4\u0589\u1362\u104b\u17d4\u17d5\u0f0d\u0f0e]+"
+)
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 #: of Rae et al. 2021, table A1: n-grams and the share of characters that their most frequent one, or all that stand
 #: there more than once, may have.
@@ -25,17 +27,17 @@ class QualityFilter:
     """`filter(text)` is why a text is dropped, or None. A limit of None is not looked at.
 
     Words stand between spaces. In scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) two
-    letters stand for a word, and rules on the lengths of words are left out.
+    letters, with the signs that they bear, stand for a word, and rules on the lengths of words are left out.
 
     min_words, max_words: 50 and 100000 as Gopher. min_mean_word, max_mean_word: letters of a word on average; Gopher
     has 3 to 10 for English, languages differ. max_symbols: share of characters that are no letters, digits, punctuation
     or spaces (symbols, private use, replacement characters). max_hashes: hash signs, and ellipses, for each word
     (Gopher). min_letter_words: share of words with a letter (Gopher). max_bullets, max_ellipses: share of lines that
-    begin with a bullet, or end with an ellipsis (Gopher). min_sentences: ends of sentences (C4). lorem_ipsum, braces:
-    drop texts with this filler, or with a brace, which are mostly code (C4; code is wanted by many, so it is off).
-    max_duplicate_lines, max_duplicate_line_characters, and the same of paragraphs: share of those that stood there
-    before (Gopher). repetition: the limits on n-grams of Gopher's table A1, which `TOP_GRAMS` and `REPEATED_GRAMS`
-    hold.
+    begin with a bullet, or end with an ellipsis (Gopher). min_sentences: ends of sentences (C4), not looked at in Thai
+    and Lao, which mark none. lorem_ipsum, braces: drop texts with this filler, or with a brace, which are mostly code
+    (C4; code is wanted by many, so it is off). max_duplicate_lines, max_duplicate_line_characters, and the same of
+    paragraphs: share of those that stood there before (Gopher). repetition: the limits on n-grams of Gopher's table A1,
+    which `TOP_GRAMS` and `REPEATED_GRAMS` hold.
 
     Raises TypeError and ValueError for limits that are none, by name. Sources: Rae et al. 2021, "Scaling Language
     Models: Methods, Analysis & Insights from Training Gopher", appendix A.1; Raffel et al. 2020, "Exploring the Limits
@@ -110,7 +112,7 @@ class QualityFilter:
             return "hash signs or ellipses"
         if _below(sum(any(map(str.isalpha, word)) for word in found) / len(found), self.min_letter_words):
             return "words without letters"
-        if _below(len(_SENTENCE_END.findall(text)), self.min_sentences):
+        if marks_sentences(found) and _below(len(_SENTENCE_END.findall(text)), self.min_sentences):
             return "too few sentences"
         if self.lorem_ipsum and "lorem ipsum" in text.casefold():
             return "lorem ipsum"

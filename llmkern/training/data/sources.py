@@ -14,8 +14,9 @@ SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 def read_documents(paths: Iterable[str | os.PathLike[str]], *, field: str = "text") -> Iterator[str]:
     """The documents of files and of all that lie in folders, in the order of their names.
 
-    A .txt file is one document; a .jsonl file has one in the entry `field` of each line; both may be gzipped. Bytes
-    that are no UTF-8 become U+FFFD. Held: one document.
+    A .txt file is one document; a .jsonl file has one in the entry `field` of each line; both may be gzipped. The
+    ending alone says which: a.jsonl.txt is text. Bytes that are no UTF-8 become U+FFFD; a byte order mark is no part
+    of a document. Held: one document.
 
     Raises FileNotFoundError, ValueError for another kind of file, and for a line that is no JSON object with a string
     there, by file and line.
@@ -26,7 +27,7 @@ def read_documents(paths: Iterable[str | os.PathLike[str]], *, field: str = "tex
         if not path.exists():
             raise FileNotFoundError(f"paths: expected files or folders, got {str(path)!r}")
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
+            found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
             if not found:
                 raise ValueError(f"paths: expected a folder with files of {', '.join(SUFFIXES)}, got {str(path)!r}")
             for file in found:
@@ -39,8 +40,8 @@ def _read(path: Path, field: str) -> Iterator[str]:
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"paths: expected files of {', '.join(SUFFIXES)}, got {str(path)!r}")
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-        if ".jsonl" not in path.suffixes[-2:]:
+    with opener(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+        if not path.name.endswith((".jsonl", ".jsonl.gz")):
             yield file.read()
             return
         for number, line in enumerate(file, 1):

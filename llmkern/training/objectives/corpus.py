@@ -126,7 +126,13 @@ class Corpus:
         return self.tokens[start:end]
 
     def subset(self, start: int, end: int) -> Corpus:
-        """The documents from `start` to before `end`, in memory: to hold some out."""
+        """The documents from `start` to before `end`, in memory: to hold some out.
+
+        Raises TypeError for what are no integers, ValueError where there are no such documents, or none between."""
+        for name, value in (("start", start), ("end", end)):
+            check.integer(name, int(value) if isinstance(value, np.integer) else value)
+        if not 0 <= start < end <= len(self):
+            raise ValueError(f"start, end: expected 0 <= start < end <= {len(self)}, got {start}, {end}")
         first, last = self.span(start)[0], self.span(end - 1)[1]
         facts = {"vocabulary": self.vocabulary, "words": self.has_words, "sentences": self.has_sentences, "empty": 0}
         tokens, marks = np.array(self.tokens[first:last]), np.array(self.marks[first:last])

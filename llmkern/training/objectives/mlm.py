@@ -64,7 +64,7 @@ class TextBlocks:
 
 
 class MaskedLanguageModelingCollator:
-    """Hides tokens: of those chosen 80 % become the mask, 10 % another token, 10 % stay; each is a label.
+    """Hides tokens: of those chosen 80 % become the mask, 10 % a random token, 10 % stay; each is a label.
 
     tokenizer: any of transformers with a mask token. probability: of a token to be chosen; whole_word: words are chosen
     with it instead, all tokens of each (what becomes of a token is drawn for it alone, as BERT does). mask, random: the
