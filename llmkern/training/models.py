@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from llmkern import check, functional
 from llmkern.training.configuration import PretrainingConfig
 from llmkern.training.layers import PostNormBlock, PreNormBlock, Sequences, layer_norm, rms_norm
-
-IGNORED = -100  #: the label of what no loss counts
+from llmkern.training.objectives.collate import IGNORED
 
 
 class ModelOutput(NamedTuple):
@@ -56,16 +55,31 @@ class PretrainingModel(nn.Module):
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def _check(self, tokens: Tensor, shape: str = "(B, S)", **others: Tensor | None) -> None:
+        """Each of the others that is there has the shape of the tokens, which a batch laid end to end would not show."""
+        for name, t in others.items():
+            if t is not None:
+                check.is_tensor(name, t)
+                check.shape(name, t, shape, tuple(tokens.shape))
+
     def _sequences(self, tokens: Tensor, mask: Tensor | None, documents: Tensor | None = None) -> Sequences:
         check.dtype("input_ids", tokens, (torch.int64,))
         check.rank("input_ids", tokens, "(B, S)")
         if tokens.size(1) > self.config.max_position_embeddings:
             expected = f"at most max_position_embeddings = {self.config.max_position_embeddings} tokens a row"
             raise ValueError(f"input_ids: expected {expected}, got {tokens.size(1)}")
-        for name, t in (("attention_mask", mask), ("document_ids", documents)):
-            if t is not None:
-                check.shape(name, t, "(B, S)", tuple(tokens.shape))
+        self._check(tokens, attention_mask=mask, document_ids=documents)
         return Sequences.of(tokens, mask, documents, self.config.fused)
+
+    def _places(self, here: Sequences, position_ids: Tensor | None) -> Tensor:
+        """(B, S) int64: the position of each token; position_ids (B, S), or (1, S) for every row alike."""
+        if position_ids is None:
+            return here.within_documents()
+        check.is_tensor("position_ids", position_ids)
+        if tuple(position_ids.shape) == (1, here.seen.size(1)):
+            position_ids = position_ids.expand(here.seen.shape)
+        self._check(here.seen, position_ids=position_ids)
+        return position_ids
 
     def _run(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
         """A block, its activations kept or made again in the backward."""
@@ -153,7 +167,9 @@ class EncoderModel(PretrainingModel):
         labels: Tensor | None = None, next_sentence_label: Tensor | None = None, position_ids: Tensor | None = None,
     ) -> ModelOutput:  # fmt: skip
         """All (B, S) int64 but next_sentence_label, (B,), IGNORED where nothing counts."""
+        self._check(input_ids, labels=labels)
         hidden, here = self.hidden(input_ids, attention_mask, token_type_ids, position_ids)
+        self._check(input_ids[:, 0], "(B,)", next_sentence_label=next_sentence_label)
         more = {}
         if self.next_sentence is not None and self.pooler is not None and next_sentence_label is not None:
             pooled = _wide(self.next_sentence(self.dropout(torch.tanh(self.pooler(here.first(hidden))))))
@@ -167,8 +183,8 @@ class EncoderModel(PretrainingModel):
     ) -> tuple[Tensor, Sequences]:  # fmt: skip
         """The last layer's output, and where its rows stand in the batch; arguments as those of `forward`."""
         here = self._sequences(input_ids, attention_mask)
-        tokens = here.take(input_ids)
-        places = here.take(here.within_documents() if position_ids is None else position_ids)
+        tokens, places = here.take(input_ids), here.take(self._places(here, position_ids))
+        self._check(input_ids, token_type_ids=token_type_ids)
         types = torch.zeros_like(tokens) if token_type_ids is None else here.take(token_type_ids)
         x = self.dropout(self.norm(self.tokens(tokens) + self.positions(places) + self.types(types)))
         for block in self.layers:
@@ -209,7 +225,9 @@ class DecoderModel(PretrainingModel):
         document_ids: Tensor | None = None, position_ids: Tensor | None = None,
     ) -> ModelOutput:  # fmt: skip
         """All (B, S) int64. labels are input_ids, IGNORED where nothing counts: the model moves them by one.
-        document_ids: equal for the tokens of a document, -1 at padding."""
+        document_ids: equal for neighbouring tokens of a document, -1 at padding; a number that comes back is another
+        document."""
+        self._check(input_ids, labels=labels)
         hidden, here = self.hidden(input_ids, attention_mask, document_ids, position_ids)
         batch = {"labels": labels, "attention_mask": attention_mask, "document_ids": document_ids}
         return self._result(hidden, here, batch, {})
@@ -220,7 +238,7 @@ class DecoderModel(PretrainingModel):
     ) -> tuple[Tensor, Sequences]:  # fmt: skip
         """The last layer's output, and where its rows stand in the batch; arguments as those of `forward`."""
         here = self._sequences(input_ids, attention_mask, document_ids)
-        places = here.take(here.within_documents() if position_ids is None else position_ids)
+        places = here.take(self._places(here, position_ids))
         x = self.dropout(self.tokens(here.take(input_ids)))
         for block in self.layers:
             x = self._run(block, x, here, places)
@@ -267,9 +285,15 @@ class EncoderDecoderModel(PretrainingModel):
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("decoder_input_ids: expected (B, T) where there are no labels, got None")
+            check.is_tensor("labels", labels)
+            check.rank("labels", labels, "(B, T)")
             pad = self.config.pad_token_id
             decoder_input_ids = F.pad(labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, pad), (1, 0), value=pad)
         there = self._sequences(input_ids, attention_mask)
+        self._check(decoder_input_ids, "(B, T)", labels=labels, decoder_attention_mask=decoder_attention_mask)
+        if decoder_input_ids.size(0) != input_ids.size(0):
+            expected = f"the {input_ids.size(0)} rows of input_ids"
+            raise ValueError(f"decoder_input_ids: expected {expected}, got shape {tuple(decoder_input_ids.shape)}")
         memory = self._embedded(input_ids, there, self.encoder_norm)
         for block in self.encoder_layers:
             memory = self._run(block, memory, there)
