@@ -95,8 +95,15 @@ class PretrainingModel(nn.Module):
         return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
 
     def counted(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """How much each term of the loss counts in a batch, by which batches are weighed against each other."""
-        return {self.term: (self.targets(batch) != IGNORED).sum()}
+        """How much each term of the loss counts in a batch, by which batches are weighed against each other.
+
+        All terms, 0 for one that the batch has no labels of: processes must agree on what they sum.
+        """
+        return {self.term: self._count(None if batch.get("labels") is None else self.targets(batch))}
+
+    def _count(self, labels: Tensor | None) -> Tensor:
+        none = torch.zeros((), dtype=torch.int64, device=self.tokens.weight.device)
+        return none if labels is None else (labels != IGNORED).sum()
 
     def _transform(self, hidden: Tensor) -> Tensor:
         """What stands between the last layer and the output's matrix."""
@@ -133,10 +140,11 @@ class PretrainingModel(nn.Module):
     def _result(
         self, hidden: Tensor, here: Sequences, batch: Mapping[str, Tensor | None], more: dict[str, Tensor]
     ) -> ModelOutput:
-        if batch["labels"] is None:
+        if batch["labels"] is None and not more:
             logits = F.linear(self._transform(here.spread(hidden)), *self.output())
             return ModelOutput(None, {}, logits)
-        losses = {self.term: self._loss(hidden, here, self.targets(batch)), **more}
+        own = {} if batch["labels"] is None else {self.term: self._loss(hidden, here, self.targets(batch))}
+        losses = own | more
         return ModelOutput(sum(losses.values(), torch.zeros((), device=hidden.device)), losses, None)
 
 
@@ -166,7 +174,7 @@ class EncoderModel(PretrainingModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
         labels: Tensor | None = None, next_sentence_label: Tensor | None = None, position_ids: Tensor | None = None,
     ) -> ModelOutput:  # fmt: skip
-        """All (B, S) int64 but next_sentence_label, (B,), IGNORED where nothing counts."""
+        """All (B, S) int64 but next_sentence_label, (B,), IGNORED where nothing counts. Either labels alone will do."""
         self._check(input_ids, labels=labels)
         hidden, here = self.hidden(input_ids, attention_mask, token_type_ids, position_ids)
         self._check(input_ids[:, 0], "(B,)", next_sentence_label=next_sentence_label)
@@ -200,8 +208,8 @@ class EncoderModel(PretrainingModel):
 
     def counted(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         found = super().counted(batch)
-        if self.next_sentence is not None and batch.get("next_sentence_label") is not None:
-            found["nsp"] = (batch["next_sentence_label"] != IGNORED).sum()
+        if self.next_sentence is not None:
+            found["nsp"] = self._count(batch.get("next_sentence_label"))
         return found
 
 
