@@ -25,8 +25,9 @@ class Sequences:
     """Where the tokens of a batch (B, S) are, made once for all layers.
 
     seen (B, S): which are tokens, not padding. documents (B, S) int64: 0, 1, 2, ... for the documents of a row, within
-    which attention stays; None is one document a row. rows (T,) int64: the places of the tokens in the flattened batch, where they lie end to
-    end; None for a plain batch. bounds (N + 1,) int32 and longest: where each document begins in them.
+    which attention stays; None is one document a row. rows (T,) int64: the places of the tokens in the flattened batch,
+    where they lie end to end; None for a plain batch. bounds (N + 1,) int32 and longest: where each document begins in
+    them.
     """
 
     seen: Tensor

@@ -56,7 +56,7 @@ class PretrainingModel(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def _check(self, tokens: Tensor, shape: str = "(B, S)", **others: Tensor | None) -> None:
-        """Each of the others that is there has the shape of the tokens, which a batch laid end to end would not show."""
+        """Each of the others that is there has the shape of the tokens: laid end to end, it would not show."""
         for name, t in others.items():
             if t is not None:
                 check.is_tensor(name, t)

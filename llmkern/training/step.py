@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from llmkern import check
 from llmkern.training.configuration import PretrainingConfig
-from llmkern.training.optimisation import clip, make_optimizer, total_norm
+from llmkern.training.optimisation import clip, make_optimizer, make_scheduler, total_norm
 
 #: Under which scale of the loss a run stops: gradients that still overflow are not too large, they are not finite.
 #: fairseq's min_loss_scale.
@@ -58,10 +58,11 @@ class MixedPrecisionTrainer:
     """Trains a model in mixed precision: train_step(batch) -> float.
 
     model: called as model(**batch) for a batch of names, else model(batch); its outputs have a loss, or are one.
-    optimizer: by default the AdamW of the config. scheduler: is stepped with it. config: the rest (PretrainingConfig's
-    defaults without one). precision: "float16" scales the loss and skips steps whose gradients overflow, counted in
-    skipped_steps; "bfloat16" and "float32" need no scaling; by default that of a config that is given, without one
-    float16 on a GPU, bfloat16 on a CPU.
+    optimizer: by default the AdamW of the config. scheduler: is stepped with it; by default, where a config is given
+    and no optimizer, the config's, which stays at learning_rate where there is no max_steps to end at. config: the rest
+    (PretrainingConfig's defaults without one). precision: "float16" scales the loss and skips steps whose gradients
+    overflow, counted in skipped_steps; "bfloat16" and "float32" need no scaling; by default that of a config that is
+    given, without one float16 on a GPU, bfloat16 on a CPU.
 
     A model that has counted(batch) -> {term: how much it counts} and outputs with losses {term: mean}, as those of
     build_model, gets micro-batches weighed by these counts: the step is that of the one large batch. Others are weighed
@@ -91,8 +92,13 @@ class MixedPrecisionTrainer:
         self.scaler = GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.optimizer = make_optimizer(model, self.config) if optimizer is None else optimizer
         self.scheduler = scheduler
+        if config is not None and optimizer is None and scheduler is None:
+            self.scheduler = self._default_scheduler(config)
         self.steps = self.skipped_steps = 0
         self.gradient_norm = 0.0
+
+    def _default_scheduler(self, config: PretrainingConfig) -> LRScheduler | None:
+        return make_scheduler(self.optimizer, config, config.max_steps)
 
     @property
     def inner(self) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from llmkern.training.batches import Counted
 from llmkern.training.checkpoints import Checkpoints, generators, set_generators
@@ -62,7 +62,7 @@ class Trainer(DistributedTrainer):
         self.total = self._total()
         if self.total is None and config.lr_scheduler != "constant":
             raise ValueError(f"max_steps: expected a number with data without a length and {config.lr_scheduler}")
-        self.scheduler: LambdaLR = make_scheduler(self.optimizer, config, self.total)
+        self.scheduler: LRScheduler = make_scheduler(self.optimizer, config, self.total)
         # Other random numbers on each process that has other data, the same on those that share a model's layers.
         torch.manual_seed(config.seed * 1_000_003 + self.processes.data_rank)
         self.saved: int | None = None  #: the step of this trainer's last checkpoint
@@ -71,6 +71,9 @@ class Trainer(DistributedTrainer):
             if config.output_dir is None
             else Checkpoints(config.output_dir, config.keep_checkpoints, self.processes.rank)
         )
+
+    def _default_scheduler(self, config: PretrainingConfig) -> LRScheduler | None:
+        return None  # made when it is known how many steps there are
 
     def _total(self) -> int | None:
         """The same on every process: the schedule depends on it, and the one with the fewest batches ends the run."""

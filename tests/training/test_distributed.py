@@ -91,6 +91,11 @@ def work(rank: int, world: int, folder: str) -> None:
     together = tiny.config(tensor_parallel_size=2, objective="seq2seq")
     Trainer(None, together, *data("seq2seq"))
     found["seeds"] = [seed, torch.initial_seed()]
+    model = build_model(tiny.config())
+    try:
+        DistributedTrainer(model, tiny.config(parallelism="fsdp"), torch.optim.SGD(model.parameters()))
+    except ValueError as error:
+        found["refused"] = str(error)
     # What only the last process's batch brings about stops all of them, before any parameter is changed.
     batch = tiny.batch("mlm", range(4 * rank, 4 * rank + 4))
     trainer = DistributedTrainer(build_model(tiny.config()), tiny.config(output_dir=folder))
@@ -171,6 +176,13 @@ def test_processes_draw_other_dropout_but_those_that_share_layers(world, found):
     alone, shared = zip(*(run["seeds"] for run in runs), strict=True)
     assert len(set(alone)) == world and len(set(shared)) == world // 2
     assert all(shared[rank] == shared[rank + 1] for rank in range(0, world, 2))
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_an_optimizer_of_whole_parameters_is_refused_where_they_are_sharded(world, found):
+    _, runs = found[world]
+    words = "optimizer: expected None where parameters are sharded, got one of those before"
+    assert [run.get("refused") for run in runs] == [words] * world
 
 
 @pytest.mark.parametrize("world", CASES)

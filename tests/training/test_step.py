@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from llmkern.training import MixedPrecisionTrainer, NonFiniteLossError, PretrainingConfig, Trainer, build_model
+from llmkern.training import (
+    DistributedTrainer,
+    MixedPrecisionTrainer,
+    NonFiniteLossError,
+    PretrainingConfig,
+    Trainer,
+    build_model,
+)
 from llmkern.training.optimisation import factor, make_optimizer, parameter_groups
 from llmkern.training.step import moved
 from tests.training import tiny
@@ -99,7 +106,7 @@ def test_float16_gradients_that_are_never_finite_stop_the_run(factor, tmp_path):
     stepper = trainer(precision="float16", output_dir=str(tmp_path))
     stepper.model.tokens.weight.register_hook(lambda g: g * factor)
     before = [p.detach().clone() for p in stepper.model.parameters()]
-    with pytest.raises(NonFiniteLossError, match="gradients: expected a finite norm, got (nan|inf) though the scale"):
+    with pytest.raises(NonFiniteLossError, match=r"gradients: expected a finite norm, got (nan|inf) though the scale"):
         for _ in range(60):
             stepper.train_step(tiny.batch())
             assert stepper.skipped_steps == stepper.steps
@@ -230,6 +237,24 @@ def test_matrices_decay_and_vectors_do_not():
     assert {"tokens.weight", "layers.0.attention.w_q.weight"} <= decaying
     optimizer = make_optimizer(model, PretrainingConfig(adam_beta1=0.8, adam_epsilon=1e-6, learning_rate=3e-4))
     assert all((g["betas"], g["eps"], g["lr"]) == ((0.8, 0.999), 1e-6, 3e-4) for g in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("kind", [MixedPrecisionTrainer, DistributedTrainer])
+def test_the_config_decides_the_schedule_where_one_is_given(kind):
+    def rates(*args, steps=5, **kwargs):
+        stepper, found = kind(*args, **kwargs, precision="float32"), []
+        for _ in range(steps):
+            found.append(stepper.optimizer.param_groups[0]["lr"])
+            stepper.train_step(torch.ones(2, 3))
+        return found
+
+    fields = dict(warmup_steps=2, learning_rate=0.1, lr_scheduler="linear")
+    assert rates(Regression(), config=tiny.config(max_steps=4, **fields)) == pytest.approx([0.05, 0.1, 0.1, 0.05, 0.0])
+    assert rates(Regression(), config=tiny.config(max_steps=None, **fields)) == [0.05, 0.1, 0.1, 0.1, 0.1]
+    assert rates(Regression()) == [5e-5] * 5
+    model = Regression()
+    own = torch.optim.SGD(model.parameters(), lr=0.5)
+    assert rates(model, config=tiny.config(max_steps=4, **fields), optimizer=own) == [0.5] * 5
 
 
 def test_schedules():

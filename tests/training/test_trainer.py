@@ -228,6 +228,10 @@ def test_tensorboard_gets_every_step(tmp_path):
 
 
 def test_bad_arguments_are_refused_by_name():
+    with pytest.raises(ValueError, match="tensor_parallel_size: expected a divisor of the 1 processes, got 2"):
+        Trainer(None, tiny.config(tensor_parallel_size=2), tiny.Sentences(), tiny.collate)
+    with pytest.raises(ValueError, match="precision: expected float32 or bfloat16 with tensor_parallel_size above 1"):
+        Trainer(None, tiny.config(tensor_parallel_size=2, precision="float16"), tiny.Sentences(), tiny.collate)
     with pytest.raises(TypeError, match="config: expected a PretrainingConfig, got dict"):
         Trainer(None, {}, tiny.Sentences(), tiny.collate)
     with pytest.raises(ValueError, match="max_steps: expected a number with data without a length and cosine"):

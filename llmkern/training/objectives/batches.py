@@ -146,4 +146,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
                 raise ValueError(f"state: expected {name!r} in it, got {sorted(state)}")
             if name != "position" and state[name] != value:
                 raise ValueError(f"state: expected that of {name} = {value}, got {state[name]}")
-        self.position = int(state["position"])
+        check.integer("state['position']", state["position"])
+        if state["position"] < 0:
+            raise ValueError(f"state: expected a position of 0 or more, got {state['position']}")
+        self.position = state["position"]
