@@ -33,7 +33,7 @@ from benchmarks import machine
 from benchmarks.family import RESULTS, slug
 from benchmarks.harness import measure
 from llmkern.training import MixedPrecisionTrainer, PretrainingConfig, build_model
-from llmkern.training.models import PretrainingModel
+from llmkern.training.base import PretrainingModel
 from llmkern.training.objectives.collate import IGNORED
 
 BASELINE = "torch"
