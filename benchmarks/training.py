@@ -33,7 +33,8 @@ from benchmarks import machine
 from benchmarks.family import RESULTS, slug
 from llmkern.evaluation.timing import measure
 from llmkern.training import MixedPrecisionTrainer, PretrainingConfig, build_model
-from llmkern.training.models import IGNORED, PretrainingModel
+from llmkern.training.base import PretrainingModel
+from llmkern.training.objectives.collate import IGNORED
 
 BASELINE = "torch"
 GATHERED = "torch, logits of labelled tokens"

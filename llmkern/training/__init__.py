@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmkern.training.base import ModelOutput
 from llmkern.training.configuration import PretrainingConfig
 from llmkern.training.distributed import DistributedTrainer
-from llmkern.training.models import ModelOutput, build_model
+from llmkern.training.models import build_model
 from llmkern.training.step import MixedPrecisionTrainer, NonFiniteLossError
 from llmkern.training.trainer import Trainer
 

@@ -132,6 +132,16 @@ class PretrainingConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"pad_token_id: expected one below vocab_size = {self.vocab_size}, got {self.pad_token_id}"
+            )
+        if self.objective == "mlm_nsp" and self.type_vocab_size < 2:
+            raise ValueError(f"type_vocab_size: expected 2 or more with mlm_nsp, got {self.type_vocab_size}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected one in [0, 2**32), got {self.seed}")
+        if self.output_dir == "":
+            raise ValueError("output_dir: expected a folder or None, got ''")
         if self.hidden_size % self.num_attention_heads:
             expected = f"a divisor of hidden_size = {self.hidden_size}"
             raise ValueError(f"num_attention_heads: expected {expected}, got {self.num_attention_heads}")
@@ -159,7 +169,7 @@ class PretrainingConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> PretrainingConfig:
         """The configuration with these fields, the others at their defaults.
 
-        Raises ValueError for a key that is no field, naming the nearest that is.
+        Raises ValueError for a key that is no field, naming the nearest that is; a file's, for one given twice.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"values: expected the fields by name, got {type(values).__name__}")
@@ -177,7 +187,7 @@ class PretrainingConfig:
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> PretrainingConfig:
         """Reads them back. Raises as `from_dict`."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        return cls.from_dict(json.loads(Path(path).read_text(), object_pairs_hook=_once))
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Writes the fields to a file. Needs pyyaml, of the extra [training]."""
@@ -190,11 +200,29 @@ class PretrainingConfig:
         """Reads them back. YAML 1.1 takes 5e-5 for a string: it is a number here. Raises as `from_dict`."""
         import yaml
 
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        class Loader(yaml.SafeLoader):
+            """YAML's own takes the last of several values of a key without a word."""
+
+            def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+                made: dict[Any, Any] = super().construct_mapping(node, deep)
+                _once([(self.construct_object(key, deep), None) for key, _ in node.value])
+                return made
+
+        values = yaml.load(Path(path).read_text(), Loader) or {}
         kinds = get_type_hints(cls)
         if isinstance(values, Mapping):
             values = {k: _number(v) if kinds.get(k) is float else v for k, v in values.items()}
         return cls.from_dict(values)
+
+
+def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping of these. Raises ValueError for a key that comes twice."""
+    made: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"{key}: expected one value, got more than one")
+        made[key] = value
+    return made
 
 
 def _number(value: Any) -> Any:

@@ -113,14 +113,14 @@ class DistributedTrainer(MixedPrecisionTrainer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        config = PretrainingConfig() if config is None else config
-        self.processes = Processes.join(config)
+        given, config = config, PretrainingConfig() if config is None else config
         if config.tensor_parallel_size > 1 and (precision or config.precision) == "float16":
             raise ValueError("precision: expected float32 or bfloat16 with tensor_parallel_size above 1, got float16")
+        self.processes = Processes.join(config)
         wrapped = self.processes.wrap(model, config)
         if optimizer is not None and self.is_sharded(wrapped):
             raise ValueError("optimizer: expected None where parameters are sharded, got one of those before")
-        super().__init__(wrapped, optimizer, scheduler, config=config, precision=precision or config.precision)
+        super().__init__(wrapped, optimizer, scheduler, config=given, precision=precision or config.precision)
 
     @staticmethod
     def is_sharded(model: nn.Module) -> bool:

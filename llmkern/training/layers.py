@@ -17,14 +17,17 @@ from llmkern import functional, reference
 from llmkern.training.configuration import PretrainingConfig
 from llmkern.transformer.layers import added
 
+_EMPTY = "attention_mask: expected a batch with at least one token, got padding alone"
+
 
 @dataclass(frozen=True)
 class Sequences:
     """Where the tokens of a batch (B, S) are, made once for all layers.
 
-    seen (B, S): which are tokens, not padding. documents (B, S) int64: attention stays within equal numbers of a row;
-    None is one document a row. rows (T,) int64: the places of the tokens in the flattened batch, where they lie end to
-    end; None for a plain batch. bounds (N + 1,) int32 and longest: where each document begins in them.
+    seen (B, S): which are tokens, not padding. documents (B, S) int64: 0, 1, 2, ... for the documents of a row, within
+    which attention stays; None is one document a row. rows (T,) int64: the places of the tokens in the flattened batch,
+    where they lie end to end; None for a plain batch. bounds (N + 1,) int32 and longest: where each document begins in
+    them.
     """
 
     seen: Tensor
@@ -35,13 +38,21 @@ class Sequences:
 
     @classmethod
     def of(cls, tokens: Tensor, mask: Tensor | None, documents: Tensor | None, fused: bool) -> Sequences:
-        """tokens (B, S) int64; mask (B, S), 0 at padding; documents (B, S), -1 at padding."""
+        """tokens (B, S) int64; mask (B, S), 0 at padding; documents (B, S), equal for neighbours of one document, -1 at
+        padding. Raises ValueError where all is padding."""
         seen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
         if documents is not None:
             seen = seen & (documents >= 0)
+            # Numbered by what follows what: a number that comes back is another document.
+            documents = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0)).cumsum(1)
         if not fused:
+            if not bool(seen.any()):
+                raise ValueError(_EMPTY)
+
             return cls(seen, documents)
         rows = seen.flatten().nonzero().squeeze(1)
+        if not rows.numel():
+            raise ValueError(_EMPTY)
         if documents is None:  # a bound for every row, an empty one too
             ends = seen.sum(1).cumsum(0)
         else:
@@ -49,7 +60,7 @@ class Sequences:
             changes = (document[:, 1:] != document[:, :-1]).any(0).nonzero().squeeze(1) + 1
             ends = torch.cat([changes, rows.new_tensor([rows.numel()])])
         bounds = torch.cat([ends.new_zeros(1), ends]).int()
-        longest = int(bounds.diff().max()) if rows.numel() else 0
+        longest = int(bounds.diff().max())
         return cls(seen, documents, rows, bounds, longest)
 
     def take(self, x: Tensor) -> Tensor:
@@ -66,10 +77,13 @@ class Sequences:
         return whole.unflatten(0, self.seen.shape)
 
     def first(self, x: Tensor) -> Tensor:
-        """The first token of every row, (B, ...), of the values of tokens; for batches without documents."""
+        """The first token of every row, (B, W), of the values of tokens, 0 for a row of padding alone; for batches
+        without documents."""
         if self.bounds is not None:
-            return x.index_select(0, self.bounds[:-1].clamp(max=x.size(0) - 1))
-        return x[torch.arange(x.size(0), device=x.device), self.seen.int().argmax(1)]
+            found = x.index_select(0, self.bounds[:-1].clamp(max=x.size(0) - 1))
+        else:
+            found = x[torch.arange(x.size(0), device=x.device), self.seen.int().argmax(1)]
+        return found.masked_fill(~self.seen.any(1, keepdim=True), 0.0)
 
     def within_documents(self) -> Tensor:
         """(B, S) int64: each token's place in its document, or in its row where there are none."""
@@ -95,10 +109,13 @@ def attend(
         mask = (keys.documents[:, None, :, None] == keys.documents[:, None, None, :]) & keys.seen[:, None, None, :]
     if mask is not None and causal:
         mask, causal = mask & torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=q.device).tril(), False
-    if mask is not None:  # a row of padding that sees nothing would be NaN
-        mask = mask | ~mask.any(-1, keepdim=True)
+    blind = None
+    if mask is not None:  # what sees nothing would be NaN; it gets 0, as from the kernels
+        blind = ~mask.any(-1, keepdim=True)
+        mask = mask | blind
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal).transpose(1, 2)
+    made = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+    return (made if blind is None else made.masked_fill(blind, 0.0)).transpose(1, 2)
 
 
 class Attention(nn.Module):

@@ -2,128 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from llmkern import check, functional
+from llmkern import check
+from llmkern.training.base import ModelOutput, PretrainingModel, wide
 from llmkern.training.configuration import PretrainingConfig
 from llmkern.training.layers import PostNormBlock, PreNormBlock, Sequences, layer_norm, rms_norm
-
-IGNORED = -100  #: the label of what no loss counts
-
-
-class ModelOutput(NamedTuple):
-    """What a model returns: loss (), None without labels; its terms by name, each a mean over what it counts; logits
-    (B, S, vocab_size), None with labels."""
-
-    loss: Tensor | None
-    losses: dict[str, Tensor]
-    logits: Tensor | None
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In 32 bits at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class PretrainingModel(nn.Module):
-    """What the models share: embeddings whose matrix gives the logits too, the loss, the counts.
-
-    config: its objective decides between EncoderModel, DecoderModel and EncoderDecoderModel; `build_model` chooses.
-    The parameters are a function of config.seed, the same for fused models and plain ones.
-    """
-
-    term = "token"
-
-    def __init__(self, config: PretrainingConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def _finish(self) -> None:
-        """Parameters as BERT and GPT-2 have them at the beginning: N(0, 0.02^2), biases 0, norms 1."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            for module in self.modules():
-                if isinstance(module, (nn.Linear, nn.Embedding)):
-                    nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def _sequences(self, tokens: Tensor, mask: Tensor | None, documents: Tensor | None = None) -> Sequences:
-        check.dtype("input_ids", tokens, (torch.int64,))
-        check.rank("input_ids", tokens, "(B, S)")
-        if tokens.size(1) > self.config.max_position_embeddings:
-            expected = f"at most max_position_embeddings = {self.config.max_position_embeddings} tokens a row"
-            raise ValueError(f"input_ids: expected {expected}, got {tokens.size(1)}")
-        for name, t in (("attention_mask", mask), ("document_ids", documents)):
-            if t is not None:
-                check.shape(name, t, "(B, S)", tuple(tokens.shape))
-        return Sequences.of(tokens, mask, documents, self.config.fused)
-
-    def _run(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
-        """A block, its activations kept or made again in the backward."""
-        if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
-            made: Tensor = checkpoint(block, *args, use_reentrant=False)
-            return made
-        return block(*args)
-
-    def targets(self, batch: Mapping[str, Any]) -> Tensor:
-        """(B, S) int64: what each place is to predict, IGNORED where nothing counts."""
-        labels: Tensor = batch["labels"]
-        mask = batch.get("attention_mask")
-        return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
-
-    def counted(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """How much each term of the loss counts in a batch, by which batches are weighed against each other."""
-        return {self.term: (self.targets(batch) != IGNORED).sum()}
-
-    def _transform(self, hidden: Tensor) -> Tensor:
-        """What stands between the last layer and the output's matrix."""
-        return hidden
-
-    def output(self) -> tuple[Tensor, Tensor | None]:
-        """The matrix (vocab_size, hidden_size) and the bias (vocab_size,) that make logits."""
-        return self.tokens.weight, None
-
-    def predicting(self, hidden: Tensor, here: Sequences, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows (N, hidden_size) that predict something, ready for the output's matrix, and what, (N,)."""
-        wanted = here.take(targets).flatten()
-        rows = (wanted != IGNORED).nonzero().squeeze(1)
-        return self._transform(hidden.flatten(0, -2).index_select(0, rows)), wanted[rows]
-
-    def _loss(self, hidden: Tensor, here: Sequences, targets: Tensor) -> Tensor:
-        """The mean over what counts; 0 where nothing does, with gradients of 0 for everything."""
-        (weight, bias), smoothing, z_loss = self.output(), self.config.label_smoothing, self.config.z_loss
-        if self.config.fused:
-            rows, wanted = self.predicting(hidden, here, targets)
-            if not wanted.numel():
-                return (rows.sum() + weight.sum() + (0.0 if bias is None else bias.sum())) * 0.0 + hidden.sum() * 0.0
-            loss: Tensor = functional.linear_cross_entropy(
-                rows, weight, wanted, bias, ignore_index=IGNORED, label_smoothing=smoothing, z_loss=z_loss
-            )
-            return loss
-        logits = _wide(F.linear(self._transform(hidden), weight, bias)).flatten(0, -2)
-        wanted = targets.flatten()
-        total = F.cross_entropy(logits, wanted, ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum")
-        if z_loss:
-            total = total + z_loss * (logits.logsumexp(-1).square() * (wanted != IGNORED)).sum()
-        return total / (wanted != IGNORED).sum().clamp(min=1)
-
-    def _result(
-        self, hidden: Tensor, here: Sequences, batch: Mapping[str, Tensor | None], more: dict[str, Tensor]
-    ) -> ModelOutput:
-        if batch["labels"] is None:
-            logits = F.linear(self._transform(here.spread(hidden)), *self.output())
-            return ModelOutput(None, {}, logits)
-        losses = {self.term: self._loss(hidden, here, self.targets(batch)), **more}
-        return ModelOutput(sum(losses.values(), torch.zeros((), device=hidden.device)), losses, None)
+from llmkern.training.objectives.collate import IGNORED
 
 
 class EncoderModel(PretrainingModel):
@@ -152,11 +42,13 @@ class EncoderModel(PretrainingModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
         labels: Tensor | None = None, next_sentence_label: Tensor | None = None, position_ids: Tensor | None = None,
     ) -> ModelOutput:  # fmt: skip
-        """All (B, S) int64 but next_sentence_label, (B,), IGNORED where nothing counts."""
+        """All (B, S) int64 but next_sentence_label, (B,), IGNORED where nothing counts. Either labels alone will do."""
+        self._check(input_ids, labels=labels)
         hidden, here = self.hidden(input_ids, attention_mask, token_type_ids, position_ids)
+        self._check(input_ids[:, 0], "(B,)", next_sentence_label=next_sentence_label)
         more = {}
         if self.next_sentence is not None and self.pooler is not None and next_sentence_label is not None:
-            pooled = _wide(self.next_sentence(self.dropout(torch.tanh(self.pooler(here.first(hidden))))))
+            pooled = wide(self.next_sentence(self.dropout(torch.tanh(self.pooler(here.first(hidden))))))
             total = F.cross_entropy(pooled, next_sentence_label, ignore_index=IGNORED, reduction="sum")
             more["nsp"] = total / (next_sentence_label != IGNORED).sum().clamp(min=1)
         return self._result(hidden, here, {"labels": labels, "attention_mask": attention_mask}, more)
@@ -167,8 +59,8 @@ class EncoderModel(PretrainingModel):
     ) -> tuple[Tensor, Sequences]:  # fmt: skip
         """The last layer's output, and where its rows stand in the batch; arguments as those of `forward`."""
         here = self._sequences(input_ids, attention_mask)
-        tokens = here.take(input_ids)
-        places = here.take(here.within_documents() if position_ids is None else position_ids)
+        tokens, places = here.take(input_ids), here.take(self._places(here, position_ids))
+        self._check(input_ids, token_type_ids=token_type_ids)
         types = torch.zeros_like(tokens) if token_type_ids is None else here.take(token_type_ids)
         x = self.dropout(self.norm(self.tokens(tokens) + self.positions(places) + self.types(types)))
         for block in self.layers:
@@ -184,8 +76,8 @@ class EncoderModel(PretrainingModel):
 
     def counted(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         found = super().counted(batch)
-        if self.next_sentence is not None and batch.get("next_sentence_label") is not None:
-            found["nsp"] = (batch["next_sentence_label"] != IGNORED).sum()
+        if self.next_sentence is not None:
+            found["nsp"] = self._count(batch.get("next_sentence_label"))
         return found
 
 
@@ -209,7 +101,9 @@ class DecoderModel(PretrainingModel):
         document_ids: Tensor | None = None, position_ids: Tensor | None = None,
     ) -> ModelOutput:  # fmt: skip
         """All (B, S) int64. labels are input_ids, IGNORED where nothing counts: the model moves them by one.
-        document_ids: equal for the tokens of a document, -1 at padding."""
+        document_ids: equal for neighbouring tokens of a document, -1 at padding; a number that comes back is another
+        document."""
+        self._check(input_ids, labels=labels)
         hidden, here = self.hidden(input_ids, attention_mask, document_ids, position_ids)
         batch = {"labels": labels, "attention_mask": attention_mask, "document_ids": document_ids}
         return self._result(hidden, here, batch, {})
@@ -220,7 +114,7 @@ class DecoderModel(PretrainingModel):
     ) -> tuple[Tensor, Sequences]:  # fmt: skip
         """The last layer's output, and where its rows stand in the batch; arguments as those of `forward`."""
         here = self._sequences(input_ids, attention_mask, document_ids)
-        places = here.take(here.within_documents() if position_ids is None else position_ids)
+        places = here.take(self._places(here, position_ids))
         x = self.dropout(self.tokens(here.take(input_ids)))
         for block in self.layers:
             x = self._run(block, x, here, places)
@@ -267,9 +161,15 @@ class EncoderDecoderModel(PretrainingModel):
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("decoder_input_ids: expected (B, T) where there are no labels, got None")
+            check.is_tensor("labels", labels)
+            check.rank("labels", labels, "(B, T)")
             pad = self.config.pad_token_id
             decoder_input_ids = F.pad(labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, pad), (1, 0), value=pad)
         there = self._sequences(input_ids, attention_mask)
+        self._check(decoder_input_ids, "(B, T)", labels=labels, decoder_attention_mask=decoder_attention_mask)
+        if decoder_input_ids.size(0) != input_ids.size(0):
+            expected = f"the {input_ids.size(0)} rows of input_ids"
+            raise ValueError(f"decoder_input_ids: expected {expected}, got shape {tuple(decoder_input_ids.shape)}")
         memory = self._embedded(input_ids, there, self.encoder_norm)
         for block in self.encoder_layers:
             memory = self._run(block, memory, there)

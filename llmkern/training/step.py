@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from llmkern import check
 from llmkern.training.configuration import PretrainingConfig
-from llmkern.training.optimisation import clip, make_optimizer, total_norm
+from llmkern.training.optimisation import clip, make_optimizer, make_scheduler, total_norm
+
+#: Under which scale of the loss a run stops: gradients that still overflow are not too large, they are not finite.
+#: fairseq's min_loss_scale.
+LEAST_SCALE = 1e-4
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,6 +39,10 @@ def moved(batch: Any, device: torch.device) -> Any:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {k: moved(v, device) for k, v in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(v, device) for v in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(moved(v, device) for v in batch)
     return batch
 
 
@@ -50,9 +58,11 @@ class MixedPrecisionTrainer:
     """Trains a model in mixed precision: train_step(batch) -> float.
 
     model: called as model(**batch) for a batch of names, else model(batch); its outputs have a loss, or are one.
-    optimizer: by default the AdamW of the config. scheduler: is stepped with it. config: the rest (PretrainingConfig's
-    defaults without one). precision: "float16" scales the loss and skips steps whose gradients overflow, counted in
-    skipped_steps; "bfloat16" and "float32" need no scaling; by default float16 on a GPU, bfloat16 on a CPU.
+    optimizer: by default the AdamW of the config. scheduler: is stepped with it; by default, where a config is given
+    and no optimizer, the config's, which stays at learning_rate where there is no max_steps to end at. config: the rest
+    (PretrainingConfig's defaults without one). precision: "float16" scales the loss and skips steps whose gradients
+    overflow, counted in skipped_steps; "bfloat16" and "float32" need no scaling; by default that of a config that is
+    given, without one float16 on a GPU, bfloat16 on a CPU.
 
     A model that has counted(batch) -> {term: how much it counts} and outputs with losses {term: mean}, as those of
     build_model, gets micro-batches weighed by these counts: the step is that of the one large batch. Others are weighed
@@ -70,6 +80,8 @@ class MixedPrecisionTrainer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        if precision is None and config is not None:
+            precision = config.precision
         self.config = PretrainingConfig() if config is None else config
         self.model = model
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -80,8 +92,13 @@ class MixedPrecisionTrainer:
         self.scaler = GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.optimizer = make_optimizer(model, self.config) if optimizer is None else optimizer
         self.scheduler = scheduler
+        if config is not None and optimizer is None and scheduler is None:
+            self.scheduler = self._default_scheduler(config)
         self.steps = self.skipped_steps = 0
         self.gradient_norm = 0.0
+
+    def _default_scheduler(self, config: PretrainingConfig) -> LRScheduler | None:
+        return make_scheduler(self.optimizer, config, config.max_steps)
 
     @property
     def inner(self) -> nn.Module:
@@ -91,10 +108,14 @@ class MixedPrecisionTrainer:
     def train_step(self, batch: Any) -> float:
         """One optimiser step on a batch, or on a list of micro-batches; the loss, the mean over what counts in them.
 
-        Raises NonFiniteLossError, before anything is changed, where the loss is not finite, or the gradients are not
-        and the precision is not float16, which skips such a step.
+        A list is always one of micro-batches: a batch that is itself a list (as torch's DataLoader makes of tuples) is
+        given in a list, `train_step([batch])`. A tuple is a batch.
+
+        Raises NonFiniteLossError, before a parameter is changed, where the loss is not finite, or the gradients are
+        not; float16 skips such steps, and stops when its scale has fallen under 1e-4. ValueError where the optimizer's
+        parameters got no gradients.
         """
-        batches = list(batch) if isinstance(batch, Sequence) and not isinstance(batch, str) else [batch]
+        batches = batch if isinstance(batch, list) else [batch]
         if not batches:
             raise ValueError("batch: expected a batch or a list of them, got an empty list")
         batches = [moved(b, self.device) for b in batches]
@@ -116,6 +137,8 @@ class MixedPrecisionTrainer:
 
     def _update(self, batches: list[Any]) -> None:
         """Gradients into parameters."""
+        if all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
+            raise ValueError("model: expected a loss that depends on the optimizer's parameters, got no gradients")
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         norm = total_norm(parameters)
@@ -124,14 +147,19 @@ class MixedPrecisionTrainer:
             self._stop(f"gradients: expected a finite norm, got {self.gradient_norm}", batches)
         if self.config.max_grad_norm:
             clip(parameters, self.config.max_grad_norm, norm)
-        scale = self.scaler.get_scale()
+        # What the scaler itself goes by; the scale does not tell, which ends at 0 and falls no further.
+        overflowed = self.scaler.is_enabled() and any(
+            bool(found) for found in self.scaler._found_inf_per_device(self.optimizer).values()
+        )
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.skipped_steps += overflowed
+        if overflowed and self.scaler.get_scale() < LEAST_SCALE:
+            found = f"got {self.gradient_norm} though the scale of the loss fell to {self.scaler.get_scale():.1e}"
+            self._stop(f"gradients: expected a finite norm, {found},", batches)
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        if self.scaler.get_scale() < scale:
-            self.skipped_steps += 1
-        elif self.scheduler is not None:
+        if not overflowed and self.scheduler is not None:
             self.scheduler.step()
 
     def _shares(self, batches: list[Any]) -> list[dict[str, Tensor] | float]:
@@ -151,6 +179,8 @@ class MixedPrecisionTrainer:
         if isinstance(share, float):
             return loss_of(outputs) * share
         losses = [outputs.losses[term] * weight.float() for term, weight in share.items() if term in outputs.losses]
+        if not losses:
+            raise ValueError("batch: expected labels, or next_sentence_label where that is learned, got neither")
         return torch.stack(losses).sum()
 
     def _mean(self, value: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from llmkern.training.batches import Counted
 from llmkern.training.checkpoints import Checkpoints, generators, set_generators
@@ -27,12 +28,14 @@ class Trainer(DistributedTrainer):
     model: None builds the config's. data: with collate a dataset of numbered examples, of which `objectives.Batches`
     makes the config's batches, each process its own; without, any iterable of batches (dicts of tensors) of this
     process's own part, gone through num_epochs times; objectives.Batches, which counts epochs itself, once. What has
-    state_dict and load_state_dict goes on by them; of anything else, what was seen is drawn again and dropped.
+    state_dict and load_state_dict goes on by them; of anything else, what was seen is drawn again and dropped, so it must
+    give the same again from the same generators. An epoch has as many steps as the process with the fewest batches.
 
     A run with an output_dir that has a checkpoint goes on from the last, with the losses that it would have had: bit
     for bit on the same machine with the same number of processes. `path` of the config to metrics: metrics.read.
 
-    Raises ValueError where the number of steps is unknown: data without a length and no max_steps.
+    Raises ValueError where the number of steps is unknown: data without a length and no max_steps. TypeError for an
+    iterator, which cannot begin again.
     """
 
     def __init__(
@@ -51,30 +54,42 @@ class Trainer(DistributedTrainer):
             data = Batches(
                 data, collate, config.batch_size, seed=config.seed, epochs=config.num_epochs,
                 rank=self.processes.data_rank, world_size=self.processes.data_size, num_workers=config.num_workers,
-                # Of its own: a loader draws from it, and training's must not know how often that was.
-                loader={"generator": torch.Generator().manual_seed(config.seed)},
             )  # fmt: skip
         elif not isinstance(data, Iterable):
             raise TypeError(f"data: expected an iterable of batches without collate, got {type(data).__name__}")
+        elif isinstance(data, Iterator):  # what it gave is gone: no epoch and no resumed run could begin again
+            expected = "an iterable that begins again for every epoch (a list, a DataLoader)"
+            raise TypeError(f"data: expected {expected}, got an iterator, {type(data).__name__}")
         self.data = Counted(data, config.num_epochs)
         self.total = self._total()
         if self.total is None and config.lr_scheduler != "constant":
             raise ValueError(f"max_steps: expected a number with data without a length and {config.lr_scheduler}")
-        self.scheduler: LambdaLR = make_scheduler(self.optimizer, config, self.total)
+        self.scheduler: LRScheduler = make_scheduler(self.optimizer, config, self.total)
         # Other random numbers on each process that has other data, the same on those that share a model's layers.
         torch.manual_seed(config.seed * 1_000_003 + self.processes.data_rank)
+        self.saved: int | None = None  #: the step of this trainer's last checkpoint
         self.checkpoints = (
             None
             if config.output_dir is None
             else Checkpoints(config.output_dir, config.keep_checkpoints, self.processes.rank)
         )
 
+    def _default_scheduler(self, config: PretrainingConfig) -> LRScheduler | None:
+        return None  # made when it is known how many steps there are
+
     def _total(self) -> int | None:
+        """The same on every process: the schedule depends on it, and the one with the fewest batches ends the run."""
         try:
             whole = self.data.passes * (len(self.data) // self.config.gradient_accumulation_steps)
         except TypeError:
+            whole = -1
+        if self.processes.mesh is not None:
+            least = torch.tensor(whole, device=self.device)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            whole = int(least)
+        if self.config.max_steps is not None:
             return self.config.max_steps
-        return whole if self.config.max_steps is None else self.config.max_steps
+        return None if whole < 0 else whole
 
     def train(self, steps: int | None = None) -> list[float]:
         """Trains to the end, or only so many steps; the losses of these steps.
@@ -104,10 +119,14 @@ class Trainer(DistributedTrainer):
                         "gradient_norm": self.gradient_norm, "tokens_per_second": tokens / seconds,
                         "seconds": seconds, "skipped_steps": self.skipped_steps,
                     })  # fmt: skip
-                if self.steps % self.config.checkpoint_every == 0 or self.steps == end:
+                if self.steps % self.config.checkpoint_every == 0:
                     if metrics is not None:
                         metrics.flush()
                     self.save()
+            if losses:  # the data may end before the last step does; all processes have come as far
+                if metrics is not None:
+                    metrics.flush()
+                self.save()
         finally:
             if metrics is not None:
                 metrics.close()
@@ -136,7 +155,7 @@ class Trainer(DistributedTrainer):
 
     def save(self) -> None:
         """Writes a checkpoint of where this trainer stands; nothing without an output_dir."""
-        if self.checkpoints is None or self.steps in self.checkpoints.steps():
+        if self.checkpoints is None or self.steps == self.saved:
             return
         shared = {
             "config": self.config.to_dict(), "steps": self.steps, "skipped_steps": self.skipped_steps,
@@ -151,6 +170,7 @@ class Trainer(DistributedTrainer):
             shared |= {"model": self.inner.state_dict(), "optimizer": self.optimizer.state_dict()}
         own = {"generators": generators(), "data": self.data.state_dict()}
         self.checkpoints.save(self.steps, shared, own, sharded)
+        self.saved = self.steps
 
     def resume(self) -> int | None:
         """Goes on from the last checkpoint of the output_dir; its step, None where there is none beyond this one's.
@@ -178,6 +198,7 @@ class Trainer(DistributedTrainer):
         assert own is not None
         self.data.load_state_dict(own["data"])
         set_generators(own["generators"])
+        self.saved = step
         return step
 
     def _check_same(self, shared: dict[str, Any], step: int) -> None:

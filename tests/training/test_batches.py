@@ -94,6 +94,12 @@ def test_workers_give_the_same_in_order():
     assert equal(list(DataLoader(objective("mlm"), batch_size=None, num_workers=2)), whole)
 
 
+def test_workers_draw_nothing_from_the_generator_of_all():
+    before = torch.get_rng_state()
+    next(iter(objective("mlm", num_workers=1)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_every_example_once_an_epoch():
     one = seen(Batches(DATA, numbers, 5, epochs=3, drop_last=False))
     assert len(one) == 69
@@ -165,5 +171,7 @@ def test_states_of_another_run_are_refused():
             batches.load_state_dict({**state, name: value})
     with pytest.raises(ValueError, match="state: expected 'position' in it"):
         batches.load_state_dict({"seed": 0})
+    with pytest.raises(ValueError, match="state: expected a position of 0 or more, got -3"):
+        batches.load_state_dict({**state, "position": -3})
     with pytest.raises(TypeError, match="epochs: expected a number"):
         len(batches)

@@ -45,6 +45,17 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "text"),
+    [("yaml", "seed: 1\nhidden_size: 96\nseed: 2\n"), ("json", '{"seed": 1, "hidden_size": 96, "seed": 2}')],
+)
+def test_a_key_that_is_given_twice_is_refused(kind, text, tmp_path):
+    path = tmp_path / f"run.{kind}"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="seed: expected one value, got more than one"):
+        getattr(PretrainingConfig, f"from_{kind}")(path)
+
+
+@pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
         (dict(hidden_size=0), ValueError, "hidden_size: expected a positive integer, got 0"),
@@ -65,6 +76,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(kind, tmp_path):
         (dict(num_attention_heads=7), ValueError, "num_attention_heads: expected a divisor of hidden_size = 768"),
         (dict(hidden_size=36, objective="clm"), ValueError, "num_attention_heads: expected heads of an even width"),
         (dict(max_seq_length=513), ValueError, "max_seq_length: expected at most max_position_embeddings = 512"),
+        (dict(pad_token_id=50, vocab_size=50), ValueError, "pad_token_id: expected one below vocab_size = 50, got 50"),
+        (dict(type_vocab_size=1, objective="mlm_nsp"), ValueError, "type_vocab_size: expected 2 or more with mlm_nsp"),
+        (dict(output_dir=""), ValueError, "output_dir: expected a folder or None, got ''"),
+        (dict(seed=2**60), ValueError, r"seed: expected one in \[0, 2\*\*32\), got 1152921504606846976"),
         (dict(tensor_parallel_size=5), ValueError, "tensor_parallel_size: expected a divisor of num_attention_heads"),
     ],
 )

@@ -79,6 +79,23 @@ def work(rank: int, world: int, folder: str) -> None:
         rest = Trainer(None, kept, *data(objective)).train()
         found[f"{way}-{objective}"] = {"whole": whole, "undisturbed": undisturbed, "rest": rest}
     found["skipped"] = [skipped(parallelism, rank, world) for parallelism in ("ddp", "fsdp")]
+    # The last process has a batch less: all end together, at the same rates, with the same parameters.
+    fields = tiny.config(output_dir=f"{folder}/uneven", max_steps=None, num_epochs=2, checkpoint_every=99)
+    trainer = Trainer(None, fields, [tiny.batch("mlm", range(i, i + 4)) for i in range(4 - (rank == world - 1))])
+    seed = torch.initial_seed()
+    steps = len(trainer.train())
+    found["uneven"] = [
+        trainer.total, steps, trainer.optimizer.param_groups[0]["lr"], trainer.checkpoints.steps(),
+        [float(p.detach().double().sum()) for p in trainer.model.parameters()],
+    ]  # fmt: skip
+    together = tiny.config(tensor_parallel_size=2, objective="seq2seq")
+    Trainer(None, together, *data("seq2seq"))
+    found["seeds"] = [seed, torch.initial_seed()]
+    model = build_model(tiny.config())
+    try:
+        DistributedTrainer(model, tiny.config(parallelism="fsdp"), torch.optim.SGD(model.parameters()))
+    except ValueError as error:
+        found["refused"] = str(error)
     # What only the last process's batch brings about stops all of them, before any parameter is changed.
     batch = tiny.batch("mlm", range(4 * rank, 4 * rank + 4))
     trainer = DistributedTrainer(build_model(tiny.config()), tiny.config(output_dir=folder))
@@ -144,6 +161,28 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(world, way, objective, fo
     sharded = "FSDP2" in way or "tensor" in way
     names = {p.name for p in (folder / f"{way}-{objective}/step-{STEPS}").iterdir()}
     assert names == {"shared.pt", *(f"rank-{r}.pt" for r in range(world))} | ({"sharded"} if sharded else set())
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_processes_with_other_numbers_of_batches_stay_together(world, found):
+    _, runs = found[world]
+    assert [run["uneven"][:4] for run in runs] == [[6, 6, 0.0, [6]]] * world
+    assert all(run["uneven"] == runs[0]["uneven"] for run in runs)
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_processes_draw_other_dropout_but_those_that_share_layers(world, found):
+    _, runs = found[world]
+    alone, shared = zip(*(run["seeds"] for run in runs), strict=True)
+    assert len(set(alone)) == world and len(set(shared)) == world // 2
+    assert all(shared[rank] == shared[rank + 1] for rank in range(0, world, 2))
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_an_optimizer_of_whole_parameters_is_refused_where_they_are_sharded(world, found):
+    _, runs = found[world]
+    words = "optimizer: expected None where parameters are sharded, got one of those before"
+    assert [run.get("refused") for run in runs] == [words] * world
 
 
 @pytest.mark.parametrize("world", CASES)

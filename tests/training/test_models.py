@@ -69,6 +69,71 @@ def test_padding_has_no_part():
     assert model(**batch).loss == model(**other).loss == model(**longer).loss
 
 
+def pair(objective):
+    """The model on the kernels and in plain PyTorch, away from where all biases are 0."""
+    models = [build_model(tiny.config(objective=objective, fused=fused)).eval() for fused in (True, False)]
+    for model in models:
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return models
+
+
+@pytest.mark.parametrize("objective", ["mlm_nsp", "clm", "seq2seq"])
+def test_a_row_of_padding_alone_is_the_same_on_the_kernels_and_in_plain(objective):
+    batch = tiny.batch(objective)
+    mask = "document_ids" if objective == "clm" else "attention_mask"
+    for rows in (slice(1, 2), slice(3, 4)):  # in the middle, and the last
+        batch[mask][rows] = -1 if objective == "clm" else 0
+        if objective == "mlm_nsp":
+            batch["next_sentence_label"][:] = 1
+        fused, plain = (model(**batch).losses for model in pair(objective))
+        assert fused.keys() == plain.keys()
+        assert all(fused[k].item() == pytest.approx(plain[k].item(), rel=1e-5) for k in fused)
+    batch[mask][:] = -1 if objective == "clm" else 0
+    for model in pair(objective):
+        with pytest.raises(ValueError, match="attention_mask: expected a batch with at least one token, got padding"):
+            model(**batch)
+
+
+def test_a_document_number_that_comes_back_is_another_document():
+    tokens = torch.randint(tiny.VOCABULARY, (2, 8))
+    again, other = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0]] * 2), torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]] * 2)
+    hole, apart = torch.tensor([[0, 0, 0, -1, 0, 0, 1, 1]] * 2), torch.tensor([[0, 0, 0, -1, 3, 3, 1, 1]] * 2)
+    for one, two in ((again, other), (hole, apart)):
+        losses = [m(tokens, labels=tokens, document_ids=d).loss.item() for m in pair("clm") for d in (one, two)]
+        assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+
+
+SHAPES = {
+    "labels": ("mlm", {"labels": (4, 14)}, r"labels: expected \(B, S\) = \(4, 12\), got shape \(4, 14\)"),
+    "more rows": ("mlm", {"labels": (5, 12)}, r"labels: expected \(B, S\) = \(4, 12\), got shape \(5, 12\)"),
+    "narrow labels": ("clm", {"labels": (4, 6)}, r"labels: expected \(B, S\) = \(4, 12\), got shape \(4, 6\)"),
+    "types": ("mlm", {"token_type_ids": (4, 13)}, r"token_type_ids: expected \(B, S\) = \(4, 12\), got"),
+    "places": ("clm", {"position_ids": (4, 13)}, r"position_ids: expected \(B, S\) = \(4, 12\), got"),
+    "sentences": ("mlm_nsp", {"next_sentence_label": (3,)}, r"next_sentence_label: expected \(B,\) = \(4,\), got"),
+    "outputs": ("seq2seq", {"labels": (3, 12)}, r"decoder_input_ids: expected the 4 rows of input_ids, got shape"),
+    "decoder": ("seq2seq", {"decoder_input_ids": (4, 9)}, r"labels: expected \(B, T\) = \(4, 9\), got shape \(4, 12\)"),
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("objective", "shapes", "words"), SHAPES.values(), ids=SHAPES)
+def test_tensors_of_another_shape_are_refused_by_name(objective, shapes, words, fused):
+    batch = tiny.batch(objective) | {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=words):
+        build_model(tiny.config(objective=objective, fused=fused))(**batch)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_positions_of_one_row_are_those_of_all(objective, fused):
+    model, batch = build_model(tiny.config(objective=objective, fused=fused)).eval(), tiny.batch(objective)
+    places = torch.arange(tiny.LENGTH).flip(0)[None]
+    assert model(**batch, position_ids=places).loss == model(**batch, position_ids=places.expand(4, -1)).loss
+
+
 def test_rows_without_a_token_and_batches_without_a_label_do_no_harm():
     model = build_model(tiny.config(objective="seq2seq"))
     batch = tiny.batch("seq2seq")

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from llmkern.training import MixedPrecisionTrainer, NonFiniteLossError, PretrainingConfig, build_model
+from llmkern.training import (
+    DistributedTrainer,
+    MixedPrecisionTrainer,
+    NonFiniteLossError,
+    PretrainingConfig,
+    Trainer,
+    build_model,
+)
 from llmkern.training.optimisation import factor, make_optimizer, parameter_groups
+from llmkern.training.step import moved
 from tests.training import tiny
 
 
@@ -90,6 +100,92 @@ def test_a_float16_step_whose_gradients_overflow_is_skipped_and_counted():
     assert stepper.skipped_steps == 1 and not torch.equal(before[0], next(stepper.model.parameters()))
 
 
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf])
+def test_float16_gradients_that_are_never_finite_stop_the_run(factor, tmp_path):
+    """Every step is counted until then, and no parameter is changed."""
+    stepper = trainer(precision="float16", output_dir=str(tmp_path))
+    stepper.model.tokens.weight.register_hook(lambda g: g * factor)
+    before = [p.detach().clone() for p in stepper.model.parameters()]
+    with pytest.raises(NonFiniteLossError, match=r"gradients: expected a finite norm, got (nan|inf) though the scale"):
+        for _ in range(60):
+            stepper.train_step(tiny.batch())
+            assert stepper.skipped_steps == stepper.steps
+    assert stepper.skipped_steps == stepper.steps + 1 == 30  # 65536 halved to under 1e-4
+    assert all(torch.equal(a, b) for a, b in zip(before, stepper.model.parameters(), strict=True))
+
+
+def test_skipped_steps_are_counted_where_the_scale_cannot_fall():
+    stepper = trainer(precision="float16")
+    stepper.model.tokens.weight.register_hook(lambda g: g * torch.nan)
+    stepper.scaler.set_backoff_factor(1 - 1e-9)  # 65536 in float32, as 0 would stay 0
+    stepper.train_step(tiny.batch())
+    assert stepper.skipped_steps == 1
+
+
+def test_the_config_decides_the_precision_where_one_is_given():
+    dtypes = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    for precision, dtype in dtypes.items():
+        assert MixedPrecisionTrainer(Regression(), config=tiny.config(precision=precision)).dtype == dtype
+    assert MixedPrecisionTrainer(Regression(), config=tiny.config(), precision="bfloat16").dtype == torch.bfloat16
+    assert MixedPrecisionTrainer(Regression()).dtype == torch.bfloat16
+
+
+class Pairs(Regression):
+    """Called with inputs and targets in a tuple, or in the list that a DataLoader makes of tuples."""
+
+    def forward(self, pair):
+        x, y = pair
+        return (self.linear(x) - y).square().mean()
+
+
+def test_a_tuple_is_one_batch():
+    torch.manual_seed(1)
+    pair = (torch.randn(4, 3), torch.randn(4, 1))
+    losses = [MixedPrecisionTrainer(Pairs(), precision="float32") for _ in range(3)]
+    for stepper in losses[1:]:
+        stepper.model.load_state_dict(losses[0].model.state_dict())
+    found = [s.train_step(batch) for s, batch in zip(losses, (pair, [pair], [list(pair)]), strict=True)]
+    assert found == [found[0]] * 3
+    loader = DataLoader(TensorDataset(*pair), batch_size=2)
+    config = tiny.config(max_steps=4, batch_size=2)
+    assert len(Trainer(Pairs(), config, loader).train()) == 4
+
+
+def test_what_lies_in_lists_and_tuples_is_moved():
+    Two = namedtuple("Two", "a b")
+    meta = torch.device("meta")
+    made = moved({"x": [torch.zeros(1), (torch.zeros(2), "y")], "z": Two(torch.zeros(3), 5)}, meta)
+    assert made["x"][0].device == made["x"][1][0].device == made["z"].a.device == meta
+    assert made["x"][1][1] == "y" and made["z"].b == 5 and isinstance(made["z"], Two)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_loss_without_gradients_is_refused(precision):
+    class Apart(Regression):
+        def forward(self, x):
+            return torch.zeros((), requires_grad=True) * 1.0
+
+    with pytest.raises(ValueError, match="model: expected a loss that depends on the optimizer's parameters, got no"):
+        MixedPrecisionTrainer(Apart(), precision=precision).train_step(torch.ones(3))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_sentence_pairs_alone_are_trained_and_weighed(fused):
+    """One micro-batch of hidden tokens, one of pairs, is the step of both."""
+    pairs = tiny.batch("mlm_nsp")
+    tokens = {k: pairs[k] for k in pairs if k != "next_sentence_label"}
+    pairs = {k: pairs[k] for k in pairs if k != "labels"}
+    alone = trainer(objective="mlm_nsp", fused=fused)
+    counts = alone.model.counted(pairs)
+    assert counts["mlm"] == 0 and counts["nsp"] == 2
+    losses = [alone.train_step(pairs) for _ in range(8)]
+    assert losses[-1] < 0.9 * losses[0]
+    whole, pieces = trainer(objective="mlm_nsp", fused=fused), trainer(objective="mlm_nsp", fused=fused)
+    assert pieces.train_step([tokens, pairs]) == pytest.approx(whole.train_step(tiny.batch("mlm_nsp")), rel=2e-6)
+    with pytest.raises(ValueError, match="batch: expected labels, or next_sentence_label where that is learned"):
+        alone.train_step({"input_ids": pairs["input_ids"]})
+
+
 def test_gradients_are_unscaled_before_they_are_clipped():
     """With a scale of 65536, a norm that was clipped first would be that much smaller."""
     mixed, exact = trainer(precision="float16"), trainer()
@@ -141,6 +237,24 @@ def test_matrices_decay_and_vectors_do_not():
     assert {"tokens.weight", "layers.0.attention.w_q.weight"} <= decaying
     optimizer = make_optimizer(model, PretrainingConfig(adam_beta1=0.8, adam_epsilon=1e-6, learning_rate=3e-4))
     assert all((g["betas"], g["eps"], g["lr"]) == ((0.8, 0.999), 1e-6, 3e-4) for g in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("kind", [MixedPrecisionTrainer, DistributedTrainer])
+def test_the_config_decides_the_schedule_where_one_is_given(kind):
+    def rates(*args, steps=5, **kwargs):
+        stepper, found = kind(*args, **kwargs, precision="float32"), []
+        for _ in range(steps):
+            found.append(stepper.optimizer.param_groups[0]["lr"])
+            stepper.train_step(torch.ones(2, 3))
+        return found
+
+    fields = dict(warmup_steps=2, learning_rate=0.1, lr_scheduler="linear")
+    assert rates(Regression(), config=tiny.config(max_steps=4, **fields)) == pytest.approx([0.05, 0.1, 0.1, 0.05, 0.0])
+    assert rates(Regression(), config=tiny.config(max_steps=None, **fields)) == [0.05, 0.1, 0.1, 0.1, 0.1]
+    assert rates(Regression()) == [5e-5] * 5
+    model = Regression()
+    own = torch.optim.SGD(model.parameters(), lr=0.5)
+    assert rates(model, config=tiny.config(max_steps=4, **fields), optimizer=own) == [0.5] * 5
 
 
 def test_schedules():

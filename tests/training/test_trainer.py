@@ -11,11 +11,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import llmkern.training.checkpoints as checkpoints
 from llmkern.training import Trainer, build_model
 from llmkern.training.batches import Counted
 from llmkern.training.metrics import read
+from llmkern.training.objectives import Batches
 from tests.training import tiny
 
 
@@ -40,15 +42,33 @@ class Stream:
         self.generator.set_state(state["generator"])
 
 
+class Noisy(tiny.Sentences):
+    """Examples that draw from the generator of all, as random crops do."""
+
+    def __getitem__(self, number):
+        return super().__getitem__(number) | {"input_ids": torch.randint(tiny.VOCABULARY, (tiny.LENGTH,))}
+
+
+def loader(data=Noisy, **options):
+    # Two steps an epoch: the run is stopped in the middle of the second.
+    return DataLoader(data(examples=16), batch_size=4, collate_fn=tiny.collate, **options)
+
+
 DATA = {
+    "loader": lambda: (loader(),),
+    "shuffled loader": lambda: (loader(shuffle=True),),
+    "shuffled loader with workers": lambda: (loader(tiny.Sentences, shuffle=True, num_workers=1),),
+    "loader with a generator": lambda: (loader(shuffle=True, generator=torch.Generator().manual_seed(3)),),
+    "batches with workers": lambda: (Batches(tiny.Sentences(), tiny.collate, 4, epochs=9, num_workers=1),),
     "dataset": lambda: (tiny.Sentences(), tiny.collate),
     "stream with a state": lambda: (Stream(),),
     "list of batches": lambda: ([tiny.batch("mlm", range(i, i + 4)) for i in range(0, 28, 4)],),
 }
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize(
+    ("kind", "precision"), [*((kind, "float32") for kind in DATA), ("dataset", "float16"), ("loader", "float16")]
+)
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(kind, precision, tmp_path):
     """With dropout, accumulation, over an epoch's end; stopped behind, and between, its checkpoints."""
 
@@ -120,6 +140,28 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "step-2", "step-4"]
 
 
+@pytest.mark.parametrize("changes", [{"max_steps": 50}, {"max_steps": None, "lr_scheduler": "constant"}])
+def test_a_checkpoint_is_written_where_the_data_end(changes, tmp_path):
+    class Unsized:
+        def __iter__(self):
+            return iter([tiny.batch()] * 5)
+
+    config = tiny.config(output_dir=str(tmp_path), num_epochs=1, checkpoint_every=4, **changes)
+    data = Unsized() if changes["max_steps"] is None else [tiny.batch()] * 5
+    assert len(Trainer(None, config, data).train()) == 5
+    assert checkpoints.Checkpoints(tmp_path, 3).steps() == [4, 5]
+    assert Trainer(None, config, data).train() == []
+
+
+def test_the_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
+    config = tiny.config(output_dir=str(tmp_path), max_steps=2)
+    Trainer(None, config, tiny.Sentences(), tiny.collate).train()
+    saved = torch.load(tmp_path / "step-2/shared.pt", weights_only=True)
+    torch.save(saved | {"processes": 2}, tmp_path / "step-2/shared.pt")
+    with pytest.raises(ValueError, match="processes: expected 2 as for the checkpoint of step 2, got 1"):
+        Trainer(None, config, tiny.Sentences(), tiny.collate).train()
+
+
 def test_the_last_few_are_kept(tmp_path):
     config = tiny.config(output_dir=str(tmp_path), checkpoint_every=1, keep_checkpoints=2, max_steps=12)
     Trainer(None, config, tiny.Sentences(), tiny.collate).train()
@@ -149,7 +191,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
 def test_batches_of_any_iterable_are_counted():
     batches = Counted([1, 2, 3], 9)
     assert [b for b in batches] == [1, 2, 3] and batches.epoch == 1 and batches.position == 0
-    batches.load_state_dict({"epoch": 4, "position": 2, "own": None})
+    batches.load_state_dict({"epoch": 4, "position": 2, "own": None, "begun": None})
     assert [b for b in batches] == [3] and batches.epoch == 5
 
 
@@ -187,11 +229,17 @@ def test_tensorboard_gets_every_step(tmp_path):
 
 
 def test_bad_arguments_are_refused_by_name():
+    with pytest.raises(ValueError, match="tensor_parallel_size: expected a divisor of the 1 processes, got 2"):
+        Trainer(None, tiny.config(tensor_parallel_size=2), tiny.Sentences(), tiny.collate)
+    with pytest.raises(ValueError, match="precision: expected float32 or bfloat16 with tensor_parallel_size above 1"):
+        Trainer(None, tiny.config(tensor_parallel_size=2, precision="float16"), tiny.Sentences(), tiny.collate)
     with pytest.raises(TypeError, match="config: expected a PretrainingConfig, got dict"):
         Trainer(None, {}, tiny.Sentences(), tiny.collate)
     with pytest.raises(ValueError, match="max_steps: expected a number with data without a length and cosine"):
         Trainer(None, tiny.config(max_steps=None), Stream())
     with pytest.raises(TypeError, match="data: expected an iterable of batches without collate, got Sentences"):
         Trainer(None, tiny.config(), tiny.Sentences())
+    with pytest.raises(TypeError, match=r"data: expected an iterable that begins again .*, got an iterator, generator"):
+        Trainer(None, tiny.config(), (tiny.batch() for _ in range(9)))
     with pytest.raises(ValueError, match="data: expected at least one step's batches in an epoch, got fewer"):
         Trainer(None, tiny.config(gradient_accumulation_steps=3), [tiny.batch()] * 2).train()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -25,7 +26,8 @@ class Batches(IterableDataset[dict[str, Tensor]]):
     goes on for ever. shuffle: False keeps the dataset's order. drop_last: leave out what does not fill the last batch
     of the last epoch (batches go across the ends of epochs); needed with several ranks, which then take as many steps.
     rank, world_size: this process among those that share the work; no two get the same example within an epoch.
-    num_workers: processes that prepare batches ahead, started in a DataLoader with `loader`, its other arguments; a
+    num_workers: processes that prepare batches ahead, started in a DataLoader with `loader`, its other arguments (its
+    generator is one of its own by default: a loader draws from it, and others' numbers must not know how often); a
     DataLoader around this object (batch_size=None) shares the work among its workers too, but its state is not told.
 
     Batch n is a function of the arguments and of n alone. `state_dict` counts the batches that were handed out, not
@@ -68,7 +70,8 @@ class Batches(IterableDataset[dict[str, Tensor]]):
             raise ValueError("dataset: expected one with examples, got none")
         self.dataset, self.collator, self.batch_size, self.seed = dataset, collator, batch_size, seed
         self.epochs, self.shuffle, self.drop_last = epochs, shuffle, drop_last
-        self.rank, self.world_size, self.num_workers, self.loader = rank, world_size, num_workers, dict(loader or {})
+        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.loader: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), **(loader or {})}
         self.position = 0  #: batches handed out
         self._orders: dict[int, np.ndarray] = {}
         if epochs is not None and not len(self):
@@ -143,4 +146,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
                 raise ValueError(f"state: expected {name!r} in it, got {sorted(state)}")
             if name != "position" and state[name] != value:
                 raise ValueError(f"state: expected that of {name} = {value}, got {state[name]}")
-        self.position = int(state["position"])
+        check.integer("state['position']", state["position"])
+        if state["position"] < 0:
+            raise ValueError(f"state: expected a position of 0 or more, got {state['position']}")
+        self.position = state["position"]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED = -100  #: the label of a place that has no loss
+IGNORED = -100  #: the label of what no loss counts
 
 
 def pad(rows: Sequence[np.ndarray], value: int, length: int) -> Tensor:
