@@ -22,7 +22,7 @@ from llmkern.models import cache_room
 from llmkern.operator import call_key, is_compiling
 
 #: What a model may tell its layers besides; anything else that is neither None nor False is for its own forward.
-_TOLD = {"use_cache", "position_ids", "cache_position", "output_router_logits", "logits_to_keep"}
+_TOLD = {"use_cache", "position_ids", "cache_position", "output_router_logits", "logits_to_keep", "tokenizer"}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 #: Products of one call: the layers whose weights lie one behind the other.
 _PRODUCTS = (_PROJECTIONS, ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,10 @@ def skipped(parallelism: str, rank: int, world: int) -> list[float]:
 def work(rank: int, world: int, folder: str) -> None:
     """One of the processes: every case as a whole, and stopped and gone on."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    limit = timedelta(minutes=5)  # one that waits for another which does something else fails, and not after an hour
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=limit
+    )  # fmt: skip
     found = {}
     for way, objective in CASES[world]:
         path = Path(folder) / f"{way}-{objective}"
