@@ -29,12 +29,7 @@ class Trainer(DistributedTrainer):
     makes the config's batches, each process its own; without, any iterable of batches (dicts of tensors) of this
     process's own part, gone through num_epochs times; objectives.Batches, which counts epochs itself, once. What has
     state_dict and load_state_dict goes on by them; of anything else, what was seen is drawn again and dropped, so it
-<<<<<<< HEAD
-    must give the same again from the same generators. An epoch has as many steps as the process with the fewest
-    batches.
-=======
     must give the same again from the same generators. An epoch has the steps of the process with the fewest batches.
->>>>>>> ftrain
 
     A run with an output_dir that has a checkpoint goes on from the last, with the losses that it would have had: bit
     for bit on the same machine with the same number of processes. `path` of the config to metrics: metrics.read.
