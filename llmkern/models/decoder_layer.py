@@ -51,6 +51,8 @@ def known(model: nn.Module, name: str, module: Any) -> dict[str, Any] | None:
     children = dict(module.named_children())
     if set(children) != set(_PARTS) or "forward" in vars(module):
         return None
+    if type(module).__new__ is not nn.Module.__new__:  # torch's fully_shard has wrapped it: it cannot be copied
+        return None
     attention, mlp = children["self_attn"], children["mlp"]
     if set(dict(attention.named_children())) != set(_PROJECTIONS) or not _fits(attention):
         return None

@@ -112,7 +112,7 @@ def test_a_chat_gives_the_models_greedy_text(way, servers, folder):
     assert "".join(streamed) == text and len([part for part in streamed if part]) > 1
     with urllib.request.urlopen(servers[way].metrics, timeout=30) as answer:
         counts = answer.read().decode()
-    served = "int8_linear" if way == "int8" else "attention"
+    served = "decoder_layer" if way == "int8" else "attention"
     assert re.search(rf'llmkern_calls_total{{backend="cpu",operator="{served}"}} [1-9]', counts), counts
     log = servers[way].log.read_text()
     assert re.search(r"llmkern: (\d+) of \1 modules that kernels might serve replaced", log)
