@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def ran(part, tmp_path, setting=CPU, done=(), until=None):
     rows = tmp_path / "part.rows"
-    status = steps.run_steps(part, setting, rows, set(done), time.time() + 60 if until is None else until)
+    status = steps.run_steps(part, setting, rows, set(done), time.time() + 600 if until is None else until)
     return status, [r for r in steps.read(rows) if r["status"] != "started"]
 
 
