@@ -5,8 +5,8 @@
 #include "../common/parallel.h"
 #include "../common/rotation.h"
 #include "../common/simd.h"
+#include "../common/tile.h"
 #include "mask.h"
-#include "tile.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {

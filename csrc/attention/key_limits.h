@@ -2,6 +2,7 @@
 // later query never begins or ends before that of an earlier one, so that two queries answer for all between them, and
 // whole blocks of keys are skipped or need no look at their single scores.
 #pragma once
+#include "../common/arithmetic.h"
 #include "params.h"
 
 #ifdef __CUDACC__
@@ -11,8 +12,6 @@ namespace llmkern::LLMKERN_ISA {
 #endif
 namespace {
 
-LLMKERN_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-LLMKERN_INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 template <class Int>
 LLMKERN_INLINE Int between_0_and(Int most, Int x) {
   return x < 0 ? 0 : x < most ? x : most;

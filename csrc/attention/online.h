@@ -7,8 +7,8 @@
 #pragma once
 #include <cmath>
 
+#include "../common/tile.h"
 #include "mask.h"
-#include "tile.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {

@@ -2,8 +2,8 @@
 // and the weights of a strip in a block, made again from the log-sum-exp that the forward kernel left.
 #pragma once
 #include "../common/parallel.h"
+#include "../common/tile.h"
 #include "mask.h"
-#include "tile.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {

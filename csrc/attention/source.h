@@ -1,7 +1,7 @@
 // The rows of keys or values that a sequence has: as they lie, or out of the pages and the 8 bits of a cache.
 #pragma once
+#include "../common/tile.h"
 #include "sequence.h"
-#include "tile.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {

@@ -74,7 +74,7 @@ struct Linear {
       for (int64_t b = 0; b < blocks; b++) m = max(load(from + b * kBlockStatistics * p.chunk), m);
       for (int64_t b = 0; b < blocks; b++, from += kBlockStatistics * p.chunk) {
         const int64_t left = p.vocabulary - b * kVocabularyBlock;
-        const Float of_block = load(from), count = broadcast(static_cast<float>(smaller(kVocabularyBlock, left)));
+        const Float of_block = load(from), count = broadcast(static_cast<float>(at_most(kVocabularyBlock, left)));
         Float &s = sums[b % kSums], &t = totals[b % kSums];
         s = fma(load(from + p.chunk), factor_of(of_block, m), s);
         t = add(t, fma(count, sub(shift_of(of_block), m), load(from + 2 * p.chunk)));

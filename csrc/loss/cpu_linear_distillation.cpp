@@ -118,7 +118,7 @@ struct Distillation {
     for (int64_t r = 0; r < c.rows; r += kWidth) {
       auto of = [&](const Rows& rows, Float z) { return probability(z, load(rows.high + r), load(rows.low + r)); };
       const Float factor = load(grad + r);
-      const Float inside = first(static_cast<int>(smaller(kWidth, c.rows - r)), scale, zero());
+      const Float inside = first(static_cast<int>(at_most(kWidth, c.rows - r)), scale, zero());
       for (int64_t v = 0; v < b.count; v++) {
         const Float s = load(x + v * p.chunk + r), t = load(y + v * p.chunk + r);
         const Float soft = sub(of(tempered, div(s, temperature)), of(of_teacher, div(t, temperature)));

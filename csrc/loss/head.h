@@ -26,7 +26,7 @@ struct Weights {
 // How many summed elements of the logits come from one piece of the packed rows, which stays in the first-level cache.
 LLMKERN_INLINE int64_t depth_of_piece(int64_t width) {
   int64_t pieces = (width + 143) / 144;
-  return padded((width + pieces - 1) / pieces, 16);
+  return round_up((width + pieces - 1) / pieces, 16);
 }
 
 template <class T>
@@ -64,7 +64,7 @@ struct Head {
   }
   // The memory of the weight's next block, and of its gradient's.
   Ahead next_block(int64_t first, const float* gradient) const {
-    const int64_t begin = first + kVocabularyBlock, end = smaller(begin + kVocabularyBlock, vocabulary);
+    const int64_t begin = first + kVocabularyBlock, end = at_most(begin + kVocabularyBlock, vocabulary);
     Ahead ahead = {};
     if (begin >= end) return ahead;
     auto set = [&](const float* from, const char*& low, const char*& high) {
@@ -82,7 +82,7 @@ struct Head {
     const int64_t piece = depth_of_piece(p.width);
     for (int64_t d = 0; d < p.width || d == 0; d += piece) {
       Operands o = {w.data + d, w.step, c.columns + d * kPanel, kPanel, kPanel * p.width, x, chunk_rows, d != 0};
-      product<true>(o, count, padded(c.rows, kWidth), smaller(piece, p.width - d), ahead);
+      product<true>(o, count, round_up(c.rows, kWidth), at_most(piece, p.width - d), ahead);
     }
     if (!p.bias) return;
     const T* bias = static_cast<const T*>(p.bias) + first;
@@ -104,7 +104,7 @@ struct Head {
       }
     if (partial) {
       Operands o = {g, chunk_rows, w.data, w.step, kPanel, partial, step, !fresh};
-      product<false>(o, c.rows, padded(p.width, kWidth), count, ahead);
+      product<false>(o, c.rows, round_up(p.width, kWidth), count, ahead);
     }
     if (to.weight) {
       Operands o = {g, chunk_rows, c.by_row, step, kPanel, to.weight + first * p.width, p.width, !first_chunk};

@@ -1,7 +1,7 @@
 // How the vocabulary and the scratch memory of the linear losses are cut, on every processor alike: results must not
 // depend on the number of threads, and Python allocates the memory.
 #pragma once
-#include "../common/isa.h"
+#include "../common/arithmetic.h"
 #include "params.h"
 
 namespace llmkern {
@@ -14,11 +14,9 @@ constexpr int64_t kMostGroups = 12;
 // Numbers of a block that each row keeps for its statistics.
 constexpr int64_t kBlockStatistics = 3, kDistillationStatistics = 6;
 
-LLMKERN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-LLMKERN_INLINE int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 // An odd number of cache lines: rows that far apart spread over all sets of a cache.
 LLMKERN_INLINE int64_t row_units(int64_t width) {
-  int64_t lines = padded(width, 16) / 16;
+  int64_t lines = round_up(width, 16) / 16;
   return 16 * (lines + 1 - lines % 2);
 }
 LLMKERN_INLINE int64_t block_count(int64_t vocabulary) {
@@ -33,7 +31,7 @@ LLMKERN_INLINE int64_t group_count(int64_t vocabulary) {
 }
 
 // A chunk of hidden states, packed: by columns, in panels of up to 64 rows, and by rows for the weight's gradient.
-LLMKERN_INLINE int64_t column_units(int64_t width, int64_t chunk) { return padded(chunk, 64) * width; }
+LLMKERN_INLINE int64_t column_units(int64_t width, int64_t chunk) { return round_up(chunk, 64) * width; }
 LLMKERN_INLINE int64_t head_units(int64_t width, int64_t chunk, bool by_row) {
   return column_units(width, chunk) + (by_row ? chunk * row_units(width) : 0) + 32;
 }

@@ -20,10 +20,10 @@ LLMKERN_INLINE void over_blocks(int64_t vocabulary, int threads, int64_t units, 
   auto of_thread = [&](int, int) {
     Memory memory{static_cast<float*>(scratch(Scratch::work, static_cast<size_t>(4 * units + 256)))};
     for (int64_t group; (group = counter.take()) < groups;) {
-      const int64_t begin = group * each, end = smaller(begin + each, blocks);
+      const int64_t begin = group * each, end = at_most(begin + each, blocks);
       for (int64_t b = begin; b < end; b++) {
         const int64_t first = b * kVocabularyBlock;
-        body(Block{b, first, smaller(kVocabularyBlock, vocabulary - first), group, b == begin}, memory);
+        body(Block{b, first, at_most(kVocabularyBlock, vocabulary - first), group, b == begin}, memory);
       }
     }
   };
@@ -41,7 +41,7 @@ void over_chunks(Job& job, int64_t rows, int64_t chunk, bool alone) {
     int next = -1;
     if (first < rows) {
       next = static_cast<int>(number % 2);
-      job.pack(next, first, smaller(chunk, rows - first));
+      job.pack(next, first, at_most(chunk, rows - first));
     }
     job.pass(before, next, number);
     before = alone ? -1 : next;

@@ -1,7 +1,7 @@
 // The products of the linear losses: six rows of sums times four vectors in registers, of which one operand is
 // broadcast and the other loaded, with memory asked for ahead between the multiply-adds.
 #pragma once
-#include "../attention/tile.h"
+#include "../common/tile.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {

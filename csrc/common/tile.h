@@ -1,10 +1,11 @@
-// Packing, and the product of two matrices of which one is packed: what every attention kernel is made of.
+// Packing, and the product of two matrices of which one is packed: what attention and the losses of hidden states are
+// made of.
 #pragma once
 #include <cstring>
 #include <type_traits>
 
-#include "../common/simd.h"
-#include "params.h"
+#include "arithmetic.h"
+#include "simd.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
@@ -21,8 +22,6 @@ constexpr bool kPairs = kBf16Dot && std::is_same<T, Bf16>::value;
 
 template <int n>
 using Number = std::integral_constant<int, n>;
-
-LLMKERN_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // Consecutive pieces of one allocation.
 struct Memory {
