@@ -8,6 +8,7 @@ less often, since residuals are added before.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -23,9 +24,13 @@ from llmkern.operator import call_key, is_compiling
 
 #: What a model may tell its layers besides; anything else that is neither None nor False is for its own forward.
 _TOLD = {"use_cache", "position_ids", "cache_position", "output_router_logits", "logits_to_keep", "tokenizer"}
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+#: The parts of a layer, of its attention and of its feed-forward layer.
+PARTS = ("input_layernorm", "post_attention_layernorm", "self_attn", "mlp")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED = ("gate_proj", "up_proj", "down_proj")
+_LINEARS = (*PROJECTIONS, *FEED)
 #: Products of one call: the layers whose weights lie one behind the other.
-_PRODUCTS = (_PROJECTIONS, ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+_PRODUCTS = (PROJECTIONS[:3], PROJECTIONS[3:], FEED[:2], FEED[2:])
 
 
 class Kept:
@@ -44,12 +49,12 @@ class Kept:
 class Weights:
     """The packed weights of a layer as it is now, and plans for calls by their metadata."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, head_dim: int, modules: tuple[Any, ...]) -> None:
         self.forgotten, self.isa = packing.forgotten(), extension._C.active_isa()
-        self.modules = _modules(layer)
+        self.modules = modules
         self.seen = [(b, b._version, b.data_ptr()) for m in self.modules[4:] for b in _tensors(m)]
-        attention, linears = layer.self_attn, dict(zip(_LINEARS, self.modules[4:], strict=True))
-        self.heads, self.kv_heads = (linears[n].out_features // attention.head_dim for n in ("q_proj", "k_proj"))
+        linears = dict(zip(_LINEARS, self.modules[4:], strict=True))
+        self.heads, self.kv_heads = (linears[n].out_features // head_dim for n in PROJECTIONS[:2])
         self.plans: dict[bytes, Any] = {}
         self.linears: list[tuple[int, int, Any, int]] = []
         tensors: list[Tensor | None] = []
@@ -66,16 +71,15 @@ class Weights:
             tensors += [packing.pack(weight, group, names[0] == "gate_proj"), scale, bias]
         self.tensors = tuple(tensors)
 
-    def holds(self, layer: Any) -> bool:
-        """Whether they are those of the layer still."""
+    def holds(self, modules: tuple[Any, ...]) -> bool:
+        """Whether they are those of a layer of these modules still."""
         if self.forgotten != packing.forgotten() or self.isa != extension._C.active_isa():
             return False
-        now = _modules(layer)
-        for a, b in zip(now, self.modules, strict=True):
-            if a is not b or a._forward_hooks or a._forward_pre_hooks:
+        for a, b in zip(modules, self.modules, strict=True):
+            if a is not b or _hooked(a):
                 return False
         i = 0
-        for m in now[4:]:
+        for m in modules[4:]:
             for t in _tensors(m):
                 tensor, version, address = self.seen[i]
                 if t is not tensor or t._version != version or t.data_ptr() != address:
@@ -84,18 +88,13 @@ class Weights:
         return i == len(self.seen)
 
 
-_LINEARS = tuple(name for names in _PRODUCTS for name in names)
+_parts, _projections, _feed = (itemgetter(*names) for names in (PARTS, PROJECTIONS, FEED))
 
 
 def _modules(layer: Any) -> tuple[Any, ...]:
-    """The two norms, the attention, the feed-forward layer, and the linear layers in the order of _LINEARS."""
-    m = layer._modules
-    attention, feed = m["self_attn"]._modules, m["mlp"]._modules
-    return (
-        m["input_layernorm"], m["post_attention_layernorm"], m["self_attn"], m["mlp"],
-        attention["q_proj"], attention["k_proj"], attention["v_proj"], attention["o_proj"],
-        feed["gate_proj"], feed["up_proj"], feed["down_proj"],
-    )  # fmt: skip
+    """The modules of PARTS, and the linear layers in the order of _LINEARS."""
+    parts = _parts(layer._modules)
+    return (*parts, *_projections(parts[2]._modules), *_feed(parts[3]._modules))
 
 
 def _tensors(linear: Any) -> list[Tensor]:
@@ -111,16 +110,16 @@ def _end_to_end(parts: list[Tensor]) -> Tensor:
 def weights_of(layer: Any) -> Weights | None:
     """The packed weights, made anew where a layer has changed; None where they are not all int8 of one kind."""
     kept: Kept = layer._llmkern_kept
-    found = kept.weights
-    if found is not None and found.holds(layer):
-        return found
-    kept.weights = None
+    found, kept.weights = kept.weights, None
     try:
         modules = _modules(layer)
     except (AttributeError, KeyError):  # another module took the place of one
         return None
+    if found is not None and found.holds(modules):
+        kept.weights = found
+        return found
     linears = dict(zip(_LINEARS, modules[4:], strict=True))
-    if any(type(m) is not Int8Linear or _hooked(m) for m in linears.values()) or any(map(_hooked, modules[:4])):
+    if any(type(m) is not Int8Linear for m in linears.values()) or any(map(_hooked, modules)):
         return None
     for names in _PRODUCTS:
         parts = [linears[name] for name in names]
@@ -130,11 +129,12 @@ def weights_of(layer: Any) -> Weights | None:
     tensors = [t for m in linears.values() for t in _tensors(m)]
     if any(t.device.type != "cpu" or t.is_inference() for t in tensors):  # those of inference tell no change
         return None
-    kept.weights = Weights(layer)
+    kept.weights = Weights(layer.self_attn.head_dim, modules)
     return kept.weights
 
 
 def _hooked(m: Any) -> bool:
+    """Whether something else than its class's forward runs with it in inference."""
     return bool(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m))
 
 

@@ -17,12 +17,10 @@ from torch.nn import functional as F
 
 from llmkern.activation import reference as plain_activation
 from llmkern.models import decoder_call, huggingface, rotary, structure
+from llmkern.models.decoder_call import FEED, PARTS, PROJECTIONS
 from llmkern.norm import reference as plain_norm
 from llmkern.positional import reference as plain_positional
 
-_PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_FEED = ("gate_proj", "up_proj", "down_proj")
 _GATES = {"silu": "swiglu", "gelu": "geglu"}  #: the activations that a product can end with
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 #: What an attention may tell the interface besides: the mask says it already, or it is what the model was told.
@@ -49,19 +47,19 @@ class FusedDecoderLayer(nn.Module):
 def known(model: nn.Module, name: str, module: Any) -> dict[str, Any] | None:
     """What FusedDecoderLayer needs of the module at this path of the model; None where it serves no such."""
     children = dict(module.named_children())
-    if set(children) != set(_PARTS) or "forward" in vars(module):
+    if set(children) != set(PARTS) or "forward" in vars(module):
         return None
     if type(module).__new__ is not nn.Module.__new__:  # torch's fully_shard has wrapped it: it cannot be copied
         return None
     attention, mlp = children["self_attn"], children["mlp"]
-    if set(dict(attention.named_children())) != set(_PROJECTIONS) or not _fits(attention):
+    if set(dict(attention.named_children())) != set(PROJECTIONS) or not _fits(attention):
         return None
     turn = rotary.turn_of(model, f"{name}.self_attn" if name else "self_attn", attention)
     if not isinstance(turn, rotary.Turn) or not turn.halves or turn.interleaved:
         return None
-    norms = [structure.rms_norm(children[n]) for n in _PARTS[2:]]
+    norms = [structure.rms_norm(children[n]) for n in PARTS[:2]]
     gated = structure.gated(mlp)
-    if not isinstance(gated, dict) or gated["_llmkern_parts"].projections != _FEED:
+    if not isinstance(gated, dict) or gated["_llmkern_parts"].projections != FEED:
         return None
     gate = _GATES.get(gated["_llmkern_activation"])
     if gate is None or not all(isinstance(n, dict) for n in norms):
@@ -74,7 +72,7 @@ def known(model: nn.Module, name: str, module: Any) -> dict[str, Any] | None:
 
 def _fits(attention: Any) -> bool:
     """Whether its projections and numbers are those of heads that share keys."""
-    linears = [getattr(attention, n) for n in _PROJECTIONS]
+    linears = [getattr(attention, n) for n in PROJECTIONS]
     if not all(isinstance(m, structure.LINEAR) for m in linears):
         return False
     head, scaling = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
@@ -138,26 +136,24 @@ def _computes(module: Any, norms: list[tuple[float, float]], activation: str) ->
     }  # fmt: skip
     linear = {}
     for seed, (name, shape) in enumerate(shapes.items()):
-        of = attention if name in _PROJECTIONS else mlp
+        of = attention if name in PROJECTIONS else mlp
         linear[name] = structure.random_linear(shape, getattr(of, name).bias is not None, seed + 11)
         linear[name].weight.mul_(shape[1] ** -0.5)
     weights = [structure.numbers((width,), seed) for seed in (8, 9)]
     asked_norms = [
         structure.stand_in(getattr(module, n), _parameters={"weight": nn.Parameter(w)})
-        for n, w in zip(_PARTS[2:], weights, strict=True)
+        for n, w in zip(PARTS[:2], weights, strict=True)
     ]
     interface = _Interface()
     own: Any = inspect.unwrap(type(attention).forward)
     if not isinstance(own, types.FunctionType) or _INTERFACE not in own.__globals__:
         return False
-    names = {**own.__globals__, _INTERFACE: interface}
-    forward = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-    forward.__kwdefaults__ = own.__kwdefaults__
-    projections = {n: linear[n] for n in _PROJECTIONS}
+    forward = structure.with_global(own, _INTERFACE, interface)
+    projections = {n: linear[n] for n in PROJECTIONS}
     asked_attention = structure.stand_in(attention, _modules={**attention._modules, **projections})
     vars(asked_attention)["forward"] = types.MethodType(forward, asked_attention)
-    asked_mlp = structure.stand_in(mlp, _modules={**mlp._modules, **{n: linear[n] for n in _FEED}})
-    parts = dict(zip(_PARTS, (asked_attention, asked_mlp, *asked_norms), strict=True))
+    asked_mlp = structure.stand_in(mlp, _modules={**mlp._modules, **{n: linear[n] for n in FEED}})
+    parts = dict(zip(PARTS, (*asked_norms, asked_attention, asked_mlp), strict=True))
     asked = structure.stand_in(module, _modules=parts)
 
     x = structure.numbers((2, 5, width), 31)
@@ -179,7 +175,7 @@ def _computes(module: Any, norms: list[tuple[float, float]], activation: str) ->
         return made
 
     hidden = norm(x, 0)
-    q, k, v = (linear[n](hidden).view(2, 5, -1, head).transpose(1, 2) for n in _PROJECTIONS[:3])
+    q, k, v = (linear[n](hidden).view(2, 5, -1, head).transpose(1, 2) for n in PROJECTIONS[:3])
     turned: Any = plain_positional.rotary(
         q, k, *(t.flatten(0, 1) for t in half), position_ids=torch.arange(10).view(2, 5)
     )  # fmt: skip

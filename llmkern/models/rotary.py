@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import check
-from llmkern.models.structure import OWN_FORWARD, agree, answer, numbers, stand_in
+from llmkern.models.structure import OWN_FORWARD, agree, answer, numbers, stand_in, with_global
 from llmkern.positional import reference as plain_positional
 from llmkern.positional.op import rotary
 
@@ -155,10 +155,7 @@ def _fused_class(kind: type[nn.Module], turn: Turn) -> type[nn.Module]:
     if (kind, turn) not in _made:
         own: Any = kind.forward
         plain = own.__globals__[_NAME]
-        names = {**own.__globals__, _NAME: partial(_rotate, plain, turn)}
-        names.pop("__name__", None)  # torch.compile would read the globals of the module of that name instead of these
-        forward = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-        forward.__kwdefaults__, forward.__annotations__ = own.__kwdefaults__, own.__annotations__
+        forward = with_global(own, _NAME, partial(_rotate, plain, turn))
 
         def reduce(self: Any, protocol: Any) -> Any:
             return _empty, (kind, turn), self.__dict__

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import inspect
 import math
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -258,6 +259,15 @@ def stand_in(module: nn.Module, **attributes: Any) -> nn.Module:
     asked = copy.copy(module)
     vars(asked).update(attributes, training=False)
     return asked
+
+
+def with_global(function: Any, name: str, value: Any) -> types.FunctionType:
+    """A function of a model's file with one of the file's names bound to something else, for it alone."""
+    names = {**function.__globals__, name: value}
+    names.pop("__name__", None)  # torch.compile would read the globals of the module of that name instead of these
+    made = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__, made.__annotations__ = function.__kwdefaults__, function.__annotations__
+    return made
 
 
 @torch.no_grad()

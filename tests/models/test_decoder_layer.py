@@ -192,7 +192,16 @@ def test_changed_layers_are_seen(calls):
     handle = layer.self_attn.v_proj.register_forward_hook(lambda module, args, output: -output)
     results.append(check(served=False))
     handle.remove()
+    results.append(check())
+    layer.mlp.forward = torch.neg  # put on the object
+    results.append(check(served=False))
+    del layer.mlp.forward
+    results.append(check())
     layer.mlp.gate_proj = torch.nn.Linear(48, 64, bias=False)
+    results.append(check(served=False))
+    layer.mlp.gate_proj = llmkern.Int8Linear.from_linear(torch.nn.Linear(48, 64, bias=False))
+    results.append(check())
+    layer.mlp = torch.nn.Identity()  # without its parts
     results.append(check(served=False))
     for a, b in itertools.pairwise(results):
         assert not torch.equal(a, b)
