@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from benchmarks import int8, isa, machine, peers, roofline
 from benchmarks.family import OURS, RESULTS, progress, slug
 from llmkern.evaluation import timing as harness
-from llmkern.evaluation.timing import Result, Spread, markdown, seconds
+from llmkern.evaluation.timing import Result, Spread, markdown
 from llmkern.verify.report import Report
 
 SHAPES = [(m, k, n) for k, n in int8.LAYERS for m in (1, 4)]
@@ -212,13 +212,7 @@ def table(result: Result, kinds: dict[str, Kind], rates: list[float]) -> str:
     for name in result.names:
         t, size = result.time(name), kinds[name].bytes
         share = Spread.of(size / own / rate for own, rate in zip(result.samples[name], rates, strict=True))
-        cells = [name, seconds(t.median), f"{seconds(t.low)} to {seconds(t.high)}"]
-        if result.baseline in result.samples:
-            r = result.ratio(name)
-            cells += [f"{r.median:.2f}", f"{r.low:.2f} to {r.high:.2f}"]
-        else:
-            cells += ["", ""]
-        lines.append([*cells, f"{size / t.median / 1e9:.1f} GB/s", f"{share.median:.0%}"])
+        lines.append([*result.cells(name), f"{size / t.median / 1e9:.1f} GB/s", f"{share.median:.0%}"])
     lines += [[name, f"not run: {why}", *[""] * (len(lines[0]) - 2)] for name, why in result.failed.items()]
     return markdown(lines)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmkern import check
 from llmkern.evaluation import generation, running, scoring
 from llmkern.evaluation.results import Classification, GenerationQuality, Likelihood
+from llmkern.evaluation.running import T
 
 
 class ModelEvaluator:
@@ -63,18 +64,30 @@ class ModelEvaluator:
         """
         kind = scoring.kind_of(self.model)
         batches = self._batches(dataset, kind, window, stride, batch_size)
+
+        def predicted(batch: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
+            given, targets = scoring.prepared(running.tensors(batch, device), kind)
+            if not targets.numel():
+                return None
+            logits = running.logits_of(self.model(**given)) if kind == "decoder" else self._of_pairs(given)
+            return logits, targets
+
+        return self._likelihood("dataset", batches, "perplexity", predicted)
+
+    def _likelihood(
+        self, name: str, batches: Iterable[T], what: str,
+        predicted: Callable[[T, torch.device], tuple[Tensor, Tensor] | None],
+    ) -> Likelihood:  # fmt: skip
+        """The sum over batches of all processes; predicted: a batch's logits and targets, None where it has none."""
         device, summed, count = running.device_of(self.model), 0.0, 0
         with running.evaluating(self.model, self.precision):
-            for batch in running.share(batches, "perplexity", self.progress):
-                given, targets = scoring.prepared(running.tensors(batch, device), kind)
-                if not targets.numel():
-                    continue
-                logits = running.logits_of(self.model(**given)) if kind == "decoder" else self._of_pairs(given)
-                more, counted = scoring.negative_log_likelihood(logits, targets)
-                summed, count = summed + more, count + counted
+            for batch in running.share(batches, what, self.progress):
+                if (found := predicted(batch, device)) is not None:
+                    more, counted = scoring.negative_log_likelihood(*found)
+                    summed, count = summed + more, count + counted
         summed, tokens = running.total([summed, float(count)], device)
         if not tokens:
-            raise ValueError("dataset: expected at least one token to predict, got none")
+            raise ValueError(f"{name}: expected at least one token to predict, got none")
         return Likelihood(summed, int(tokens))
 
     def _of_pairs(self, given: dict[str, Any]) -> Tensor:
@@ -160,16 +173,11 @@ class ModelEvaluator:
                     targets[row, place], batch["input_ids"][row, place] = tokens[place], hidden
                 yield batch, targets
 
-        device, summed, count = running.device_of(self.model), 0.0, 0
-        with running.evaluating(self.model, self.precision):
-            for batch, targets in running.share(batches(), "pseudo-perplexity", self.progress):
-                logits = running.logits_of(self.model(**running.tensors(batch, device)))
-                more, counted = scoring.negative_log_likelihood(logits, targets.to(device))
-                summed, count = summed + more, count + counted
-        summed, tokens = running.total([summed, float(count)], device)
-        if not tokens:
-            raise ValueError("texts: expected at least one token to predict, got none")
-        return Likelihood(summed, int(tokens)).perplexity
+        def predicted(given: tuple[dict[str, Tensor], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+            batch, targets = given
+            return running.logits_of(self.model(**running.tensors(batch, device))), targets.to(device)
+
+        return self._likelihood("texts", batches(), "pseudo-perplexity", predicted).perplexity
 
     def evaluate_generation_quality(
         self,

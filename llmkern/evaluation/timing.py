@@ -101,20 +101,22 @@ class Result:
             "disturbance": Spread.of(self.disturbance).median if self.disturbance else None,
         }
 
+    def cells(self, name: str) -> list[str]:
+        """Of a table's line: name, time and its spread, speed-up and its spread."""
+        t = self.time(name)
+        cells = [name, seconds(t.median), f"{seconds(t.low)} to {seconds(t.high)}"]
+        if self.baseline not in self.samples:
+            return [*cells, "", ""]
+        r = self.ratio(name)
+        return [*cells, f"{r.median:.2f}", f"{r.low:.2f} to {r.high:.2f}"]
+
     def table(self) -> str:
         """A Markdown table: time, speed-up with its spread, share of the peak."""
         head = ["", "time", "20 to 80 %", f"times {self.baseline}", "20 to 80 %"]
         lines = [head + (["of the peak"] if self.floor else [])]
         for name in self.samples:
-            t = self.time(name)
-            cells = [name, seconds(t.median), f"{seconds(t.low)} to {seconds(t.high)}"]
-            if self.baseline in self.samples:
-                r = self.ratio(name)
-                cells += [f"{r.median:.2f}", f"{r.low:.2f} to {r.high:.2f}"]
-            else:
-                cells += ["", ""]
             share = self.share(name)
-            lines.append(cells + ([f"{share.median:.0%}"] if share else []))
+            lines.append(self.cells(name) + ([f"{share.median:.0%}"] if share else []))
         for name, reason in self.failed.items():
             lines.append([name, f"not run: {reason}", *[""] * (len(lines[0]) - 2)])
         return markdown(lines)

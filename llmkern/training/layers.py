@@ -17,8 +17,6 @@ from llmkern import functional, reference
 from llmkern.training.configuration import PretrainingConfig
 from llmkern.transformer.layers import added
 
-_EMPTY = "attention_mask: expected a batch with at least one token, got padding alone"
-
 
 @dataclass(frozen=True)
 class Sequences:
@@ -45,14 +43,11 @@ class Sequences:
             seen = seen & (documents >= 0)
             # Numbered by what follows what: a number that comes back is another document.
             documents = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0)).cumsum(1)
-        if not fused:
-            if not bool(seen.any()):
-                raise ValueError(_EMPTY)
-
-            return cls(seen, documents)
         rows = seen.flatten().nonzero().squeeze(1)
         if not rows.numel():
-            raise ValueError(_EMPTY)
+            raise ValueError("attention_mask: expected a batch with at least one token, got padding alone")
+        if not fused:
+            return cls(seen, documents)
         if documents is None:  # a bound for every row, an empty one too
             ends = seen.sum(1).cumsum(0)
         else:

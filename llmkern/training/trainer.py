@@ -120,13 +120,9 @@ class Trainer(DistributedTrainer):
                         "seconds": seconds, "skipped_steps": self.skipped_steps,
                     })  # fmt: skip
                 if self.steps % self.config.checkpoint_every == 0:
-                    if metrics is not None:
-                        metrics.flush()
-                    self.save()
+                    self._save_with(metrics)
             if losses:  # the data may end before the last step does; all processes have come as far
-                if metrics is not None:
-                    metrics.flush()
-                self.save()
+                self._save_with(metrics)
         finally:
             if metrics is not None:
                 metrics.close()
@@ -152,6 +148,12 @@ class Trainer(DistributedTrainer):
     def _all(self, here: bool) -> bool:
         """Whether it is so on every process."""
         return float(self._mean(torch.tensor(float(here), device=self.device))) == 1.0
+
+    def _save_with(self, metrics: Metrics | None) -> None:
+        """A checkpoint, and before it, on the disk, the metrics of its steps."""
+        if metrics is not None:
+            metrics.flush()
+        self.save()
 
     def save(self) -> None:
         """Writes a checkpoint of where this trainer stands; nothing without an output_dir."""
