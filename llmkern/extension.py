@@ -78,6 +78,11 @@ else:
 threads = torch.get_num_threads
 
 
+def address(x: torch.Tensor | None) -> int:
+    """Of a tensor's first element, 0 where there is none: what kernels take that read no tensors themselves."""
+    return 0 if x is None else x.data_ptr()
+
+
 def missing(*args: Any) -> str | None:
     """Why a compiled kernel that takes every call cannot serve these arguments; None where the library is there."""
     return MISSING

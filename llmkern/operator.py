@@ -176,6 +176,11 @@ def _recorder(
     return record
 
 
+def samples(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
+    """An argument under vmap with the samples first; dim: where they are, None for one that all share."""
+    return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
 def _batching_rule(operator: Any, together: Callable[..., Any] | None) -> Callable[..., Any]:
     """The operator under torch.vmap, in the form of torch.library.register_vmap."""
     written = [a.alias_info is not None and a.alias_info.is_write for a in operator._schema.arguments]

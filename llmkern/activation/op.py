@@ -12,7 +12,7 @@ from llmkern.activation import reference
 from llmkern.activation.compiled import CPU_GATED, CPU_GATED_BACKWARD
 from llmkern.activation.triton_launch import TRITON_GATED, TRITON_GATED_BACKWARD
 from llmkern.backend import Operator, reference_backend
-from llmkern.operator import call_key, define, dispatch, is_compiling, short_autograd
+from llmkern.operator import call_key, define, dispatch, is_compiling, samples, short_autograd
 from llmkern.second_order import backward_of, setup
 
 ACTIVATIONS = tuple(reference.FUNCTIONS)
@@ -104,10 +104,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _vmap(batch_size: int, in_dims: tuple[int | None, ...], gate: Tensor, up: Tensor, activation: str) -> Any:
-    given = (
-        t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-        for t, dim in zip((gate, up), in_dims[:2], strict=True)
-    )
+    given = (samples(t, dim, batch_size) for t, dim in zip((gate, up), in_dims[:2], strict=True))
     return torch.ops.llmkern.gated(*given, activation), 0
 
 

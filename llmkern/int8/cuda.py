@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmkern import cuda
 from llmkern.backend import Backend
+from llmkern.extension import address
 from llmkern.int8.compiled import kernel_plan, on_copies, refused, row_distance
 from llmkern.int8.packing import layout_of, rows_of_16, sums_over_k
 
@@ -71,17 +72,13 @@ def _plan(
         aligned = rows_of_16(weight, layout)
         sums = None if group else sums_over_k(weight, layout)
         kernel(
-            plan, x.data_ptr(), aligned.data_ptr(), aligned.stride(0), _address(sums), weight_scale.data_ptr(),
-            *scale_strides, _address(bias), _address(residual), _address(input_scale), out.data_ptr(),
+            plan, x.data_ptr(), aligned.data_ptr(), aligned.stride(0), address(sums), weight_scale.data_ptr(),
+            *scale_strides, address(bias), address(residual), address(input_scale), out.data_ptr(),
             digits.data_ptr(), *cuda.stream(device), sm90,
         )  # fmt: skip
         return out
 
     return launch
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 #: int8_linear(x, weight, weight_scale, bias, residual, input_scale, inputs, group, rotate, activation[, out]) -> y

@@ -10,23 +10,19 @@ from torch import Tensor
 
 from llmkern import check, extension
 from llmkern.backend import Backend
-from llmkern.rows import as_rows
+from llmkern.rows import as_rows, of_rows
 
 
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def of_rows(x: Tensor, dtype: torch.dtype, *columns: int) -> Tensor:
-    """Unwritten memory for what is one, or some, for each row."""
-    return torch.empty((x.size(0), *columns), dtype=dtype)
+def refused(x: Tensor) -> str | None:
+    """Why no kernel, of whatever device, takes arguments of which x has the dtype."""
+    if x.dtype not in check.FLOATS:
+        return f"its kernel takes float32, bfloat16 and float16, not {check.short(x.dtype)}"
+    return None
 
 
 def limits(x: Tensor, *args: Any) -> str | None:
-    """Why no compiled kernel takes these arguments, of which x has the dtype of all."""
-    if x.dtype not in check.FLOATS:
-        return f"its kernel takes float32, bfloat16 and float16, not {check.short(x.dtype)}"
-    return extension.missing()
+    """Why no compiled kernel takes these arguments."""
+    return refused(x) or extension.missing()
 
 
 def _cross_entropy(logits: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from llmkern import extension
 from llmkern.backend import Backend
+from llmkern.extension import address
 from llmkern.loss import reference
-from llmkern.loss.compiled import address, limits, of_rows
-from llmkern.rows import as_rows
+from llmkern.loss.compiled import limits
+from llmkern.rows import as_rows, of_rows
 
 #: Rows whose logits are in memory together, of one head and of each of two: by the vocabulary alone, with 4 bytes each.
 ROWS, DISTILLATION_ROWS = 64, 32
@@ -26,10 +27,8 @@ class Gradients:
         asked = [n and t is not None for t, n in zip(head, wanted, strict=True)]
         self.any = any(asked)
         self.wide = dtype == torch.float32
-        self.tensors = [
-            torch.empty(t.shape if a and t is not None else (0,), dtype=torch.float32 if i else dtype)
-            for i, (t, a) in enumerate(zip(head, asked, strict=True))
-        ]
+        shapes = reference.gradient_shapes(head, wanted)
+        self.tensors = [torch.empty(s, dtype=torch.float32 if i else dtype) for i, s in enumerate(shapes)]
         self.addresses = [t.data_ptr() if a else 0 for t, a in zip(self.tensors, asked, strict=True)]
         if hidden is not None and not hidden.size(0):
             for t in self.tensors:

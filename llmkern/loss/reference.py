@@ -7,6 +7,7 @@ would cost the probabilities that are made of it all digits that large logits ta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,6 +101,11 @@ def cross_entropy_backward_of_logits(
     """The same with lse made of logits again, through which its own gradient flows."""
     again = log_sum_exp(widen(logits))
     return (cross_entropy_backward(grad_loss, logits, targets, again, *options),)  # type: ignore[arg-type]
+
+
+def gradient_shapes(head: Sequence[Tensor | None], needs: Sequence[bool]) -> list[tuple[int, ...]]:
+    """Of the gradients of a head's tensors (hidden, weight, bias): those of 0 elements are not needed, or of none."""
+    return [tuple(t.shape) if n and t is not None else (0,) for t, n in zip(head, needs, strict=True)]
 
 
 def linear_gradients(

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmkern import check, triton
-from llmkern.rows import as_rows
+from llmkern import triton
+from llmkern.loss.compiled import refused
+from llmkern.rows import as_rows, of_rows
 
 if TYPE_CHECKING:
     from llmkern.inspect.triton_source import Compilation
@@ -34,11 +35,6 @@ def tile(kind: str, width: int) -> tuple[dict[str, int], dict[str, Any]]:
     # A product that is fused with the first addition of a sum over lanes is rounded on one side of it alone, so that
     # lanes end with different sums.
     return {"ROWS": rows, "COLUMNS": columns}, {"num_warps": warps, "enable_fp_fusion": False}
-
-
-def of_rows(x: Tensor, dtype: torch.dtype, *columns: int) -> Tensor:
-    """Unwritten memory for what is one, or some, for each row."""
-    return torch.empty((x.size(0), *columns), dtype=dtype, device=x.device)
 
 
 def cross_entropy(
@@ -165,9 +161,8 @@ def distillation_backward(
 
 def limits(x: Tensor, classes: int) -> str | None:
     """Why a kernel cannot take these logits, wherever they are."""
-    if x.dtype not in check.FLOATS:
-        return f"its kernel takes float32, bfloat16 and float16, not {check.short(x.dtype)}"
-    return f"its kernel takes up to {MOST_CLASSES} classes, not {classes}" if classes > MOST_CLASSES else None
+    many = f"its kernel takes up to {MOST_CLASSES} classes, not {classes}" if classes > MOST_CLASSES else None
+    return refused(x) or many
 
 
 TRITON_CROSS_ENTROPY = triton.served_by(cross_entropy, limits=lambda x, *args: limits(x, x.size(1)))

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from llmkern import triton
 from llmkern.loss import triton_launch
-from llmkern.loss.reference import gradient_dtype, mean_factor
-from llmkern.loss.triton_launch import limits, of_rows
+from llmkern.loss.reference import gradient_dtype, gradient_shapes, mean_factor
+from llmkern.loss.triton_launch import limits
+from llmkern.rows import of_rows
 
 MEMORY = 2**28  # bytes
 MOST = 2048
@@ -44,9 +45,7 @@ class Head:
         self.rows = chunk_rows(hidden.size(0), weight.size(0), hidden.element_size())
         most = min(self.rows, hidden.size(0))
         self.buffer = torch.empty((most, weight.size(0)), dtype=hidden.dtype, device=hidden.device)
-        shapes = [
-            t.shape if n and t is not None else (0,) for t, n in zip((hidden, weight, bias), self.needs, strict=True)
-        ]
+        shapes = gradient_shapes((hidden, weight, bias), self.needs)
         self.of_hidden = torch.empty(shapes[0], dtype=dtype, device=hidden.device)
         self.sums = [torch.zeros(shape, dtype=torch.float32, device=hidden.device) for shape in shapes[1:]]
 

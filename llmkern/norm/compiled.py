@@ -10,11 +10,8 @@ from torch import Tensor
 
 from llmkern import extension
 from llmkern.backend import Backend
+from llmkern.extension import address
 from llmkern.rows import as_rows
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def chunks(rows: int, least: int = 32, most: int = 64) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from llmkern.backend import Operator, reference_backend
 from llmkern.norm import reference
 from llmkern.norm.compiled import CPU_NORM, CPU_NORM_BACKWARD
 from llmkern.norm.triton_launch import TRITON_NORM, TRITON_NORM_BACKWARD
-from llmkern.operator import call_key, define, dispatch, is_compiling, short_autograd
+from llmkern.operator import call_key, define, dispatch, is_compiling, samples, short_autograd
 from llmkern.second_order import backward_of, setup
 
 
@@ -174,11 +174,7 @@ def _backward(
 def _vmap(batch_size: int, in_dims: tuple[int | None, ...], x: Tensor, residual: Tensor | None, *rest: Any) -> Any:
     if in_dims[2] is not None or in_dims[3] is not None:  # weights of each sample's own
         return NotImplemented
-    given = []
-    for t, dim in ((x, in_dims[0]), (residual, in_dims[1])):
-        if t is not None:
-            t = t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-        given.append(t)
+    given = (t if t is None else samples(t, dim, batch_size) for t, dim in ((x, in_dims[0]), (residual, in_dims[1])))
     return torch.ops.llmkern.norm(*given, *rest), (0, None if residual is None else 0, 0)
 
 

@@ -13,7 +13,7 @@ from llmkern.loss import reference
 from llmkern.loss.compiled import CPU_CROSS_ENTROPY, CPU_CROSS_ENTROPY_BACKWARD
 from llmkern.loss.op import checks
 from llmkern.loss.triton_launch import TRITON_CROSS_ENTROPY, TRITON_CROSS_ENTROPY_BACKWARD
-from llmkern.operator import call_key, define, dispatch, is_compiling, short_autograd
+from llmkern.operator import call_key, define, dispatch, is_compiling, samples, short_autograd
 from llmkern.second_order import backward_of, setup
 
 
@@ -135,10 +135,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tu
 
 
 def _vmap(batch_size: int, in_dims: tuple[int | None, ...], logits: Tensor, targets: Tensor, *rest: Any) -> Any:
-    logits, targets = (
-        t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-        for t, dim in zip((logits, targets), in_dims[:2], strict=True)
-    )
+    logits, targets = (samples(t, dim, batch_size) for t, dim in zip((logits, targets), in_dims[:2], strict=True))
     found = torch.ops.llmkern.cross_entropy(logits.reshape(-1, logits.size(-1)), targets.reshape(-1), *rest)
     return tuple(t.view(targets.shape) for t in found), (0, 0)
 

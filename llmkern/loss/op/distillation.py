@@ -14,7 +14,7 @@ from llmkern.loss import reference
 from llmkern.loss.compiled import CPU_DISTILLATION, CPU_DISTILLATION_BACKWARD
 from llmkern.loss.op import checks
 from llmkern.loss.triton_launch import TRITON_DISTILLATION, TRITON_DISTILLATION_BACKWARD
-from llmkern.operator import call_key, define, dispatch, is_compiling, short_autograd
+from llmkern.operator import call_key, define, dispatch, is_compiling, samples, short_autograd
 from llmkern.second_order import backward_of, setup
 
 
@@ -139,10 +139,7 @@ def _backward(ctx: Any, grad_soft: Tensor, grad_hard: Tensor, _: Any) -> tuple[T
 
 
 def _vmap(batch_size: int, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    given = [
-        t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-        for t, dim in zip(args[:3], in_dims[:3], strict=True)
-    ]
+    given = [samples(t, dim, batch_size) for t, dim in zip(args[:3], in_dims[:3], strict=True)]
     flat = (t.reshape(-1, *t.shape[2:]) for t in given)
     found = torch.ops.llmkern.distillation(*flat, *args[3:])
     return tuple(t.view(batch_size, given[2].size(1), *t.shape[1:]) for t in found), (0, 0, 0)

@@ -125,7 +125,7 @@ def empty_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten memory for the gradients, of 0 elements for those that are not wanted."""
-    shapes = (t.shape if n and t is not None else (0,) for t, n in zip((hidden, weight, bias), wanted, strict=True))
+    shapes = reference.gradient_shapes((hidden, weight, bias), wanted)
     of_hidden, of_weight, of_bias = (hidden.new_empty(shape, dtype=dtype) for shape in shapes)
     return of_hidden, of_weight, of_bias
 

@@ -18,6 +18,7 @@ from llmkern.operator import (
     dispatch,
     is_compiling,
     needs_grad,
+    samples,
     short_autograd,
 )
 from llmkern.overlap import between, extent, within
@@ -266,13 +267,10 @@ def _vmap_rotary(
     if cos_dim is not None or sin_dim is not None:
         return NotImplemented
 
-    def samples(x: Tensor, dim: int | None) -> Tensor:
-        return x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-
-    q = samples(q, q_dim)
-    k = None if k is None else samples(k, k_dim)
+    q = samples(q, q_dim, batch_size)
+    k = None if k is None else samples(k, k_dim, batch_size)
     if position_ids is not None and (ids_dim is not None or position_ids.dim() == 2):
-        position_ids = samples(position_ids, ids_dim)
+        position_ids = samples(position_ids, ids_dim, batch_size)
         if position_ids.dim() == 2:
             position_ids = position_ids.unsqueeze(1)
         position_ids = position_ids.expand(*q.shape[:2], position_ids.size(-1)).flatten(0, 1)
