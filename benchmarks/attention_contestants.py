@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import attention, decode, roofline
+from benchmarks import attention, decode
 from benchmarks.attention import DTYPES
+from llmkern.evaluation import roofline
 from llmkern.evaluation import timing as harness
 
 ROWS = 256  # queries whose results are held to float64, evenly spaced from the first to the last

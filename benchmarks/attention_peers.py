@@ -27,9 +27,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import attention_contestants, machine
+from benchmarks import attention_contestants
 from benchmarks.attention_contestants import CONTESTANTS, Problem
 from benchmarks.family import OURS, RESULTS, progress, slug
+from llmkern.evaluation import machine
 from llmkern.evaluation.timing import Spread, markdown
 
 NAME = "attention_peers"

@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import int8_models, machine
+from benchmarks import int8_models
 from benchmarks.decoder_contestants import CONTESTANTS, GGUF, TOKENS, WINDOW, missing
 from benchmarks.family import RESULTS, progress, slug
+from llmkern.evaluation import machine
 from llmkern.evaluation.timing import Spread, markdown
 
 BASELINE = "transformers (sdpa, fp32)"

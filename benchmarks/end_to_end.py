@@ -32,9 +32,9 @@ import torch
 from torch import Tensor, nn
 
 import llmkern
-from benchmarks import machine
 from benchmarks.sentence_encoder import Batch, Source, cosine, embeddings, neighbours_kept, sentences, source
 from llmkern import extension
+from llmkern.evaluation import machine
 from llmkern.evaluation.memory import release, resident
 from llmkern.evaluation.timing import Result, Spread, markdown, measure, seconds
 

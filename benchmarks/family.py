@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import isa, machine, roofline
+from benchmarks import isa
+from llmkern.evaluation import machine, roofline
 from llmkern.evaluation.timing import Result, markdown, measure, seconds
 from llmkern.verify import Report
 

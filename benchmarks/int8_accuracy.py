@@ -32,9 +32,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import end_to_end, int8_models, machine, peers, sentence_encoder
+from benchmarks import end_to_end, int8_models, peers, sentence_encoder
 from benchmarks.family import OURS
 from benchmarks.int8_models import FP32, Contestant
+from llmkern.evaluation import machine
 from llmkern.evaluation import timing as harness
 from llmkern.evaluation.timing import Result, Spread, markdown, seconds
 

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import int8, isa, machine, peers, roofline
+from benchmarks import int8, isa, peers
 from benchmarks.family import OURS, RESULTS, progress, slug
+from llmkern.evaluation import machine, roofline
 from llmkern.evaluation import timing as harness
 from llmkern.evaluation.timing import Result, Spread, markdown
 from llmkern.verify.report import Report

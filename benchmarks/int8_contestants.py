@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import attention_contestants, int8, peers, roofline
+from benchmarks import attention_contestants, int8, peers
 from benchmarks.attention import DTYPES
 from benchmarks.attention_contestants import BENCH, PEAK, Contestant, Unsupported, Way, job
+from llmkern.evaluation import roofline
 from llmkern.int8.reference import quantize_weight
 
 __all__ = ["CONTESTANTS", "Problem", "job", "missing"]

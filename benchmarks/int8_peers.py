@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import int8, int8_contestants, machine
+from benchmarks import int8, int8_contestants
 from benchmarks.attention_peers import Comparison, compare
 from benchmarks.family import OURS, RESULTS, slug
 from benchmarks.int8_contestants import CONTESTANTS, Problem
+from llmkern.evaluation import machine
 from llmkern.evaluation.timing import Spread, markdown, seconds
 
 NAME = "int8_peers"

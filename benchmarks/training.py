@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import machine
 from benchmarks.family import RESULTS, slug
+from llmkern.evaluation import machine
 from llmkern.evaluation.timing import measure
 from llmkern.training import MixedPrecisionTrainer, PretrainingConfig, build_model
 from llmkern.training.base import PretrainingModel

@@ -17,18 +17,10 @@ import torch
 import llmkern
 from llmkern import backend, extension
 from llmkern.backend import Operator
+from llmkern.evaluation.machine import processor
 from llmkern.int8 import cost
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _serving(library: Any) -> str:

@@ -23,14 +23,13 @@ from benchmarks import (
     int8_models,
     int8_peers,
     isa,
-    machine,
-    roofline,
     run,
     sentence_encoder,
 )
 from benchmarks.attention_contestants import Problem
 from benchmarks.family import Case
 from llmkern import extension
+from llmkern.evaluation import machine, roofline
 from llmkern.evaluation import timing as harness
 from llmkern.evaluation.timing import Result, Spread, markdown, measure, seconds
 from llmkern.verify import verify

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
 from benchmarks.gpu.sanitizer import compute_sanitizer
 from benchmarks.gpu.steps import Setting, Step
 from benchmarks.gpu.timing import once
 from llmkern.backend import Operator
+from llmkern.evaluation import machine
 
 PEERS = ("triton", "flash_attn", "flashinfer", "liger_kernel", "torchao", "matplotlib")
 #: Multiply-adds of an SM in a cycle with bf16 inputs and fp32 sums (docs/inspect.md), for the peak by the data sheet.

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine
 from benchmarks.gpu import calls, timing
 from benchmarks.gpu.steps import Setting
 from llmkern import backend, triton, triton_table
+from llmkern.evaluation import machine
 from llmkern.evaluation.timing import Spread, seconds
 from llmkern.inspect import sweep
 from llmkern.triton_table import Line

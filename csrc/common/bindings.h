@@ -23,7 +23,7 @@ inline void bind_common(pybind11::module_& m) {
         return work;
       },
       py::call_guard<py::gil_scoped_release>(),
-      "Operations done, or bytes read, by a microbenchmark of benchmarks/roofline.py.");
+      "Operations done, or bytes read, by a microbenchmark of llmkern/evaluation/roofline.py.");
 }
 
 }  // namespace llmkern

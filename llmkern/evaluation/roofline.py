@@ -1,6 +1,6 @@
 """What this processor can do at most, measured: multiply-adds per second by dtype, and the rate of reading.
 
-    python -m benchmarks.roofline
+    python -m llmkern.evaluation.roofline
 
 The kernels' shares of the peak refer to these rates, measured in the same round as the kernel (`floor`): a machine that
 others slow down, or that heats up, slows both.

@@ -13,13 +13,23 @@ import torch
 
 import llmkern
 from llmkern import extension
-from llmkern.__main__ import processor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def commit() -> str:
-    """The commit of this repository, with "+" where files were changed since; empty without git."""
+    """The commit of this repository, with "+" where files were changed since; empty without one."""
+    if not (ROOT / ".git").exists():
+        return ""
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
