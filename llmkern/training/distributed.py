@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from llmkern.training.configuration import PretrainingConfig
+from llmkern.training.joining import join
 from llmkern.training.step import MixedPrecisionTrainer
 from llmkern.training.tensor_parallel import parallelize
 
@@ -46,7 +47,7 @@ class Processes:
         if not dist.is_initialized() and "RANK" in os.environ:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         shared = config.tensor_parallel_size
         size = dist.get_world_size() if dist.is_initialized() else 1
         if size % shared:
