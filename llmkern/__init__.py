@@ -7,6 +7,7 @@ outputs and gradients are as accurate as the plain version's. `python -m llmkern
 
 from llmkern import flops, functional, monitoring, reference
 from llmkern.attention.module import MultiHeadAttention
+from llmkern.evaluation.recommend import recommend
 from llmkern.int8.module import Int8Linear
 from llmkern.int8.scheme import Int8Scheme
 from llmkern.loss.module import CrossEntropyLoss, LinearCrossEntropyLoss
@@ -37,6 +38,7 @@ __all__ = [
     "monitoring",
     "quantize_like",
     "quantize_model",
+    "recommend",
     "reference",
     "report",
     "restore",

@@ -13,7 +13,7 @@ import llmkern.training
 MODULES = [
     "MultiHeadAttention", "PositionalEncoding", "RotaryEmbedding", "Int8Linear", "Transformer", "LayerNorm", "RMSNorm",
 ]  # fmt: skip
-FUNCTIONS = ["kernelize", "quantize_like", "quantize_model", "report", "restore", "verify"]
+FUNCTIONS = ["kernelize", "quantize_like", "quantize_model", "recommend", "report", "restore", "verify"]
 FUNCTIONAL = llmkern.functional.__all__
 PUBLIC = [
     *((llmkern, name) for name in MODULES + FUNCTIONS),

@@ -13,25 +13,35 @@ from llmkern.evaluation.cost import (
 )
 from llmkern.evaluation.efficiency import Efficiency, Phase, compare_efficiency, count_flops, measure_efficiency
 from llmkern.evaluation.evaluator import ModelEvaluator
+from llmkern.evaluation.machines import Machine, Rates
+from llmkern.evaluation.recommend import Estimate, Part, Recommendation, recommend
 from llmkern.evaluation.results import Classification, GenerationQuality, Likelihood
+from llmkern.evaluation.shapes import Shape
 
 __all__ = [
     "Classification",
     "Efficiency",
+    "Estimate",
     "GenerationQuality",
     "Likelihood",
+    "Machine",
     "MachineCost",
     "ModelEvaluator",
+    "Part",
     "Phase",
+    "Rates",
+    "Recommendation",
     "Return",
     "RunCost",
     "ServiceCost",
+    "Shape",
     "calculate_tech_stack_cost",
     "compare_efficiency",
     "cost_per_million_tokens",
     "count_flops",
     "measure_efficiency",
     "pretraining_cost",
+    "recommend",
     "return_on_acceleration",
     "service_cost",
 ]

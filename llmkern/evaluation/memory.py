@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -19,6 +20,16 @@ def resident(field: str) -> int:
     """Bytes of VmRSS (now) or VmHWM (the peak) of this process, of its own pages and of files it has mapped."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+
+
+def installed() -> int:
+    """Bytes of memory that this process may have: the machine's, or a container's limit on Linux."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return whole
+    return min(whole, int(limit)) if limit.isdigit() else whole
 
 
 def release() -> None:
