@@ -33,7 +33,7 @@ class ModelEvaluator:
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         check.one_of("precision", precision, running.PRECISIONS)
         check.flag("progress", progress)
-        self.model, self.tokenizer = running.unwrapped(model), tokenizer
+        self.model, self.tokenizer = running.whole(model), tokenizer
         self.precision, self.progress = precision, progress
 
     def evaluate_perplexity(

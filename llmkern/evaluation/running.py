@@ -22,9 +22,17 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if found is None else found.device
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Without DDP, whose forward waits for the other processes, which may have fewer batches."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def whole(model: nn.Module) -> nn.Module:
+    """The model without DDP, whose forward waits for the other processes, which may have fewer batches.
+
+    Raises ValueError for one whose parameters are shared among processes (FSDP, tensor parallelism): a pass of theirs
+    needs all of them at once, and here each may have another number of batches.
+    """
+    found = model.module if isinstance(model, DistributedDataParallel) else model
+    for name, parameter in found.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(f"model: expected one that is whole on every process, got a sharded one ({name})")
+    return found
 
 
 def cast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

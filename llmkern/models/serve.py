@@ -47,9 +47,16 @@ def main(args: list[str]) -> None:
 
 def _with_metrics(args: list[str]) -> list[str]:
     """Answers Prometheus, where these arguments ask for it; the rest of them."""
-    parser = argparse.ArgumentParser(prog=_NAME, add_help=False, allow_abbrev=False)
-    parser.add_argument("--metrics-port", type=int)
-    parser.add_argument("--metrics-host", default="127.0.0.1")
+    parser = argparse.ArgumentParser(
+        prog=_NAME, add_help=False, allow_abbrev=False, usage="%(prog)s MODEL [options]",
+        description="transformers' server on llmkern's kernels: its own options follow these.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metrics-port", type=int, metavar="PORT", help="gives Prometheus the kernels' counts at /metrics there"
+    )
+    parser.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="default %(default)s")
+    if "--help" in args:
+        parser.print_help()
     options, rest = parser.parse_known_args(args)
     if options.metrics_port is None:
         return rest

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
 
 import llmkern
@@ -145,6 +146,11 @@ def work(rank: int, folder: str) -> None:
     outputs = evaluator.generate(tiny.TEXTS, batch_size=2, max_new_tokens=4)
     labels = [{**b, "labels": b["input_ids"]} for b in padded(left=False)]
     classes = evaluator.evaluate_classification(labels).accuracy
+    sharded = fully_shard(tiny.llama())
+    with pytest.raises(
+        ValueError, match=r"model: expected one that is whole on every process, got a sharded one \(model"
+    ):
+        ModelEvaluator(sharded)
     Path(folder, f"{rank}.json").write_text(json.dumps([*found.__dict__.values(), outputs, classes]))
     dist.destroy_process_group()
 

@@ -178,3 +178,9 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     with pytest.raises(SystemExit, match=r'expected the packages .*pip install "llmkern\[serve\]"'):
         main(["model"])
+
+
+def test_help_names_our_options_and_those_of_transformers():
+    done = subprocess.run([sys.executable, "-m", "llmkern", "serve", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--metrics-port PORT" in done.stdout and "--quantization" in done.stdout
