@@ -16,7 +16,8 @@ class Counted:
 
     One that has state_dict and load_state_dict goes on by these; of another, what was seen is drawn again and dropped.
     It is drawn with the generators as they were when the epoch began (a DataLoader takes its order and its workers'
-    seeds from them), which afterwards stand where they stood: training's random numbers know nothing of it.
+    seeds from them), which afterwards stand where they stood: training's random numbers know nothing of it. What orders
+    an epoch by its number (DistributedSampler's set_epoch, and those of datasets) is told it.
     passes: how often it is gone through; `Batches` counts epochs itself, and is gone through once.
     """
 
@@ -30,6 +31,9 @@ class Counted:
         return len(self.batches)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
+        for holder in self._holders():
+            if not self.keeps and callable(getattr(holder, "set_epoch", None)):
+                holder.set_epoch(self.epoch)
         stood = generators() if self.position else None
         if stood is None:
             self.begun = {"all": generators(), "own": [g.get_state() for g in self._own()]}
@@ -47,10 +51,13 @@ class Counted:
             yield batch
         self.epoch, self.position = self.epoch + 1, 0
 
+    def _holders(self) -> list[Any]:
+        """What may have a part in the order of an epoch."""
+        return [self.batches, *(getattr(self.batches, name, None) for name in ("sampler", "batch_sampler", "dataset"))]
+
     def _own(self) -> list[torch.Generator]:
         """The generators that a DataLoader was given."""
-        holders = (self.batches, getattr(self.batches, "sampler", None))
-        found = [getattr(holder, "generator", None) for holder in holders]
+        found = [getattr(holder, "generator", None) for holder in self._holders()]
         return [] if self.keeps else [g for g in found if isinstance(g, torch.Generator)]
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 import llmkern.training.checkpoints as checkpoints
 from llmkern.training import Trainer, build_model
@@ -59,6 +59,7 @@ DATA = {
     "shuffled loader": lambda: (loader(shuffle=True),),
     "shuffled loader with workers": lambda: (loader(tiny.Sentences, shuffle=True, num_workers=1),),
     "loader with a generator": lambda: (loader(shuffle=True, generator=torch.Generator().manual_seed(3)),),
+    "loader whose sampler knows the epoch": lambda: (loader(sampler=DistributedSampler(range(16), 1, 0, seed=2)),),
     "batches with workers": lambda: (Batches(tiny.Sentences(), tiny.collate, 4, epochs=9, num_workers=1),),
     "dataset": lambda: (tiny.Sentences(), tiny.collate),
     "stream with a state": lambda: (Stream(),),
@@ -92,6 +93,13 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(kind, precision, tmp_path):
     assert [row["loss"] for row in read(tmp_path / "pieces")] == losses
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
     assert np.random.get_state()[1][0] != 77  # the generators of others too
+
+
+def test_a_sampler_has_another_order_in_every_epoch():
+    found = Counted(loader(tiny.Sentences, sampler=DistributedSampler(range(16), 1, 0)), 3)
+    epochs = [torch.cat([b["input_ids"] for b in found]) for _ in range(3)]
+    assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
+    assert torch.equal(*(e.sort(dim=0).values for e in epochs[:2]))  # the same examples
 
 
 @pytest.mark.parametrize("forgotten", ["generators", "data", "optimizer", "scheduler"])
