@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.end_to_end import release, resident
-from benchmarks.harness import markdown, measure, seconds
 from llmkern import functional
 from llmkern.evaluation import machine, roofline
+from llmkern.evaluation.memory import release, resident
+from llmkern.evaluation.timing import markdown, measure, seconds
 
 SHAPES = [(2048, 576, 49152), (1024, 512, 128256)]
 Run = Callable[[], Any]
