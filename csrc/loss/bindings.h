@@ -84,11 +84,11 @@ inline void bind_loss(pybind11::module_& m) {
                                static_cast<DType>(dtype), threads});
       },
       py::call_guard<py::gil_scoped_release>());
-  // addresses: hidden, weight, bias, their gradients, targets, upstream, loss, lse, work; sizes: rows, vocabulary,
-  // chunk; head: width, strides of hidden and weight.
+  // addresses: hidden, weight, bias, their gradients, targets, upstream, loss, lse, work; sizes: rows, vocabulary;
+  // head: width, strides of hidden and weight.
   m.def(
       "linear_cross_entropy",
-      [](const std::array<uintptr_t, 11>& a, const std::array<int64_t, 3>& sizes, const std::array<int64_t, 3>& head,
+      [](const std::array<uintptr_t, 11>& a, const std::array<int64_t, 2>& sizes, const std::array<int64_t, 3>& head,
          int64_t ignore_index, const std::array<float, 2>& rule, bool backward, bool wide, int dtype, int threads) {
         linear_cross_entropy({{At{a[0]}, At{a[1]}, At{a[2]}, head[0], head[1], head[2]},
                               {At{a[3]}, At{a[4]}, At{a[5]}, wide},
@@ -99,15 +99,14 @@ inline void bind_loss(pybind11::module_& m) {
                               At{a[9]},
                               sizes[0],
                               sizes[1],
-                              sizes[2],
                               {ignore_index, rule[0], rule[1]},
                               backward,
                               static_cast<DType>(dtype),
                               threads});
       },
       py::call_guard<py::gil_scoped_release>());
-  // addresses: hidden, weight, bias of student and teacher, the student's gradients, targets, soft, hard, work; sizes
-  // and heads as above; factors: temperature, of soft, of hard.
+  // addresses: hidden, weight, bias of student and teacher, the student's gradients, targets, soft, hard, work; sizes:
+  // rows, vocabulary, chunk; heads as above; factors: temperature, of soft, of hard.
   m.def(
       "linear_distillation",
       [](const std::array<uintptr_t, 13>& a, const std::array<int64_t, 3>& sizes,
@@ -133,8 +132,9 @@ inline void bind_loss(pybind11::module_& m) {
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "linear_cross_entropy_units",
-      [](int64_t width, int64_t vocabulary, int64_t chunk, bool hidden, bool weight, bool any, bool backward) {
-        return linear_cross_entropy_units(width, vocabulary, chunk, hidden, weight, any, backward);
+      [](int64_t width, int64_t vocabulary, const std::array<bool, 3>& wanted, bool backward, int dtype) {
+        const LinearPlan plan = linear_plan(wanted[0], wanted[1], wanted[2], backward, static_cast<DType>(dtype));
+        return linear_cross_entropy_units(width, vocabulary, plan);
       },
       "The floats of work that it needs.");
   m.def(

@@ -2,7 +2,8 @@
 //
 // The logits of a chunk of rows stay until its log-sum-exps are known. One pass over the weight then does two things
 // with each block of it: the gradients of the chunk before, and the logits of the next, which take the place of those
-// just used. docs/loss.md counts the bytes.
+// just used. Part of the logits lies in memory of the weight's gradient, whose turn comes after all chunks (Division in
+// layout.h). docs/loss.md counts the bytes.
 #include "passes.h"
 #include "row.h"
 
@@ -14,27 +15,36 @@ constexpr int kSums = 4;  // chains of additions
 template <class T>
 struct Linear {
   const LinearCrossEntropyParams& p;
-  Head<T> head{p.head, p.vocabulary, p.chunk};
-  bool hidden = p.upstream && p.grads.hidden, weight = p.upstream && p.grads.weight,
-       any = p.upstream && (hidden || weight || p.grads.bias);
-  int64_t blocks = block_count(p.vocabulary);
+  LinearPlan plan = plan_of(p);
+  Division division = plan.divided ? divide(p.head.width, p.vocabulary) : undivided(p.vocabulary);
+  int64_t chunk_rows = plan.chunk(), block_units = kVocabularyBlock * chunk_rows;
+  Head<T> head{p.head, p.vocabulary, chunk_rows};
   Chunk chunks[2] = {};
   float *partial = nullptr, *logits = nullptr, *statistics = nullptr;
   float *at_target, *high, *low, *grad, *even, *of_z;  // of the chunk's rows
 
   explicit Linear(const LinearCrossEntropyParams& params) : p(params) {
     Memory memory{p.work};
-    for (Chunk& c : chunks) c = head.place(memory, weight);
-    if (hidden) partial = memory.take(partial_units(p.head.width, p.vocabulary, p.chunk));
-    if (!p.backward) statistics = memory.take(blocks * kBlockStatistics * p.chunk);
-    if (!p.backward && any) logits = memory.take(blocks * kVocabularyBlock * p.chunk);
-    at_target = memory.take(p.chunk), high = memory.take(p.chunk), low = memory.take(p.chunk);
-    grad = memory.take(p.chunk), even = memory.take(p.chunk), of_z = memory.take(p.chunk);
+    for (int i = 0; i < (p.backward ? 1 : 2); i++) chunks[i] = head.place(memory, plan.weight);
+    if (plan.hidden) partial = memory.take(partial_units(p.head.width, p.vocabulary, chunk_rows));
+    if (!p.backward) statistics = memory.take(division.blocks * kBlockStatistics * chunk_rows);
+    if (!p.backward && plan.any) logits = memory.take(own_blocks() * block_units);
+    at_target = memory.take(chunk_rows), high = memory.take(chunk_rows), low = memory.take(chunk_rows);
+    grad = memory.take(chunk_rows), even = memory.take(chunk_rows), of_z = memory.take(chunk_rows);
+  }
+
+  int64_t own_blocks() const { return plan.lends() ? division.own : division.blocks; }
+  // Where a block's logits wait for the log-sum-exps; null where they do not.
+  float* held(int64_t block) const {
+    if (!logits || block >= (plan.lends() ? division.front : division.blocks)) return nullptr;
+    if (block < own_blocks()) return logits + block * block_units;
+    float* lent = p.grads.weight + division.front * kVocabularyBlock * p.head.width;
+    return lent + (block - own_blocks()) * block_units;
   }
 
   // What the lanes of a block's logits are: the rows' maximum, sum of e^(x - maximum) and sum of x - maximum.
   void look(const Chunk& c, int64_t block, int64_t first, int64_t count, const float* x) {
-    float* to = statistics + block * kBlockStatistics * p.chunk;
+    float* to = statistics + block * kBlockStatistics * chunk_rows;
     for (int64_t r = 0; r < c.rows; r += kWidth) {
       const float* lane = x + r;
       Float m[kSums], sums[kSums], totals[kSums];
@@ -43,8 +53,8 @@ struct Linear {
         int64_t v = 0;
         for (; v + kSums <= count; v += kSums)
 #pragma GCC unroll 4
-          for (int i = 0; i < kSums; i++) f(i, load(lane + (v + i) * p.chunk));
-        for (; v < count; v++) f(0, load(lane + v * p.chunk));
+          for (int i = 0; i < kSums; i++) f(i, load(lane + (v + i) * chunk_rows));
+        for (; v < count; v++) f(0, load(lane + v * chunk_rows));
       };
       each([&](int i, Float y) { m[i] = max(y, m[i]); });  // the second where the first is NaN
       const Float largest = max(max(m[0], m[1]), max(m[2], m[3])), shift = shift_of(largest);
@@ -56,12 +66,12 @@ struct Linear {
       else
         each([&](int i, Float y) { sums[i] = add(sums[i], exp_negative(sub(y, shift))); });
       store(to + r, largest);
-      store(to + p.chunk + r, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
-      store(to + 2 * p.chunk + r, add(add(totals[0], totals[1]), add(totals[2], totals[3])));
+      store(to + chunk_rows + r, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+      store(to + 2 * chunk_rows + r, add(add(totals[0], totals[1]), add(totals[2], totals[3])));
     }
     for (int64_t r = 0; r < c.rows; r++) {
       const int64_t t = p.targets[c.first + r] - first;
-      if (t >= 0 && t < count) at_target[r] = x[t * p.chunk + r];
+      if (t >= 0 && t < count) at_target[r] = x[t * chunk_rows + r];
     }
   }
 
@@ -71,13 +81,13 @@ struct Linear {
       Float m = broadcast(-kInfinity), sums[kSums], totals[kSums];
       for (int i = 0; i < kSums; i++) sums[i] = totals[i] = zero();
       const float* from = statistics + r;
-      for (int64_t b = 0; b < blocks; b++) m = max(load(from + b * kBlockStatistics * p.chunk), m);
-      for (int64_t b = 0; b < blocks; b++, from += kBlockStatistics * p.chunk) {
+      for (int64_t b = 0; b < division.blocks; b++) m = max(load(from + b * kBlockStatistics * chunk_rows), m);
+      for (int64_t b = 0; b < division.blocks; b++, from += kBlockStatistics * chunk_rows) {
         const int64_t left = p.vocabulary - b * kVocabularyBlock;
         const Float of_block = load(from), count = broadcast(static_cast<float>(at_most(kVocabularyBlock, left)));
         Float &s = sums[b % kSums], &t = totals[b % kSums];
-        s = fma(load(from + p.chunk), factor_of(of_block, m), s);
-        t = add(t, fma(count, sub(shift_of(of_block), m), load(from + 2 * p.chunk)));
+        s = fma(load(from + chunk_rows), factor_of(of_block, m), s);
+        t = add(t, fma(count, sub(shift_of(of_block), m), load(from + 2 * chunk_rows)));
       }
       alignas(64) float largest[kWidth], sum[kWidth], total[kWidth];
       store(largest, m);
@@ -100,7 +110,7 @@ struct Linear {
     return slope_of(p.rule, p.upstream[row], p.lse[row], p.targets[row], p.vocabulary);
   }
   void find_slopes(const Chunk& c) {
-    for (int64_t r = 0; r < p.chunk; r++) {
+    for (int64_t r = 0; r < chunk_rows; r++) {
       Slope s = {};
       Lse lse = {};
       if (r < c.rows) s = slope_of_row(c, r), lse = split(p.lse[c.first + r]);
@@ -114,50 +124,73 @@ struct Linear {
       const Float h = load(high + r), l = load(low + r), e = load(even + r), z = load(of_z + r),
                   factor = load(grad + r);
       for (int64_t v = 0; v < count; v++)
-        store(g + v * p.chunk + r, slope(probability(load(x + v * p.chunk + r), h, l), e, z, factor));
+        store(g + v * chunk_rows + r, slope(probability(load(x + v * chunk_rows + r), h, l), e, z, factor));
     }
     for (int64_t r = 0; r < c.rows; r++) {
-      const int64_t t = p.targets[c.first + r] - first, at = t * p.chunk + r;
+      const int64_t t = p.targets[c.first + r] - first, at = t * chunk_rows + r;
       if (t >= 0 && t < count) g[at] = slope_at_target(x[at], {high[r], low[r]}, slope_of_row(c, r));
     }
   }
 
   void pack(int slot, int64_t first, int64_t rows) { head.pack(chunks[slot], first, rows); }
 
-  void pass(int old, int next, int64_t number) {
-    if (p.backward) old = next;
-    const bool first_chunk = number == (p.backward ? 0 : 1);
-    const Chunk* before = old < 0 ? nullptr : &chunks[old];
-    if (before) find_slopes(*before);
-    const int64_t block_units = kVocabularyBlock * p.chunk;
-    over_blocks(p.vocabulary, p.threads, head.copy_units() + 2 * block_units, [&](const Block& b, Memory memory) {
+  // The gradients of one chunk from its logits, which wait or, where `again`, are made again; and the logits of
+  // another.
+  void sweep(const Region& region, const Chunk* before, const Chunk* next, bool first_chunk, bool again) {
+    if (region.begin == region.end) return;
+    const int64_t units = head.copy_units() + 2 * block_units;
+    over_blocks(region, p.vocabulary, p.threads, units, [&](const Block& b, Memory memory) {
       float *copy = memory.take(head.copy_units()), *g = memory.take(block_units), *own = memory.take(block_units);
-      float* x = logits ? logits + b.number * block_units : own;
+      float *waiting = again ? nullptr : held(b.number), *x = waiting ? waiting : own;
       const Weights w = head.weights(b.first, b.count, copy);
-      Ahead ahead = head.next_block(b.first, before && weight ? p.grads.weight : nullptr);
-      if (p.backward) head.logits(w, *before, b.first, b.count, x, ahead);
+      Visit visit = {b.first, b.count};
+      if (again) {
+        visit.next = before, visit.x = x;
+        head.visit(visit, w, p.grads);
+      }
       if (before) {
-        float* part = hidden ? partial + b.group * p.chunk * head.step : nullptr;
         differentiate(*before, b.first, b.count, x, g);
-        head.gradients(p.grads, w, *before, b.first, b.count, g, part, b.begins, first_chunk, ahead);
+        visit.before = before, visit.g = g, visit.fresh = b.begins, visit.first_chunk = first_chunk;
+        if (plan.hidden) visit.partial = partial + b.group * chunk_rows * head.step;
       }
-      if (!p.backward && next >= 0) {
-        head.logits(w, chunks[next], b.first, b.count, x, ahead);
-        look(chunks[next], b.number, b.first, b.count, x);
-      }
+      visit.next = next, visit.x = x;
+      if (waiting && b.number + 1 < region.end) visit.then = held(b.number + 1);
+      head.visit(visit, w, p.grads);
+      if (next) look(*next, b.number, b.first, b.count, x);
     });
-    if (before && hidden) head.finish_hidden(p.grads, partial, group_count(p.vocabulary), *before, p.threads);
-    if (!p.backward && next >= 0) finish_rows(chunks[next]);
+    if (before && plan.hidden)
+      head.finish_hidden(p.grads, partial, region.groups(), *before, region.begin != 0, p.threads);
+  }
+
+  void pass(int old, int following, int64_t number) {
+    const Chunk *before = old < 0 ? nullptr : &chunks[old], *next = following < 0 ? nullptr : &chunks[following];
+    if (before) find_slopes(*before);
+    sweep(division.held(), before, next, number == 1, false);
+    if (!plan.lends() || next) sweep(division.lent(), plan.lends() ? nullptr : before, next, number == 1, false);
+    if (next) finish_rows(*next);
+  }
+
+  // The gradients of all chunks from logits made again: of the whole vocabulary or of the last part.
+  void make_again(bool whole) {
+    for (int64_t first = 0; first < p.rows; first += chunk_rows) {
+      pack(0, first, at_most(chunk_rows, p.rows - first));
+      find_slopes(chunks[0]);
+      if (whole) sweep(division.held(), &chunks[0], nullptr, first == 0, true);
+      sweep(division.lent(), &chunks[0], nullptr, first == 0, true);
+    }
+  }
+
+  void run() {
+    if (p.backward) return make_again(true);
+    over_chunks(*this, p.rows, chunk_rows, !plan.any);
+    if (plan.lends()) make_again(false);
   }
 };
 
 }  // namespace
 
 void linear_cross_entropy(const LinearCrossEntropyParams& p) {
-  with_type(p.dtype, [&](auto element) {
-    Linear<decltype(element)> job(p);
-    over_chunks(job, p.rows, p.chunk, p.backward || !job.any);
-  });
+  with_type(p.dtype, [&](auto element) { Linear<decltype(element)>(p).run(); });
 }
 
 }  // namespace llmkern::LLMKERN_ISA

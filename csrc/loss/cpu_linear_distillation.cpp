@@ -142,26 +142,27 @@ struct Distillation {
   void pass(int before, int next, int64_t number) {
     const int64_t units = kVocabularyBlock * p.chunk;
     const int64_t all = student.copy_units() + teacher.copy_units() + 3 * units;
-    over_blocks(p.vocabulary, p.threads, all, [&](const Block& b, Memory memory) {
+    over_blocks({0, blocks}, p.vocabulary, p.threads, all, [&](const Block& b, Memory memory) {
       float *copy = memory.take(student.copy_units()), *other_copy = memory.take(teacher.copy_units());
       float *g = memory.take(units), *x = memory.take(2 * units), *y = x + units;
       if (logits) x = logits + 2 * b.number * units, y = x + units;
       const Weights w = student.weights(b.first, b.count, copy);
-      Ahead ahead = student.next_block(b.first, before >= 0 && weight ? p.grads.weight : nullptr);
+      Visit visit = {b.first, b.count};
       if (before >= 0) {
-        float* part = hidden ? partial + b.group * p.chunk * student.step : nullptr;
         differentiate(chunks[before], b, x, y, g);
-        student.gradients(p.grads, w, chunks[before], b.first, b.count, g, part, b.begins, number == 1, ahead);
+        visit.before = &chunks[before], visit.g = g, visit.fresh = b.begins, visit.first_chunk = number == 1;
+        if (hidden) visit.partial = partial + b.group * p.chunk * student.step;
       }
+      if (next >= 0) visit.next = &chunks[next], visit.x = x;
+      student.visit(visit, w, p.grads);
       if (next < 0) return;
-      student.logits(w, chunks[next], b.first, b.count, x, ahead);
-      ahead = teacher.next_block(b.first, nullptr);
-      const Weights other = teacher.weights(b.first, b.count, other_copy);
-      teacher.logits(other, taught[next], b.first, b.count, y, ahead);
+      Visit of_teacher = {b.first, b.count};
+      of_teacher.next = &taught[next], of_teacher.x = y;
+      teacher.visit(of_teacher, teacher.weights(b.first, b.count, other_copy), {});
       look(chunks[next], b, x, y);
     });
     if (before >= 0 && hidden)
-      student.finish_hidden(p.grads, partial, group_count(p.vocabulary), chunks[before], p.threads);
+      student.finish_hidden(p.grads, partial, Region{0, blocks}.groups(), chunks[before], false, p.threads);
     if (next >= 0) finish_rows(chunks[next]);
   }
 };

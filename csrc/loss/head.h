@@ -23,11 +23,23 @@ struct Weights {
   int64_t step;
 };
 
-// How many summed elements of the logits come from one piece of the packed rows, which stays in the first-level cache.
-LLMKERN_INLINE int64_t depth_of_piece(int64_t width) {
-  int64_t pieces = (width + 143) / 144;
-  return round_up((width + pieces - 1) / pieces, 16);
-}
+// Columns of the weight of which all products are made before the next ones are looked at: so many summed elements of
+// the logits of a panel of rows stay in the first-level cache (32 KB), and so little of the weight and of its gradient
+// has to be on its way at a time that the second-level cache keeps the packed rows. A multiple of every kPanel.
+constexpr int64_t kSlice = 128;
+
+// What one visit of a block of the weight makes: the gradients of the chunk `before` from g, that of its logits, and x,
+// the logits of the chunk `next`. Either chunk may be null. Blocks of logits are (count, chunk rows).
+struct Visit {
+  int64_t first, count;  // entries of the vocabulary
+  const Chunk* before = nullptr;
+  const float* g = nullptr;
+  float* partial = nullptr;  // the group's sum of the hidden states' gradient, (chunk rows, step), or null
+  bool fresh = false, first_chunk = false;  // there is no such sum yet, and no gradient of the weight and bias
+  const Chunk* next = nullptr;
+  float* x = nullptr;
+  const float* then = nullptr;  // what the visit after this one looks at first: a block of logits, or null
+};
 
 template <class T>
 struct Head {
@@ -62,68 +74,83 @@ struct Head {
     pack_rows<false>(copy, from, p.weight_stride, count, p.width, step);
     return {copy, step};
   }
-  // The memory of the weight's next block, and of its gradient's.
-  Ahead next_block(int64_t first, const float* gradient) const {
-    const int64_t begin = first + kVocabularyBlock, end = at_most(begin + kVocabularyBlock, vocabulary);
-    Ahead ahead = {};
-    if (begin >= end) return ahead;
-    auto set = [&](const float* from, const char*& low, const char*& high) {
-      low = reinterpret_cast<const char*>(from + begin * p.width);
-      high = reinterpret_cast<const char*>(from + end * p.width);
-    };
-    if (gradient) set(gradient, ahead.next, ahead.end);
-    if (in_place() && p.weight_stride == p.width) set(static_cast<const float*>(p.weight), ahead.then, ahead.then_end);
+  // What is wanted behind the slice at column d: the next slice, of the next block behind the last one.
+  Ahead ahead_of(const Visit& v, const float* gradient, int64_t d) const {
+    Ahead ahead;
+    const bool last = d + kSlice >= p.width;
+    const int64_t from = last ? 0 : d + kSlice, columns = at_most(kSlice, p.width - from);
+    const int64_t begin = last ? v.first + kVocabularyBlock : v.first;
+    const int64_t rows = last ? at_most(kVocabularyBlock, vocabulary - begin) : v.count;
+    if (rows <= 0) return ahead;
+    if (in_place())
+      ahead.add(static_cast<const float*>(p.weight) + begin * p.weight_stride + from, columns, p.weight_stride, rows);
+    if (gradient) ahead.add(gradient + begin * p.width + from, columns, p.width, rows);
+    if (last && v.then) ahead.add(v.then, rows * chunk_rows, 0, 1);
+    int64_t products = v.next ? v.next->rows : 0;
+    if (v.before) products += v.before->rows * ((v.partial ? 1 : 0) + (gradient ? 1 : 0));
+    ahead.spread(products * v.count * at_most(kSlice, p.width - d) / (8 * kTileRows * kPanel));
     return ahead;
   }
 
-  // x: (count, chunk_rows), the logits of entries [first, first + count) for the rows of the chunk; zeros behind them
-  // but for the bias.
-  void logits(const Weights& w, const Chunk& c, int64_t first, int64_t count, float* x, Ahead& ahead) const {
-    const int64_t piece = depth_of_piece(p.width);
-    for (int64_t d = 0; d < p.width || d == 0; d += piece) {
-      Operands o = {w.data + d, w.step, c.columns + d * kPanel, kPanel, kPanel * p.width, x, chunk_rows, d != 0};
-      product<true>(o, count, round_up(c.rows, kWidth), at_most(piece, p.width - d), ahead);
-    }
-    if (!p.bias) return;
-    const T* bias = static_cast<const T*>(p.bias) + first;
-    for (int64_t v = 0; v < count; v++) {
-      const Float b = broadcast(load_one(bias + v));
-      for (int64_t r = 0; r < c.rows; r += kWidth) store(x + v * chunk_rows + r, add(load(x + v * chunk_rows + r), b));
-    }
-  }
-
-  // From g, the gradient of the logits laid out as they are: adds to `partial` (chunk_rows, step) where it is not null,
-  // and to the gradients of weight and bias. fresh: the partial sums hold nothing yet; first_chunk: nor do those.
-  void gradients(const LinearHeadGradients& to, const Weights& w, const Chunk& c, int64_t first, int64_t count,
-                 const float* g, float* partial, bool fresh, bool first_chunk, Ahead& ahead) const {
-    if (to.bias)
-      for (int64_t v = 0; v < count; v++) {
-        Float total = zero();
-        for (int64_t r = 0; r < c.rows; r += kWidth) total = add(total, load(g + v * chunk_rows + r));
-        to.bias[first + v] = first_chunk ? sum(total) : to.bias[first + v] + sum(total);
+  void visit(const Visit& v, const Weights& w, const LinearHeadGradients& to) const {
+    float* gradient = v.before ? to.weight : nullptr;
+    for (int64_t d = 0; d < p.width || d == 0; d += kSlice) {
+      const int64_t columns = at_most(kSlice, p.width - d);
+      Ahead ahead = ahead_of(v, gradient, d);
+      if (v.partial) {
+        Operands o = {v.g, chunk_rows, w.data + d, w.step, kPanel, v.partial + d, step, !v.fresh};
+        product<false>(o, v.before->rows, round_up(columns, kWidth), v.count, ahead);
       }
-    if (partial) {
-      Operands o = {g, chunk_rows, w.data, w.step, kPanel, partial, step, !fresh};
-      product<false>(o, c.rows, round_up(p.width, kWidth), count, ahead);
+      if (gradient) {
+        float* c = gradient + v.first * p.width + d;
+        Operands o = {v.g, chunk_rows, v.before->by_row + d, step, kPanel, c, p.width, !v.first_chunk};
+        product<true>(o, v.count, columns, v.before->rows, ahead);
+      }
+      if (v.next) {
+        Operands o = {w.data + d, w.step, v.next->columns + d * kPanel, kPanel, kPanel * p.width, v.x,
+                      chunk_rows, d != 0};
+        product<true>(o, v.count, round_up(v.next->rows, kWidth), columns, ahead);
+      }
     }
-    if (to.weight) {
-      Operands o = {g, chunk_rows, c.by_row, step, kPanel, to.weight + first * p.width, p.width, !first_chunk};
-      product<true>(o, count, p.width, c.rows, ahead);
-    }
+    if (v.before && to.bias) add_to_bias(v, to.bias + v.first);
+    if (v.next && p.bias) add_bias(v);
   }
 
-  // The gradient of a chunk's hidden states: the sum over the groups' parts, in their order.
-  void finish_hidden(const LinearHeadGradients& to, const float* partial, int64_t groups, const Chunk& c, int threads) {
+  void add_bias(const Visit& v) const {
+    const T* bias = static_cast<const T*>(p.bias) + v.first;
+    for (int64_t i = 0; i < v.count; i++) {
+      const Float b = broadcast(load_one(bias + i));
+      float* x = v.x + i * chunk_rows;
+      for (int64_t r = 0; r < v.next->rows; r += kWidth) store(x + r, add(load(x + r), b));
+    }
+  }
+  // In steps of kRows, whatever the chunk's rows are: those depend on which other gradients are made.
+  void add_to_bias(const Visit& v, float* to) const {
+    for (int64_t i = 0; i < v.count; i++)
+      for (int64_t begin = 0; begin < v.before->rows; begin += kRows) {
+        const int64_t end = at_most(begin + kRows, v.before->rows);
+        Float total = zero();
+        for (int64_t r = begin; r < end; r += kWidth) total = add(total, load(v.g + i * chunk_rows + r));
+        to[i] = v.first_chunk && !begin ? sum(total) : to[i] + sum(total);
+      }
+  }
+
+  // The gradient of a chunk's hidden states: the sum over the groups' parts, in their order, and `added` (float32) to
+  // what is there.
+  void finish_hidden(const LinearHeadGradients& to, const float* partial, int64_t groups, const Chunk& c, bool added,
+                     int threads) const {
     auto body = [&](int thread, int count) {
       const Range range = share(c.rows, 1, thread, count);
       for (int64_t r = range.begin; r < range.end; r++) {
         const float* from = partial + r * step;
         const int64_t at = (c.first + r) * p.width;
         for_each_vector(p.width, [&](int64_t d, int n) {
+          float* wide = static_cast<float*>(to.hidden) + at + d;
           Float total = load(from + d);
+          if (added) total = add(load_some(wide, n), total);
           for (int64_t g = 1; g < groups; g++) total = add(total, load(from + g * chunk_rows * step + d));
           if (to.wide)
-            store_some(static_cast<float*>(to.hidden) + at + d, total, n);
+            store_some(wide, total, n);
           else
             store_some(static_cast<T*>(to.hidden) + at + d, total, n);
         });

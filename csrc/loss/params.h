@@ -82,9 +82,9 @@ struct LinearHeadGradients {
   bool wide;
 };
 
-// The cross-entropy of the logits of a head, which are never whole in memory: `chunk` rows at a time (a multiple of
-// 16). upstream: (rows,), the gradient of each loss; null where no gradients are asked for. lse is written, or given
-// where `backward`: then loss is not computed. work: as many floats as linear_cross_entropy_units says.
+// The cross-entropy of the logits of a head, which are never whole in memory. upstream: (rows,), the gradient of each
+// loss; null where no gradients are asked for. lse is written, or given where `backward`: then loss is not computed.
+// work: as many floats as linear_cross_entropy_units says.
 struct LinearCrossEntropyParams {
   LinearHead head;
   LinearHeadGradients grads;
@@ -92,16 +92,16 @@ struct LinearCrossEntropyParams {
   const float* upstream;
   float *loss, *work;
   double* lse;
-  int64_t rows, vocabulary, chunk;
+  int64_t rows, vocabulary;
   LossRule rule;
   bool backward;
   DType dtype;
   int threads;
 };
 
-// Both losses of DistillationParams, of the logits of two heads; the student's gradients for an upstream gradient of
-// `soft_factor` for each soft and `hard_factor` for each hard that is not ignored. work: as many floats as
-// linear_distillation_units says.
+// Both losses of DistillationParams, of the logits of two heads, `chunk` rows at a time (a multiple of 16); the
+// student's gradients for an upstream gradient of `soft_factor` for each soft and `hard_factor` for each hard that is
+// not ignored. work: as many floats as linear_distillation_units says.
 struct LinearDistillationParams {
   LinearHead student, teacher;
   LinearHeadGradients grads;

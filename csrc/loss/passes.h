@@ -11,16 +11,16 @@ struct Block {
   bool begins;  // the group
 };
 
-// Calls body(block, memory) for every block, those of a group in order on one thread; memory: `units` floats of the
-// thread's own.
+// Calls body(block, memory) for every block of a region, those of a group in order on one thread; memory: `units`
+// floats of the thread's own.
 template <class Body>
-LLMKERN_INLINE void over_blocks(int64_t vocabulary, int threads, int64_t units, Body body) {
-  const int64_t blocks = block_count(vocabulary), each = blocks_of_group(vocabulary), groups = group_count(vocabulary);
+LLMKERN_INLINE void over_blocks(const Region& region, int64_t vocabulary, int threads, int64_t units, Body body) {
+  const int64_t each = region.blocks_of_group(), groups = region.groups();
   Counter counter;
   auto of_thread = [&](int, int) {
     Memory memory{static_cast<float*>(scratch(Scratch::work, static_cast<size_t>(4 * units + 256)))};
     for (int64_t group; (group = counter.take()) < groups;) {
-      const int64_t begin = group * each, end = at_most(begin + each, blocks);
+      const int64_t begin = region.begin + group * each, end = at_most(begin + each, region.end);
       for (int64_t b = begin; b < end; b++) {
         const int64_t first = b * kVocabularyBlock;
         body(Block{b, first, at_most(kVocabularyBlock, vocabulary - first), group, b == begin}, memory);
@@ -31,8 +31,8 @@ LLMKERN_INLINE void over_blocks(int64_t vocabulary, int threads, int64_t units, 
 }
 
 // One pass over the weights for each chunk, and one more: job.pass(before, next, number) makes the gradients of the
-// chunk before, whose logits are still there, and the logits of the next. `alone`: both are of the same chunk, or there
-// are no gradients, and nothing stays between passes.
+// chunk before, whose logits are still there, and the logits of the next. `alone`: there are no gradients, and nothing
+// stays between passes.
 template <class Job>
 void over_chunks(Job& job, int64_t rows, int64_t chunk, bool alone) {
   int64_t number = 0;

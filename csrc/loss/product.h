@@ -17,18 +17,52 @@ LLMKERN_INLINE void used(const Float& x) {
 #endif
 }
 
-// Memory that is wanted soon, asked for a few lines at a time while something is multiplied: two ranges.
+// Memory that is wanted soon, asked for line by line while something is multiplied, so that its way takes no time of
+// its own: rows of matrices, one matrix after the other.
 struct Ahead {
-  const char *next, *end, *then, *then_end;
+  struct Rows {
+    const char* from;
+    int64_t bytes, step, count;  // of a row, from row to row, of rows
+  };
+  Rows pieces[3] = {};
+  int count = 0, piece = 0, lines = 0;  // lines: asked for with every eight k of a tile
+  const char *at = nullptr, *row_end = nullptr;
+
+  void add(const float* from, int64_t width, int64_t step, int64_t rows) {
+    if (!width || !rows) return;
+    pieces[count++] = {reinterpret_cast<const char*>(from), 4 * width, 4 * step, rows};
+    if (count == 1) begin_row();
+  }
+  // To be spread over so many times eight k.
+  void spread(int64_t steps) {
+    int64_t all = 0;
+    for (int i = 0; i < count; i++) all += (pieces[i].bytes + kLine - 1) / kLine * pieces[i].count;
+    lines = steps ? static_cast<int>(at_most((all + steps - 1) / steps, kMostLines)) : 0;
+  }
+  __attribute__((always_inline)) void ask() {
+    for (int l = 0; l < lines && piece < count; l++) {
+      __builtin_prefetch(at, 0, 2);
+      at += kLine;
+      if (at >= row_end) next_row();
+    }
+  }
+
+ private:
+  static constexpr int64_t kMostLines = 4;  // more would keep the tile's own lines waiting
+  void begin_row() { at = pieces[piece].from, row_end = at + pieces[piece].bytes; }
+  void next_row() {
+    Rows& rows = pieces[piece];
+    rows.from += rows.step;
+    if (--rows.count == 0) piece++;
+    if (piece < count) begin_row();
+  }
 };
-constexpr int kLines = kPanel * 4 / kLine >= 4 ? 3 : 1;  // asked for with every eight k of a tile
 
 // c = (c +) sum over k < depth of a(i, k) * b[k * ldb + j] for R rows i and V vectors of j. a(i, k) lies at
-// a[i * a_step + k] where kAlong, else at a[i + k * a_step]. `tail`: the elements of the last vector of c. For every
-// eight k, kLines lines are asked for at `ask`, which moves on by ask_step bytes.
+// a[i * a_step + k] where kAlong, else at a[i + k * a_step]. `tail`: the elements of the last vector of c.
 template <bool kAlong, int R, int V>
 inline void product_tile(const float* a, int64_t a_step, const float* b, int64_t ldb, int64_t depth, float* c,
-                         int64_t ldc, bool add_to, int tail, const char* ask, int64_t ask_step) {
+                         int64_t ldc, bool add_to, int tail, Ahead& ahead) {
   Float sums[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++)
@@ -53,8 +87,8 @@ inline void product_tile(const float* a, int64_t a_step, const float* b, int64_t
   for (; k + 8 <= depth; k += 8) {
 #pragma GCC unroll 8
     for (int u = 0; u < 8; u++) one(a + u * k_step, b + u * ldb);
-    for (int l = 0; l < kLines; l++) __builtin_prefetch(ask + l * kLine, 0, 2);
-    a += 8 * k_step, b += 8 * ldb, ask += ask_step;
+    ahead.ask();
+    a += 8 * k_step, b += 8 * ldb;
   }
   for (; k < depth; k++, a += k_step, b += ldb) one(a, b);
 #pragma GCC unroll 8
@@ -91,15 +125,8 @@ inline void product_panel(const Operands& o, int64_t m, int64_t depth, int vecto
   int64_t i = 0;
   auto tile = [&](auto r) {
     constexpr int R = decltype(r)::value;
-    const char* ask = reinterpret_cast<const char*>(o.b);
-    int64_t step = 0;
-    if (ahead.next >= ahead.end) ahead.next = ahead.then, ahead.end = ahead.then_end, ahead.then = ahead.then_end;
-    if (ahead.next < ahead.end) {
-      ask = ahead.next, step = kLines * kLine;
-      ahead.next += depth / 8 * step;
-    }
-    product_tile<kAlong, R, V>(o.a + i * row, o.a_step, o.b, o.ldb, depth, o.c + i * o.ldc, o.ldc, o.add_to, tail, ask,
-                               step);
+    product_tile<kAlong, R, V>(o.a + i * row, o.a_step, o.b, o.ldb, depth, o.c + i * o.ldc, o.ldc, o.add_to, tail,
+                               ahead);
     i += R;
   };
   while (i + kTileRows <= m) tile(Number<kTileRows>{});

@@ -15,8 +15,8 @@ from llmkern.loss import reference
 from llmkern.loss.compiled import limits
 from llmkern.rows import as_rows, of_rows
 
-#: Rows whose logits are in memory together, of one head and of each of two: by the vocabulary alone, with 4 bytes each.
-ROWS, DISTILLATION_ROWS = 64, 32
+#: Rows whose logits, of each of two heads, are in memory together. (Of one head: csrc/loss/layout.h.)
+DISTILLATION_ROWS = 32
 
 
 class Gradients:
@@ -60,17 +60,15 @@ def _linear_cross_entropy(
     lse = of_rows(hidden, torch.float64) if lse is None else lse.contiguous()
     ignore_index, *rule = options
     given, sizes = _head(hidden, weight, bias)
-    wanted = [bool(a) for a in gradients.addresses]
-    units = extension._C.linear_cross_entropy_units(
-        sizes[0], weight.size(0), ROWS, wanted[0], wanted[1], gradients.any, backward
-    )
+    wanted, dtype = [bool(a) for a in gradients.addresses], extension.DTYPE_CODES[hidden.dtype]
+    units = extension._C.linear_cross_entropy_units(sizes[0], weight.size(0), wanted, backward, dtype)
     work, targets = torch.empty(units, dtype=torch.float32), targets.contiguous()
     if hidden.size(0):
         extension._C.linear_cross_entropy(
             (*(address(t) for t in given), *gradients.addresses, targets.data_ptr(),
              address(upstream) if gradients.any else 0, loss.data_ptr(), lse.data_ptr(), work.data_ptr()),
-            (hidden.size(0), weight.size(0), ROWS), sizes, ignore_index, tuple(rule), backward, gradients.wide,
-            extension.DTYPE_CODES[hidden.dtype], extension.threads(),
+            (hidden.size(0), weight.size(0)), sizes, ignore_index, tuple(rule), backward, gradients.wide, dtype,
+            extension.threads(),
         )  # fmt: skip
     return loss, lse
 

@@ -81,17 +81,13 @@ def test_gradients_that_are_not_needed_change_no_other(isa):
 
 
 def test_the_memory_that_it_works_in():
-    width, count = 576, 49152
+    width, count, float32 = 576, 49152, extension.DTYPE_CODES[torch.float32]
     sizes = {
-        "cross-entropy": extension._C.linear_cross_entropy_units(
-            width, count, compiled_linear.ROWS, True, True, True, False
-        ),
-        "made again": extension._C.linear_cross_entropy_units(
-            width, count, compiled_linear.ROWS, True, True, True, True
-        ),
+        "cross-entropy": extension._C.linear_cross_entropy_units(width, count, NEEDS, False, float32),
+        "made again": extension._C.linear_cross_entropy_units(width, count, NEEDS, True, float32),
         "distillation": extension._C.linear_distillation_units(
             width, width, count, compiled_linear.DISTILLATION_ROWS, True, True, True
         ),
     }
     assert all(4 * units <= 16e6 for units in sizes.values()), sizes
-    assert 4 * sizes["made again"] < 4e6
+    assert 4 * sizes["made again"] < 4.5e6
