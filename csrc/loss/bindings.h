@@ -6,6 +6,7 @@
 #include <array>
 
 #include "../common/dispatch.h"
+#include "../common/pages.h"
 #include "layout.h"
 #include "params.h"
 
@@ -26,6 +27,12 @@ struct LossAddress {
     return reinterpret_cast<T*>(address);
   }
 };
+
+// Of the float32 gradient of a head's weight, which is new; sizes: rows, vocabulary; head: width.
+template <class Sizes, class Head>
+size_t weight_bytes(const Sizes& sizes, const Head& head) {
+  return 4 * static_cast<size_t>(sizes[1]) * static_cast<size_t>(head[0]);
+}
 
 inline void bind_loss(pybind11::module_& m) {
   namespace py = pybind11;
@@ -90,6 +97,7 @@ inline void bind_loss(pybind11::module_& m) {
       "linear_cross_entropy",
       [](const std::array<uintptr_t, 11>& a, const std::array<int64_t, 2>& sizes, const std::array<int64_t, 3>& head,
          int64_t ignore_index, const std::array<float, 2>& rule, bool backward, bool wide, int dtype, int threads) {
+        ask_for_large_pages(At{a[4]}, weight_bytes(sizes, head));
         linear_cross_entropy({{At{a[0]}, At{a[1]}, At{a[2]}, head[0], head[1], head[2]},
                               {At{a[3]}, At{a[4]}, At{a[5]}, wide},
                               At{a[6]},
@@ -112,6 +120,7 @@ inline void bind_loss(pybind11::module_& m) {
       [](const std::array<uintptr_t, 13>& a, const std::array<int64_t, 3>& sizes,
          const std::array<std::array<int64_t, 3>, 2>& heads, const std::array<float, 3>& factors, int64_t ignore_index,
          bool wide, int dtype, int threads) {
+        ask_for_large_pages(At{a[7]}, weight_bytes(sizes, heads[0]));
         linear_distillation({{At{a[0]}, At{a[1]}, At{a[2]}, heads[0][0], heads[0][1], heads[0][2]},
                              {At{a[3]}, At{a[4]}, At{a[5]}, heads[1][0], heads[1][1], heads[1][2]},
                              {At{a[6]}, At{a[7]}, At{a[8]}, wide},

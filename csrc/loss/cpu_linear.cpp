@@ -124,11 +124,12 @@ struct Linear {
       const Float h = load(high + r), l = load(low + r), e = load(even + r), z = load(of_z + r),
                   factor = load(grad + r);
       for (int64_t v = 0; v < count; v++)
-        store(g + v * chunk_rows + r, slope(probability(load(x + v * chunk_rows + r), h, l), e, z, factor));
+        store(g + v * head.g_step + r, slope(probability(load(x + v * chunk_rows + r), h, l), e, z, factor));
     }
     for (int64_t r = 0; r < c.rows; r++) {
-      const int64_t t = p.targets[c.first + r] - first, at = t * chunk_rows + r;
-      if (t >= 0 && t < count) g[at] = slope_at_target(x[at], {high[r], low[r]}, slope_of_row(c, r));
+      const int64_t t = p.targets[c.first + r] - first;
+      if (t >= 0 && t < count)
+        g[t * head.g_step + r] = slope_at_target(x[t * chunk_rows + r], {high[r], low[r]}, slope_of_row(c, r));
     }
   }
 
@@ -138,9 +139,9 @@ struct Linear {
   // another.
   void sweep(const Region& region, const Chunk* before, const Chunk* next, bool first_chunk, bool again) {
     if (region.begin == region.end) return;
-    const int64_t units = head.copy_units() + 2 * block_units;
+    const int64_t g_units = kVocabularyBlock * head.g_step, units = head.copy_units() + g_units + block_units;
     over_blocks(region, p.vocabulary, p.threads, units, [&](const Block& b, Memory memory) {
-      float *copy = memory.take(head.copy_units()), *g = memory.take(block_units), *own = memory.take(block_units);
+      float *copy = memory.take(head.copy_units()), *g = memory.take(g_units), *own = memory.take(block_units);
       float *waiting = again ? nullptr : held(b.number), *x = waiting ? waiting : own;
       const Weights w = head.weights(b.first, b.count, copy);
       Visit visit = {b.first, b.count};

@@ -123,7 +123,7 @@ struct Distillation {
         const Float s = load(x + v * p.chunk + r), t = load(y + v * p.chunk + r);
         const Float soft = sub(of(tempered, div(s, temperature)), of(of_teacher, div(t, temperature)));
         const Float hard = slope(of(plain, s), zero(), zero(), factor);
-        store(g + v * p.chunk + r, fma(soft, inside, hard));
+        store(g + v * student.g_step + r, fma(soft, inside, hard));
       }
     }
     for (int64_t r = 0; r < c.rows; r++) {
@@ -135,16 +135,16 @@ struct Distillation {
         return probability(div(broadcast(z), temperature), broadcast(rows.high[r]), broadcast(rows.low[r]));
       };
       store(soft, mul(sub(of(tempered, x[at]), of(of_teacher, y[at])), scale));
-      g[at] = soft[0] + slope_at_target(x[at], {plain.high[r], plain.low[r]}, s);
+      g[t * student.g_step + r] = soft[0] + slope_at_target(x[at], {plain.high[r], plain.low[r]}, s);
     }
   }
 
   void pass(int before, int next, int64_t number) {
-    const int64_t units = kVocabularyBlock * p.chunk;
-    const int64_t all = student.copy_units() + teacher.copy_units() + 3 * units;
+    const int64_t units = kVocabularyBlock * p.chunk, g_units = kVocabularyBlock * student.g_step;
+    const int64_t all = student.copy_units() + teacher.copy_units() + g_units + 2 * units;
     over_blocks({0, blocks}, p.vocabulary, p.threads, all, [&](const Block& b, Memory memory) {
       float *copy = memory.take(student.copy_units()), *other_copy = memory.take(teacher.copy_units());
-      float *g = memory.take(units), *x = memory.take(2 * units), *y = x + units;
+      float *g = memory.take(g_units), *x = memory.take(2 * units), *y = x + units;
       if (logits) x = logits + 2 * b.number * units, y = x + units;
       const Weights w = student.weights(b.first, b.count, copy);
       Visit visit = {b.first, b.count};

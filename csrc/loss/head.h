@@ -23,13 +23,13 @@ struct Weights {
   int64_t step;
 };
 
-// Columns of the weight of which all products are made before the next ones are looked at: so many summed elements of
-// the logits of a panel of rows stay in the first-level cache (32 KB), and so little of the weight and of its gradient
-// has to be on its way at a time that the second-level cache keeps the packed rows. A multiple of every kPanel.
-constexpr int64_t kSlice = 128;
+// Columns of the weight of which all products are made before the next ones are looked at: so little of the weight and
+// of its gradient has to be on its way at a time that the second-level cache keeps the packed rows, and of these a
+// panel's part, 48 KB, is about what a first-level cache holds. A multiple of every kPanel.
+constexpr int64_t kSlice = 192;
 
 // What one visit of a block of the weight makes: the gradients of the chunk `before` from g, that of its logits, and x,
-// the logits of the chunk `next`. Either chunk may be null. Blocks of logits are (count, chunk rows).
+// the logits of the chunk `next`. Either chunk may be null. x: (count, chunk rows); g: (count, g_step).
 struct Visit {
   int64_t first, count;  // entries of the vocabulary
   const Chunk* before = nullptr;
@@ -45,7 +45,7 @@ template <class T>
 struct Head {
   const LinearHead& p;
   int64_t vocabulary, chunk_rows;
-  int64_t step = row_units(p.width);
+  int64_t step = row_units(p.width), g_step = row_units(chunk_rows);
 
   Chunk place(Memory& memory, bool by_row) const {
     Chunk c = {};
@@ -98,12 +98,12 @@ struct Head {
       const int64_t columns = at_most(kSlice, p.width - d);
       Ahead ahead = ahead_of(v, gradient, d);
       if (v.partial) {
-        Operands o = {v.g, chunk_rows, w.data + d, w.step, kPanel, v.partial + d, step, !v.fresh};
+        Operands o = {v.g, g_step, w.data + d, w.step, kPanel, v.partial + d, step, !v.fresh};
         product<false>(o, v.before->rows, round_up(columns, kWidth), v.count, ahead);
       }
       if (gradient) {
         float* c = gradient + v.first * p.width + d;
-        Operands o = {v.g, chunk_rows, v.before->by_row + d, step, kPanel, c, p.width, !v.first_chunk};
+        Operands o = {v.g, g_step, v.before->by_row + d, step, kPanel, c, p.width, !v.first_chunk};
         product<true>(o, v.count, columns, v.before->rows, ahead);
       }
       if (v.next) {
@@ -130,7 +130,7 @@ struct Head {
       for (int64_t begin = 0; begin < v.before->rows; begin += kRows) {
         const int64_t end = at_most(begin + kRows, v.before->rows);
         Float total = zero();
-        for (int64_t r = begin; r < end; r += kWidth) total = add(total, load(v.g + i * chunk_rows + r));
+        for (int64_t r = begin; r < end; r += kWidth) total = add(total, load(v.g + i * g_step + r));
         to[i] = v.first_chunk && !begin ? sum(total) : to[i] + sum(total);
       }
   }

@@ -71,7 +71,7 @@ struct LinearPlan {
   bool hidden, weight, any, backward;  // gradients that are made; any: of these or of the bias
   bool divided;                        // sums over the vocabulary are, whether or not memory is lent
   bool lends() const { return divided && weight && !backward; }
-  int64_t chunk() const { return divided && weight ? kLendingRows : kRows; }
+  int64_t chunk() const { return (divided && weight) || !any ? kLendingRows : kRows; }  // without gradients none waits
 };
 // Of 16 bits the gradient of the hidden states takes no second sum: it is rounded when it is written.
 LLMKERN_INLINE LinearPlan linear_plan(bool hidden, bool weight, bool bias, bool backward, DType dtype) {
