@@ -39,18 +39,18 @@ struct Ahead {
     for (int i = 0; i < count; i++) all += (pieces[i].bytes + kLine - 1) / kLine * pieces[i].count;
     lines = steps ? static_cast<int>(at_most((all + steps - 1) / steps, kMostLines)) : 0;
   }
+  // Past the end of a row by less than `lines`, so that a tile has one branch for them.
   __attribute__((always_inline)) void ask() {
-    for (int l = 0; l < lines && piece < count; l++) {
-      __builtin_prefetch(at, 0, 2);
-      at += kLine;
-      if (at >= row_end) next_row();
-    }
+    if (piece >= count) return;
+    for (int l = 0; l < lines; l++) __builtin_prefetch(at + l * kLine, 0, 2);
+    at += lines * kLine;
+    if (__builtin_expect(at >= row_end, 0)) next_row();
   }
 
  private:
   static constexpr int64_t kMostLines = 4;  // more would keep the tile's own lines waiting
   void begin_row() { at = pieces[piece].from, row_end = at + pieces[piece].bytes; }
-  void next_row() {
+  __attribute__((noinline)) void next_row() {
     Rows& rows = pieces[piece];
     rows.from += rows.step;
     if (--rows.count == 0) piece++;
