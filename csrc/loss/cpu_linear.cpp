@@ -17,7 +17,7 @@ struct Linear {
   const LinearCrossEntropyParams& p;
   LinearPlan plan = plan_of(p);
   Division division = plan.divided ? divide(p.head.width, p.vocabulary) : undivided(p.vocabulary);
-  int64_t chunk_rows = plan.chunk(), block_units = kVocabularyBlock * chunk_rows;
+  int64_t chunk_rows = plan.chunk, block_units = kVocabularyBlock * chunk_rows;
   Head<T> head{p.head, p.vocabulary, chunk_rows};
   Chunk chunks[2] = {};
   float *partial = nullptr, *logits = nullptr, *statistics = nullptr;
@@ -33,10 +33,12 @@ struct Linear {
     grad = memory.take(chunk_rows), even = memory.take(chunk_rows), of_z = memory.take(chunk_rows);
   }
 
-  int64_t own_blocks() const { return plan.lends() ? division.own : division.blocks; }
+  Region front() const { return {0, division.front}; }
+  Region last() const { return {division.front, division.blocks}; }
+  int64_t own_blocks() const { return plan.lends ? division.own : division.blocks; }
   // Where a block's logits wait for the log-sum-exps; null where they do not.
   float* held(int64_t block) const {
-    if (!logits || block >= (plan.lends() ? division.front : division.blocks)) return nullptr;
+    if (!logits || block >= (plan.lends ? division.front : division.blocks)) return nullptr;
     if (block < own_blocks()) return logits + block * block_units;
     float* lent = p.grads.weight + division.front * kVocabularyBlock * p.head.width;
     return lent + (block - own_blocks()) * block_units;
@@ -160,14 +162,14 @@ struct Linear {
       if (next) look(*next, b.number, b.first, b.count, x);
     });
     if (before && plan.hidden)
-      head.finish_hidden(p.grads, partial, region.groups(), *before, region.begin != 0, p.threads);
+      head.finish_hidden(p.grads, partial, group_count(region), *before, region.begin != 0, p.threads);
   }
 
   void pass(int old, int following, int64_t number) {
     const Chunk *before = old < 0 ? nullptr : &chunks[old], *next = following < 0 ? nullptr : &chunks[following];
     if (before) find_slopes(*before);
-    sweep(division.held(), before, next, number == 1, false);
-    if (!plan.lends() || next) sweep(division.lent(), plan.lends() ? nullptr : before, next, number == 1, false);
+    sweep(front(), before, next, number == 1, false);
+    if (!plan.lends || next) sweep(last(), plan.lends ? nullptr : before, next, number == 1, false);
     if (next) finish_rows(*next);
   }
 
@@ -176,15 +178,15 @@ struct Linear {
     for (int64_t first = 0; first < p.rows; first += chunk_rows) {
       pack(0, first, at_most(chunk_rows, p.rows - first));
       find_slopes(chunks[0]);
-      if (whole) sweep(division.held(), &chunks[0], nullptr, first == 0, true);
-      sweep(division.lent(), &chunks[0], nullptr, first == 0, true);
+      if (whole) sweep(front(), &chunks[0], nullptr, first == 0, true);
+      sweep(last(), &chunks[0], nullptr, first == 0, true);
     }
   }
 
   void run() {
     if (p.backward) return make_again(true);
     over_chunks(*this, p.rows, chunk_rows, !plan.any);
-    if (plan.lends()) make_again(false);
+    if (plan.lends) make_again(false);
   }
 };
 

@@ -162,7 +162,7 @@ struct Distillation {
       look(chunks[next], b, x, y);
     });
     if (before >= 0 && hidden)
-      student.finish_hidden(p.grads, partial, Region{0, blocks}.groups(), chunks[before], false, p.threads);
+      student.finish_hidden(p.grads, partial, group_count({0, blocks}), chunks[before], false, p.threads);
     if (next >= 0) finish_rows(chunks[next]);
   }
 };

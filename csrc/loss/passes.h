@@ -15,7 +15,7 @@ struct Block {
 // floats of the thread's own.
 template <class Body>
 LLMKERN_INLINE void over_blocks(const Region& region, int64_t vocabulary, int threads, int64_t units, Body body) {
-  const int64_t each = region.blocks_of_group(), groups = region.groups();
+  const int64_t each = blocks_of_group(region), groups = group_count(region);
   Counter counter;
   auto of_thread = [&](int, int) {
     Memory memory{static_cast<float*>(scratch(Scratch::work, static_cast<size_t>(4 * units + 256)))};

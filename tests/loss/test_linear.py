@@ -14,7 +14,13 @@ from tests.loss.cases import FLOATS, IGNORED, NEEDS, OPTIONS, classes, heads
 
 OPS = torch.ops.llmkern
 EACH = pytest.mark.parametrize("dtype", FLOATS)
-SHAPES = {"one of everything": (1, 1, 1), "usual": (33, 64, 96), "primes": (7, 13, 37), "several chunks": (300, 8, 130)}
+SHAPES = {
+    "one of everything": (1, 1, 1),
+    "usual": (33, 64, 96),
+    "primes": (7, 13, 37),
+    "several chunks": (300, 8, 130),
+    "logits in memory of the gradient, and some made again": (140, 96, 700),
+}
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
