@@ -137,12 +137,12 @@ struct Linear {
 
   void pack(int slot, int64_t first, int64_t rows) { head.pack(chunks[slot], first, rows); }
 
-  // The gradients of one chunk from its logits, which wait or, where `again`, are made again; and the logits of
-  // another.
-  void sweep(const Region& region, const Chunk* before, const Chunk* next, bool first_chunk, bool again) {
-    if (region.begin == region.end) return;
+  // The gradients of one chunk in a region from its logits, which wait or, where `again`, are made again; and the
+  // logits of another chunk, in the `other` region too.
+  void sweep(const Region& region, const Region& other, const Chunk* before, const Chunk* next, bool first_chunk,
+             bool again) {
     const int64_t g_units = kVocabularyBlock * head.g_step, units = head.copy_units() + g_units + block_units;
-    over_blocks(region, p.vocabulary, p.threads, units, [&](const Block& b, Memory memory) {
+    over_blocks(region, other, p.vocabulary, p.threads, units, [&](const Block& b, Memory memory) {
       float *copy = memory.take(head.copy_units()), *g = memory.take(g_units), *own = memory.take(block_units);
       float *waiting = again ? nullptr : held(b.number), *x = waiting ? waiting : own;
       const Weights w = head.weights(b.first, b.count, copy);
@@ -151,7 +151,7 @@ struct Linear {
         visit.next = before, visit.x = x;
         head.visit(visit, w, p.grads);
       }
-      if (before) {
+      if (before && b.number < region.end) {
         differentiate(*before, b.first, b.count, x, g);
         visit.before = before, visit.g = g, visit.fresh = b.begins, visit.first_chunk = first_chunk;
         if (plan.hidden) visit.partial = partial + b.group * chunk_rows * head.step;
@@ -161,15 +161,19 @@ struct Linear {
       head.visit(visit, w, p.grads);
       if (next) look(*next, b.number, b.first, b.count, x);
     });
-    if (before && plan.hidden)
+    if (before && plan.hidden && region.begin < region.end)
       head.finish_hidden(p.grads, partial, group_count(region), *before, region.begin != 0, p.threads);
   }
 
   void pass(int old, int following, int64_t number) {
     const Chunk *before = old < 0 ? nullptr : &chunks[old], *next = following < 0 ? nullptr : &chunks[following];
     if (before) find_slopes(*before);
-    sweep(front(), before, next, number == 1, false);
-    if (!plan.lends || next) sweep(last(), plan.lends ? nullptr : before, next, number == 1, false);
+    if (plan.lends) {
+      sweep(front(), next ? last() : Region{}, before, next, number == 1, false);
+    } else {
+      sweep(front(), {}, before, next, number == 1, false);
+      sweep(last(), {}, before, next, number == 1, false);
+    }
     if (next) finish_rows(*next);
   }
 
@@ -178,8 +182,8 @@ struct Linear {
     for (int64_t first = 0; first < p.rows; first += chunk_rows) {
       pack(0, first, at_most(chunk_rows, p.rows - first));
       find_slopes(chunks[0]);
-      if (whole) sweep(front(), &chunks[0], nullptr, first == 0, true);
-      sweep(last(), &chunks[0], nullptr, first == 0, true);
+      if (whole) sweep(front(), {}, &chunks[0], nullptr, first == 0, true);
+      sweep(last(), {}, &chunks[0], nullptr, first == 0, true);
     }
   }
 

@@ -142,7 +142,7 @@ struct Distillation {
   void pass(int before, int next, int64_t number) {
     const int64_t units = kVocabularyBlock * p.chunk, g_units = kVocabularyBlock * student.g_step;
     const int64_t all = student.copy_units() + teacher.copy_units() + g_units + 2 * units;
-    over_blocks({0, blocks}, p.vocabulary, p.threads, all, [&](const Block& b, Memory memory) {
+    over_blocks({0, blocks}, {}, p.vocabulary, p.threads, all, [&](const Block& b, Memory memory) {
       float *copy = memory.take(student.copy_units()), *other_copy = memory.take(teacher.copy_units());
       float *g = memory.take(g_units), *x = memory.take(2 * units), *y = x + units;
       if (logits) x = logits + 2 * b.number * units, y = x + units;

@@ -11,16 +11,20 @@ struct Block {
   bool begins;  // the group
 };
 
-// Calls body(block, memory) for every block of a region, those of a group in order on one thread; memory: `units`
-// floats of the thread's own.
+// Calls body(block, memory) for every block of a region and then of another, those of a group in order on one thread;
+// memory: `units` floats of the thread's own. Where the other is small its groups are, and no thread waits long for the
+// last one.
 template <class Body>
-LLMKERN_INLINE void over_blocks(const Region& region, int64_t vocabulary, int threads, int64_t units, Body body) {
-  const int64_t each = blocks_of_group(region), groups = group_count(region);
+LLMKERN_INLINE void over_blocks(const Region& region, const Region& other, int64_t vocabulary, int threads,
+                                int64_t units, Body body) {
+  const int64_t groups = group_count(region), all = groups + group_count(other);
   Counter counter;
   auto of_thread = [&](int, int) {
     Memory memory{static_cast<float*>(scratch(Scratch::work, static_cast<size_t>(4 * units + 256)))};
-    for (int64_t group; (group = counter.take()) < groups;) {
-      const int64_t begin = region.begin + group * each, end = at_most(begin + each, region.end);
+    for (int64_t taken; (taken = counter.take()) < all;) {
+      const Region& r = taken < groups ? region : other;
+      const int64_t group = taken < groups ? taken : taken - groups, each = blocks_of_group(r);
+      const int64_t begin = r.begin + group * each, end = at_most(begin + each, r.end);
       for (int64_t b = begin; b < end; b++) {
         const int64_t first = b * kVocabularyBlock;
         body(Block{b, first, at_most(kVocabularyBlock, vocabulary - first), group, b == begin}, memory);
