@@ -25,6 +25,7 @@ class Counted:
         self.batches, self.epoch, self.position = batches, 0, 0
         self.passes = 1 if isinstance(batches, Batches) else passes
         self.keeps = hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict")
+        self.loaded = False  #: its state, and not gone through since
         self.begun: dict[str, Any] | None = None  #: the generators when the epoch began
 
     def __len__(self) -> int:
@@ -41,6 +42,9 @@ class Counted:
             set_generators(self.begun["all"])
             for generator, state in zip(self._own(), self.begun["own"], strict=True):
                 generator.set_state(state)
+        if self.keeps and self.position and not self.loaded:  # its iter may begin anew, as that of torchdata's loader
+            self.batches.load_state_dict(self.batches.state_dict())  # type: ignore[attr-defined]
+        self.loaded = False
         stream = iter(self.batches)
         for _ in range(0 if self.keeps else self.position):
             next(stream, None)
@@ -53,7 +57,8 @@ class Counted:
 
     def _holders(self) -> list[Any]:
         """What may have a part in the order of an epoch."""
-        return [self.batches, *(getattr(self.batches, name, None) for name in ("sampler", "batch_sampler", "dataset"))]
+        found = [self.batches, *(getattr(self.batches, name, None) for name in ("sampler", "batch_sampler", "dataset"))]
+        return [*found, getattr(found[2], "sampler", None)]
 
     def _own(self) -> list[torch.Generator]:
         """The generators that a DataLoader was given."""
@@ -68,3 +73,4 @@ class Counted:
         self.epoch, self.position, self.begun = state["epoch"], state["position"], state["begun"]
         if self.keeps:
             self.batches.load_state_dict(state["own"])  # type: ignore[attr-defined]
+            self.loaded = True

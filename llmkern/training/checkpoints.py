@@ -8,9 +8,11 @@ A checkpoint is the folder step-N: shared.pt is what all processes have in commo
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import re
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 _NAME = re.compile(r"step-(\d+)")
+_SHARED = "shared.pt"
+_GO_ON = "without its folder a run goes on from the checkpoint before it"
 
 
 def generators() -> dict[str, Any]:
@@ -63,10 +67,32 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str], keep: int, rank: int = 0) -> None:
         self.folder, self.keep, self.rank = Path(folder), keep, rank
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_shared()
+
+    def _check_shared(self) -> None:
+        """Raises now, and not at the first checkpoint, where processes see folders of their own by the same name."""
+        if not dist.is_initialized():
+            return
+        named: list[Any] = [f".seen-{uuid.uuid4().hex}"]
+        dist.broadcast_object_list(named, 0)
+        mark = self.folder / named[0]
+        if self.rank == 0:
+            mark.touch()
+        barrier()
+        seen: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, mark.exists())
+        if self.rank == 0:
+            mark.unlink()
+        if not all(seen):
+            raise ValueError(
+                f"output_dir: expected a folder that all processes see, got {self.folder}, which "
+                f"{seen.count(False)} of {len(seen)} processes have of their own"
+            )
 
     def steps(self) -> list[int]:
         """The steps that have one, in order."""
-        return sorted(int(m[1]) for p in self.folder.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name)))
+        found = ((p, _NAME.fullmatch(p.name)) for p in self.folder.iterdir())
+        return sorted(int(m[1]) for p, m in found if m and (p / _SHARED).exists())
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step}"
@@ -85,7 +111,7 @@ class Checkpoints:
             for left in self.folder.glob(".partial-*"):  # by a process that was killed
                 shutil.rmtree(left)
             partial.mkdir()
-            torch.save(shared, partial / "shared.pt")
+            torch.save(shared, partial / _SHARED)
         barrier()
         torch.save(own, partial / f"rank-{self.rank}.pt")
         flush(partial / f"rank-{self.rank}.pt")
@@ -112,15 +138,25 @@ class Checkpoints:
             shutil.rmtree(away)
 
     def load(self, step: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """What all have in common, and this process's own, None where the run had fewer processes."""
+        """What all have in common, and this process's own, None where the run had fewer processes.
+
+        Raises ValueError for a checkpoint that was damaged, naming the file."""
         path = self.path(step)
         own = path / f"rank-{self.rank}.pt"
-        # Without pickles: a checkpoint runs no code of whoever made it.
-        return (
-            torch.load(path / "shared.pt", map_location="cpu", weights_only=True),
-            torch.load(own, map_location="cpu", weights_only=True) if own.exists() else None,
-        )
+        shared = _read(path / _SHARED)
+        if own.exists() or self.rank >= shared["processes"]:
+            return shared, _read(own) if own.exists() else None
+        raise ValueError(f"output_dir: expected a whole checkpoint, got one without {own}; {_GO_ON}")
 
     def load_sharded(self, step: int, into: dict[str, Any]) -> None:
         """Fills the tensors of `into`, whatever number of processes wrote them."""
         dcp.load(into, checkpoint_id=self.path(step) / "sharded")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        # Without pickles: a checkpoint runs no code of whoever made it.
+        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        raise ValueError(f"output_dir: expected a whole checkpoint, got {path}, which is damaged; {_GO_ON}") from error
+    return found

@@ -48,7 +48,7 @@ def attempt(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist
             store.set(_answer(name, rank), own)
             if store.check([_members(name)]) and own in store.get(_members(name)).decode().split(","):
                 return dist.PrefixStore(name, store)
-        _wait(until, "process 0 has not come")
+        _wait(until, f"process 0 has not come, or not listed process {rank}: it waits for all")
 
 
 def _answer(name: str, rank: int) -> str:

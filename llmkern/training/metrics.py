@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ FILE = "metrics.jsonl"
 
 def read(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The steps of the run in a folder, each its step, loss, learning_rate, gradient_norm, tokens_per_second, seconds
-    and skipped_steps; floats have all their bits. A line that was cut off is left out."""
+    (since the step before it ended) and skipped_steps; floats have all their bits, None stands for what is not finite.
+    A line that was cut off is left out."""
     path = Path(folder) / FILE
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
@@ -48,7 +50,9 @@ class Metrics:
     def write(self, row: dict[str, Any]) -> None:
         """One step's."""
         if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
+            # JSON has no NaN: the norm of a step that float16 skipped.
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            self.file.write(json.dumps(finite) + "\n")
         if self.board is not None:
             for name, value in row.items():
                 if name != "step":

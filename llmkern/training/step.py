@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,25 @@ def loss_of(outputs: Any) -> Tensor:
     loss = outputs if isinstance(outputs, Tensor) else getattr(outputs, "loss", None)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError(f"model: expected outputs with a loss of one number, got {type(outputs).__name__}")
-    return loss
+    return loss.reshape(())
+
+
+def takes_names(forward: Callable[..., Any], batch: Mapping[str, Any]) -> bool:
+    """Whether a batch's entries are the arguments of a forward; else it takes the batch itself, as its only one."""
+    signature = inspect.signature(forward)
+    named = [q.name for q in signature.parameters.values() if q.kind not in (q.VAR_POSITIONAL, q.VAR_KEYWORD)]
+    try:
+        signature.bind(batch)
+    except TypeError:
+        return True
+    return any(name in named for name in batch) or len(named) < len(signature.parameters)
 
 
 class MixedPrecisionTrainer:
     """Trains a model in mixed precision: train_step(batch) -> float.
 
-    model: called as model(**batch) for a batch of names, else model(batch); its outputs have a loss, or are one.
+    model: called as model(**batch) for a batch of names that its forward takes, else model(batch); its outputs have a
+    loss, or are one.
     optimizer: by default the AdamW of the config. scheduler: is stepped with it; by default, where a config is given
     and no optimizer, the config's, which stays at learning_rate where there is no max_steps to end at. config: the rest
     (PretrainingConfig's defaults without one). precision: "float16" scales the loss and skips steps whose gradients
@@ -121,11 +134,12 @@ class MixedPrecisionTrainer:
         batches = [moved(b, self.device) for b in batches]
         self.model.train()
         shares = self._shares(batches)
+        by_name = isinstance(batches[0], Mapping) and takes_names(self.inner.forward, batches[0])
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, (one, share) in enumerate(zip(batches, shares, strict=True)):
             with self._reducing(i + 1 == len(batches)):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                    outputs = self.model(**one) if isinstance(one, Mapping) else self.model(one)
+                    outputs = self.model(**one) if by_name else self.model(one)
                     loss = self._weighed(outputs, share)
                 total += loss.detach()
                 self.scaler.scale(loss).backward()
@@ -139,7 +153,8 @@ class MixedPrecisionTrainer:
         """Gradients into parameters."""
         if all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
             raise ValueError("model: expected a loss that depends on the optimizer's parameters, got no gradients")
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        # Those that are unscaled and stepped: others of the model may have gradients too, which nobody asked for.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         norm = total_norm(parameters)
         self.gradient_norm = float(norm)
@@ -157,10 +172,15 @@ class MixedPrecisionTrainer:
         if overflowed and self.scaler.get_scale() < LEAST_SCALE:
             found = f"got {self.gradient_norm} though the scale of the loss fell to {self.scaler.get_scale():.1e}"
             self._stop(f"gradients: expected a finite norm, {found},", batches)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         self.steps += 1
         if not overflowed and self.scheduler is not None:
             self.scheduler.step()
+
+    def _drop_gradients(self) -> None:
+        """The model's too that the optimizer has no part in: they would add up, and memory with them."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     def _shares(self, batches: list[Any]) -> list[dict[str, Tensor] | float]:
         """The weight of each micro-batch's terms, such that their sum over batches and processes is the mean over all
@@ -198,7 +218,7 @@ class MixedPrecisionTrainer:
 
     def _stop(self, message: str, batches: list[Any]) -> None:
         """Keeps the batches in a file and raises."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         folder = Path(self.config.output_dir or tempfile.mkdtemp(prefix="llmkern-"))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"not-finite-step-{self.steps}-rank-{self._rank}.pt"

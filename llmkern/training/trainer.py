@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LRScheduler
 
+from llmkern import check
 from llmkern.training.batches import Counted
 from llmkern.training.checkpoints import Checkpoints, generators, set_generators
 from llmkern.training.configuration import PretrainingConfig
@@ -33,6 +34,8 @@ class Trainer(DistributedTrainer):
 
     A run with an output_dir that has a checkpoint goes on from the last, with the losses that it would have had: bit
     for bit on the same machine with the same number of processes. `path` of the config to metrics: metrics.read.
+
+    config.seed sets torch's generator, of every process another state; not those of Python and numpy.
 
     Raises ValueError where the number of steps is unknown: data without a length and no max_steps. TypeError for an
     iterator, which cannot begin again.
@@ -95,8 +98,13 @@ class Trainer(DistributedTrainer):
         """Trains to the end, or only so many steps; the losses of these steps.
 
         Goes on from the last checkpoint where the output_dir has one beyond where this trainer stands, and writes one
-        at the end. Raises NonFiniteLossError as train_step.
+        at the end. Raises NonFiniteLossError as train_step; TypeError and ValueError for steps that are no number of
+        them.
         """
+        if steps is not None:
+            check.integer("steps", steps)
+            if steps < 0:
+                raise ValueError(f"steps: expected at least 0, got {steps}")
         self.resume()
         end = self.total if steps is None else self.steps + steps
         if end is not None and self.total is not None:
@@ -106,13 +114,15 @@ class Trainer(DistributedTrainer):
             self.config.output_dir, self.steps, self.total, self.config.progress, self.config.tensorboard
         ) if first else None  # fmt: skip
         losses: list[float] = []
+        began = time.perf_counter()
         try:
             for batches in self._micro_batches(end):
-                began = time.perf_counter()
                 rate = self.optimizer.param_groups[0]["lr"]
                 losses.append(self.train_step(batches))
                 tokens = float(self._mean(_tokens(batches).to(self.device))) * self.processes.data_size
-                seconds = time.perf_counter() - began
+                now = time.perf_counter()
+                # Drawing the batches and writing a checkpoint count: a run that waits for them is as slow as that.
+                seconds, began = now - began, now
                 if metrics is not None:
                     metrics.write({
                         "step": self.steps, "loss": losses[-1], "learning_rate": rate,
@@ -184,6 +194,7 @@ class Trainer(DistributedTrainer):
             return None
         shared, own = self.checkpoints.load(step)
         self._check_same(shared, step)
+        assert own is not None  # with as many processes
         if "model" in shared:
             self.inner.load_state_dict(shared["model"])
             self.optimizer.load_state_dict(shared["optimizer"])
@@ -197,7 +208,6 @@ class Trainer(DistributedTrainer):
         self.scheduler.load_state_dict(shared["scheduler"] | {"lr_lambdas": [None] * len(self.optimizer.param_groups)})
         self.scaler.load_state_dict(shared["scaler"])
         self.steps, self.skipped_steps = shared["steps"], shared["skipped_steps"]
-        assert own is not None
         self.data.load_state_dict(own["data"])
         set_generators(own["generators"])
         self.saved = step

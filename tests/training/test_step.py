@@ -7,7 +7,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from llmkern.training import (
@@ -274,3 +274,50 @@ def test_bad_arguments_are_refused_by_name():
         trainer().train_step([])
     with pytest.raises(TypeError, match="model: expected outputs with a loss of one number, got Tensor"):
         MixedPrecisionTrainer(nn.Linear(3, 3)).train_step(torch.randn(2, 3))
+
+
+class Halves(nn.Module):
+    """Of which an optimizer may know one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)).square().mean()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_gradients_of_what_the_optimizer_does_not_train_have_no_part_in_a_step(precision):
+    """Neither in the norm by which the others are clipped, nor by adding up."""
+    found = []
+    for frozen in (False, True):
+        torch.manual_seed(0)
+        model, x = Halves(), torch.randn(64, 4)
+        model.body.requires_grad_(not frozen)
+        trainer = MixedPrecisionTrainer(model, torch.optim.SGD(model.head.parameters(), lr=0.1), precision=precision)
+        for _ in range(3):
+            trainer.train_step(x)
+        assert all(p.grad is None for p in model.parameters())
+        found.append((trainer.gradient_norm, trainer.skipped_steps, *model.head.weight.flatten().tolist()))
+    assert found[0] == found[1]
+
+
+def test_a_model_that_takes_the_batch_itself():
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return (batch["x"] * self.weight).sum().reshape(1)
+
+    model = Whole()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loss = MixedPrecisionTrainer(model, optimizer, precision="float32").train_step({"x": torch.tensor([1.0, 2.0, 3.0])})
+    assert loss == 6.0
+
+
+def test_names_that_a_forward_does_not_take_are_named():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        MixedPrecisionTrainer(Halves(), precision="float32").train_step({"x": torch.ones(2, 4), "y": torch.ones(2)})

@@ -7,11 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
 
 import llmkern.training.checkpoints as checkpoints
 from llmkern.training import Trainer, build_model
@@ -54,12 +55,24 @@ def loader(data=Noisy, **options):
     return DataLoader(data(examples=16), batch_size=4, collate_fn=tiny.collate, **options)
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def of_batch_sampler(sampler):
+    return DataLoader(
+        tiny.Sentences(examples=16), batch_sampler=BatchSampler(sampler, 4, False), collate_fn=tiny.collate
+    )
+
+
 DATA = {
     "loader": lambda: (loader(),),
     "shuffled loader": lambda: (loader(shuffle=True),),
     "shuffled loader with workers": lambda: (loader(tiny.Sentences, shuffle=True, num_workers=1),),
     "loader with a generator": lambda: (loader(shuffle=True, generator=torch.Generator().manual_seed(3)),),
     "loader whose sampler knows the epoch": lambda: (loader(sampler=DistributedSampler(range(16), 1, 0, seed=2)),),
+    "loader of a batch sampler": lambda: (of_batch_sampler(RandomSampler(range(16), generator=seeded(4))),),
+    "batch sampler whose sampler knows the epoch": lambda: (of_batch_sampler(DistributedSampler(range(16), 1, 0)),),
     "batches with workers": lambda: (Batches(tiny.Sentences(), tiny.collate, 4, epochs=9, num_workers=1),),
     "dataset": lambda: (tiny.Sentences(), tiny.collate),
     "stream with a state": lambda: (Stream(),),
@@ -95,8 +108,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(kind, precision, tmp_path):
     assert np.random.get_state()[1][0] != 77  # the generators of others too
 
 
-def test_a_sampler_has_another_order_in_every_epoch():
-    found = Counted(loader(tiny.Sentences, sampler=DistributedSampler(range(16), 1, 0)), 3)
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_sampler_has_another_order_in_every_epoch(batched):
+    sampler = DistributedSampler(range(16), 1, 0)
+    found = Counted(of_batch_sampler(sampler) if batched else loader(tiny.Sentences, sampler=sampler), 3)
     epochs = [torch.cat([b["input_ids"] for b in found]) for _ in range(3)]
     assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
     assert torch.equal(*(e.sort(dim=0).values for e in epochs[:2]))  # the same examples
@@ -251,3 +266,70 @@ def test_bad_arguments_are_refused_by_name():
         Trainer(None, tiny.config(), (tiny.batch() for _ in range(9)))
     with pytest.raises(ValueError, match="data: expected at least one step's batches in an epoch, got fewer"):
         Trainer(None, tiny.config(gradient_accumulation_steps=3), [tiny.batch()] * 2).train()
+
+
+class Restarting(Stream):
+    """As torchdata's loader: iter begins a new pass, but for one that follows load_state_dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.loaded = False
+
+    def __iter__(self):
+        if not self.loaded:
+            self.generator.manual_seed(5)
+            self.left = 7
+        self.loaded = False
+        return super().__iter__()
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.loaded = True
+
+
+def test_a_run_in_pieces_sees_each_batch_once_of_data_whose_iter_begins_anew(tmp_path):
+    config = tiny.config(objective="mlm", max_steps=6)
+    whole = Trainer(None, config, Restarting()).train()
+    pieces = Trainer(None, config, Restarting())
+    assert [*pieces.train(2), *pieces.train(1), *pieces.train()] == whole
+    kept = tiny.config(objective="mlm", max_steps=6, output_dir=str(tmp_path))
+    assert [*Trainer(None, kept, Restarting()).train(2), *Trainer(None, kept, Restarting()).train()] == whole
+
+
+def test_waiting_for_data_is_in_the_seconds_of_a_step(tmp_path):
+    class Slow(tiny.Sentences):
+        def __getitem__(self, number):
+            time.sleep(0.02)
+            return super().__getitem__(number)
+
+    config = tiny.config(output_dir=str(tmp_path), max_steps=3)
+    began = time.perf_counter()
+    Trainer(None, config, Slow(), tiny.collate).train()
+    assert 3 * config.batch_size * 0.02 <= sum(row["seconds"] for row in read(tmp_path)) <= time.perf_counter() - began
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    config = tiny.config(output_dir=str(tmp_path), checkpoint_every=2, max_steps=4)
+    expected = Trainer(None, config, tiny.Sentences(), tiny.collate).train()
+    (tmp_path / "step-9").mkdir()  # none
+
+    def resumed():
+        return Trainer(None, config, tiny.Sentences(), tiny.collate).train()
+
+    assert resumed() == []
+    shared = tmp_path / "step-4/shared.pt"
+    shared.write_bytes(shared.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"output_dir: expected a whole checkpoint, got .*step-4.shared.pt.* damaged"):
+        resumed()
+    (tmp_path / "step-2/rank-0.pt").rename(tmp_path / "own.pt")
+    shutil.rmtree(tmp_path / "step-4")
+    with pytest.raises(ValueError, match=r"got one without .*rank-0.pt; without its folder"):
+        resumed()
+    (tmp_path / "own.pt").rename(tmp_path / "step-2/rank-0.pt")
+    assert resumed() == expected[2:]
+
+
+@pytest.mark.parametrize(("steps", "error"), [(-1, ValueError), (2.5, TypeError), ("a", TypeError), (True, TypeError)])
+def test_steps_that_are_no_number_of_them(steps, error):
+    with pytest.raises(error, match="steps: expected"):
+        Trainer(None, tiny.config(max_steps=2), tiny.Sentences(), tiny.collate).train(steps)
