@@ -1,6 +1,7 @@
 """`python -m llmkern`: what was built, what serves each operator on this machine and why, and how to get more.
 
 `python -m llmkern inspect`: what the compilers make of the GPU kernels (llmkern/inspect).
+`python -m llmkern report MODEL --data FILE`: what a model loses and gains, as one page (llmkern/evaluation/report).
 `python -m llmkern serve MODEL`: a server of Hugging Face models on the kernels (llmkern/models/serve.py).
 """
 
@@ -111,13 +112,18 @@ def main() -> None:
         from llmkern.inspect.cli import main as inspect
 
         raise SystemExit(inspect(sys.argv[2:]))
+    if sys.argv[1:2] == ["report"]:
+        from llmkern.evaluation.report.cli import main as report
+
+        raise SystemExit(report(sys.argv[2:]))
     if sys.argv[1:2] == ["serve"]:
         from llmkern.models.serve import main as serve
 
         serve(sys.argv[2:])
         return
     if len(sys.argv) > 1:
-        raise SystemExit(f"python -m llmkern: expected nothing, inspect or serve, got {' '.join(sys.argv[1:])!r}")
+        came = " ".join(sys.argv[1:])
+        raise SystemExit(f"python -m llmkern: expected nothing, inspect, report or serve, got {came!r}")
     print("\n".join(build_lines()))
     if os.environ.get("LLMKERN_BACKEND"):
         print(f"backend        {backend._forced} for every call (LLMKERN_BACKEND)")

@@ -26,7 +26,9 @@ class Phase:
     tokens: that it processes. flops: of its matrix products (a multiply-add counts 2, masks are not subtracted).
     latency_median, latency_p95: seconds, over the rounds. tokens_per_second: tokens / latency_median. peak_memory:
     bytes above what was used before the call; None where the system does not tell. speedup: of the first model's
-    latency over this one's, the median of the rounds' ratios with their 20th and 80th percentile.
+    latency over this one's, the median of the rounds' ratios with their 20th and 80th percentile. latency: the median
+    again, with these percentiles. disturbance: the share of the cores that other processes took meanwhile, the median
+    of the rounds; None where the system does not tell.
     """
 
     tokens: int
@@ -36,6 +38,8 @@ class Phase:
     tokens_per_second: float
     peak_memory: int | None
     speedup: timing.Spread
+    latency: timing.Spread
+    disturbance: float | None
 
 
 @dataclass(frozen=True)
@@ -194,12 +198,23 @@ def _measure_phase(
         # Calls one by one, so that the 95th percentile is one of calls.
         result = timing.measure(calls, rounds=rounds, sample_seconds=0.0, progress=progress)
     tokens = ids.size(0) if phase == "decode" else ids.numel()
+    disturbance = timing.Spread.of(result.disturbance).median if result.disturbance else None
     for name, reason in result.failed.items():
         failed[name][phase] = reason
     for name in result.names:
-        median, p95 = result.time(name).median, timing.percentile(result.samples[name], 0.95)
+        latency, p95 = result.time(name), timing.percentile(result.samples[name], 0.95)
         speedup = result.ratio(name, result.baseline if result.baseline in result.samples else name)
-        found[name][phase] = Phase(tokens, flops_of[name], median, p95, tokens / median, peaks[name], speedup)
+        found[name][phase] = Phase(
+            tokens,
+            flops_of[name],
+            latency.median,
+            p95,
+            tokens / latency.median,
+            peaks[name],
+            speedup,
+            latency,
+            disturbance,
+        )
 
 
 def _prefill(model: nn.Module, ids: Tensor, precision: str) -> Callable[[], Any]:

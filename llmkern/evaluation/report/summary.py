@@ -1,0 +1,89 @@
+"""The head of a report: what changed, in a sentence and a few figures for each model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmkern.evaluation.report.figures import Figure, figure
+from llmkern.evaluation.report.variants import KERNELIZED
+from llmkern.evaluation.report.view import Block, Cards, Content, Paragraph, Piece, Section
+
+WORDS = {"prefill": "reads a prompt", "decode": "generates", "training": "trains"}
+TITLES = {"prefill": "prefill", "decode": "decode", "training": "training step"}
+
+
+def section(report: dict[str, Any]) -> Section:
+    first, *others = report["models"]
+    blocks: list[Block] = [Paragraph(sentence(report, name, first)) for name in others]
+    blocks.append(Cards("The figures that count", [(name, card(report, name)) for name in others]))
+    return Section("summary", "Summary", blocks)
+
+
+def sentence(report: dict[str, Any], name: str, first: str) -> list[Piece]:
+    """What one model is beside the published one."""
+    found: list[Piece] = [f"The {name} model "]
+    phases = [p for p, models in report["speed"].get("phases", {}).items() if name in models]
+    for number, phase in enumerate(phases):
+        ratio = figure(report, "speed", "phases", phase, name, "speedup", unit="times")
+        joint = "" if number == 0 else " and " if number == len(phases) - 1 else ", "
+        found += [joint, WORDS[phase], " ", ratio]
+    found.append(" times as fast as the published one" if phases else "was not timed")
+    size = report["size"]
+    if size[name]["weight_bytes"] < 0.99 * size[first]["weight_bytes"]:
+        found += [", its weights take ", figure(report, "size", name, "weight_bytes", unit="bytes"), " instead of ",
+                  figure(report, "size", first, "weight_bytes", unit="bytes")]  # fmt: skip
+    found += _quality(report, name, first)
+    verdict = report["equivalence"].get("passed")
+    if name == KERNELIZED and verdict is not None:
+        found.append(
+            "; it is the published model by the numerical contract" if verdict
+            else "; it does NOT keep the numerical contract"
+        )  # fmt: skip
+    return [*found, "."]
+
+
+def _quality(report: dict[str, Any], name: str, first: str) -> list[Piece]:
+    quality = report["quality"]
+    told = quality["figures"][0]
+    if name not in quality["models"] or first not in quality["models"]:
+        return []
+    own = figure(report, "quality", "models", name, told["field"], unit=told["unit"])
+    if told["change"] is None:
+        return ["; ", told["title"], " ", own]
+    before = figure(report, "quality", "models", first, told["field"], unit=told["unit"])
+    return ["; ", told["title"], " ", own, " after ", before, " (", change(report, name, told), ")"]
+
+
+def change(report: dict[str, Any], name: str, told: dict[str, Any]) -> Figure:
+    """How a figure of the quality differs from the published model's."""
+    unit = "change" if told["change"] == "relative" else "points"
+    return figure(report, "quality", "models", name, f"{told['field']}_change", unit=unit)
+
+
+def card(report: dict[str, Any], name: str) -> list[tuple[str, Content]]:
+    rows: list[tuple[str, Content]] = []
+    phases = [p for p, models in report["speed"].get("phases", {}).items() if name in models]
+    for phase in phases:
+        ratio = figure(report, "speed", "phases", phase, name, "speedup", unit="times")
+        rows.append((f"{TITLES[phase]}, times as fast", ratio))
+    rows.append(("weights, of the published", figure(report, "size", name, "share", unit="share")))
+    quality = report["quality"]
+    if name in quality["models"]:
+        told = quality["figures"][0]
+        own = figure(report, "quality", "models", name, told["field"], unit=told["unit"])
+        rows.append(
+            (f"{told['title']}, change", change(report, name, told)) if told["change"] else (told["title"], own)
+        )
+    cost = report["cost"]["phases"]
+    phase = next((p for p in ("decode", "prefill", "training") if name in cost.get(p, {})), None)
+    if phase is not None:
+        title = f"cost of {'generated ' if phase == 'decode' else ''}tokens"
+        if report["cost"]["machine"]:
+            unit = f"money {report['cost']['currency']}".strip()
+            own = figure(report, "cost", "phases", phase, name, "per_million_tokens", unit=unit)
+            rows.append((f"{title}, a million", own))
+        else:
+            rows.append(
+                (f"{title}, before: 1.00", figure(report, "cost", "phases", phase, name, "relative", unit="times"))
+            )
+    return rows
