@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from llmkern import check, flops
 from llmkern.evaluation import memory, running, scoring, timing
+from llmkern.evaluation import phases as phases_of
 from llmkern.models.kernelize import kernelize
 
 PHASES = ("prefill", "decode", "training")
@@ -78,18 +78,21 @@ def measure_efficiency(
 ) -> dict[str, Efficiency]:
     """Measures models against each other: they take turns within one process, one call of each in every round.
 
-    models: by name, the first one that which `speedup` refers to; decoders or encoders that take input_ids, each with
-    the vocabulary of its configuration (`config.vocab_size`); all get the same random tokens. Phases:
+    models: by name, the first one that which `speedup` refers to; decoders, encoders or encoder-decoders that take
+    input_ids, each with the vocabulary of its configuration (`config.vocab_size`); all get the same random tokens.
+    Phases:
 
-    - prefill: a forward pass of (batch_size, prompt_tokens), in eval mode without gradients.
-    - decode: one more token on the cache that this leaves and that grows from call to call. Decoders of transformers.
+    - prefill: a forward pass of (batch_size, prompt_tokens), in eval mode without gradients; in an encoder-decoder
+      through the encoder, and of one token through the decoder.
+    - decode: one more token on the cache that this leaves and that grows from call to call. Decoders and
+      encoder-decoders of transformers.
     - training: forward, loss, backward; no step of an optimizer, parameters and their gradients stay as they were. The
-      loss is the model's own where it takes labels, else the mean of its output.
+      loss is the model's own where it takes labels, which are the tokens themselves, else the mean of its output.
 
     precision: as of ModelEvaluator. A model that a phase fails for has the reason in `failed`.
 
-    Raises TypeError and ValueError for arguments of other types, for an unknown phase, for no model, an
-    encoder-decoder, one without config.vocab_size, and for more tokens than a model takes.
+    Raises TypeError and ValueError for arguments of other types, for an unknown phase, for no model, one without
+    config.vocab_size, and for more tokens than a model takes.
     """
     _check(models, batch_size, prompt_tokens, phases, rounds, precision)
     ids = _tokens(models, batch_size, prompt_tokens)
@@ -144,9 +147,6 @@ def _check(
         config = getattr(model, "config", None)
         if not isinstance(getattr(config, "vocab_size", None), int):
             raise ValueError(f"models[{name!r}]: expected one with config.vocab_size, got {type(model).__name__}")
-        pairs = getattr(config, "is_encoder_decoder", False) is True
-        if pairs or getattr(config, "architecture", "") == "encoder_decoder":
-            raise ValueError(f"models[{name!r}]: expected a decoder or an encoder, got an encoder-decoder")
         limit = scoring.limit_of(model, None)
         most = prompt_tokens + (rounds + _EXTRA if "decode" in phases else 0)
         if limit is not None and most > limit:
@@ -182,11 +182,11 @@ def _measure_phase(
     peaks: dict[str, int | None] = {}
     with ExitStack() as modes:  # outside what is timed
         for model in models.values():
-            modes.enter_context(_trained(model) if phase == "training" else running.evaluating(model))
+            modes.enter_context(phases_of.trained(model) if phase == "training" else running.evaluating(model))
         for name, model in models.items():
             device = running.device_of(model)
             try:
-                call = _CALLS[phase](model, ids.to(device), precision)
+                call = phases_of.CALLS[phase](model, ids.to(device), precision)
                 flops_of[name] = count_flops(call)
                 peaks[name] = memory.peak(call, device)
             except Exception as error:  # whatever a model cannot do is its result
@@ -217,70 +217,8 @@ def _measure_phase(
         )
 
 
-def _prefill(model: nn.Module, ids: Tensor, precision: str) -> Callable[[], Any]:
-    def call() -> Any:
-        with running.cast(ids.device, precision):
-            return model(input_ids=ids)
-
-    return call
-
-
-def _decode(model: nn.Module, ids: Tensor, precision: str) -> Callable[[], Any]:
-    """Each call appends a token to the cache that the prompt has left."""
-    with running.cast(ids.device, precision):
-        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    if cache is None:
-        raise TypeError("expected a decoder whose output has past_key_values, got none")
-    last = ids[:, -1:]
-
-    def call() -> Any:
-        with running.cast(ids.device, precision):
-            return model(input_ids=last, past_key_values=cache, use_cache=True)
-
-    return call
-
-
-def _training(model: nn.Module, ids: Tensor, precision: str) -> Callable[[], Any]:
-    takes_labels = "labels" in inspect.signature(model.forward).parameters
-
-    def call() -> None:
-        model.zero_grad(set_to_none=True)
-        with running.cast(ids.device, precision):
-            output = model(input_ids=ids, labels=ids) if takes_labels else model(input_ids=ids)
-            loss = output.loss if takes_labels else _first(output).float().mean()
-        loss.backward()
-
-    return call
-
-
-@contextmanager
-def _trained(model: nn.Module) -> Iterator[None]:
-    """In training mode, which afterwards is as it was, as gradients are."""
-    evaluated = [module for module in model.modules() if not module.training]
-    grads = [(p, p.grad) for p in model.parameters()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module in evaluated:
-            module.training = False
-        for p, grad in grads:
-            p.grad = grad
-
-
-def _first(output: Any) -> Tensor:
-    for name in ("logits", "last_hidden_state"):
-        if isinstance(getattr(output, name, None), Tensor):
-            found: Tensor = getattr(output, name)
-            return found
-    return running.logits_of(output)
-
-
 def _size(model: nn.Module) -> tuple[int, int]:
     held = [*model.parameters(), *model.buffers()]
     # An int8 weight is a buffer.
     elements = sum(t.numel() for t in held if isinstance(t, nn.Parameter) or t.dtype == torch.int8)
     return elements, sum(t.numel() * t.element_size() for t in held)
-
-
-_CALLS = {"prefill": _prefill, "decode": _decode, "training": _training}

@@ -43,6 +43,8 @@ def test_before_and_after_by_hand():
         assert training.flops == 3 * 2 * BATCH * PROMPT * LINEAR + attention(PROMPT, PROMPT) * 7 // 2
         for phase in one.phases.values():
             assert 0 < phase.latency_median <= phase.latency_p95
+            assert phase.latency.low <= phase.latency.median == phase.latency_median <= phase.latency.high
+            assert phase.disturbance is None or phase.disturbance >= 0
             assert phase.tokens_per_second == phase.tokens / phase.latency_median
             assert phase.peak_memory is None or phase.peak_memory >= 0
     assert all(phase.speedup == (1.0, 1.0, 1.0) for phase in found["before"].phases.values())
@@ -64,6 +66,36 @@ def test_of_int8():
 
 def test_an_encoder_has_no_decode():
     found = run({"bert": tiny.bert()})["bert"]
+    assert set(found.phases) == {"prefill", "training"} and "past_key_values" in found.failed["decode"]
+
+
+def test_an_encoder_decoder_by_hand():
+    model = tiny.t5()
+    found = compare_efficiency(model, batch_size=BATCH, prompt_tokens=PROMPT, rounds=2, progress=False)
+    projections, forward = 4 * 32 * 32, 2 * 32 * 48
+    encoder = LAYERS * (projections + forward)
+    # A token of the decoder: its own attention, that on the encoder (without its keys and values), the head.
+    decoder = LAYERS * (projections + projections // 2 + forward) + 32 * 16
+    for one in found.values():
+        assert one.failed == {}
+        prefill, decode, training = (one.phases[name] for name in ("prefill", "decode", "training"))
+        assert prefill.tokens == training.tokens == BATCH * PROMPT and decode.tokens == BATCH
+        crossed = 2 * BATCH * PROMPT * LAYERS * projections // 2
+        first = 2 * BATCH * decoder + attention(1, 1) + attention(1, PROMPT)
+        assert prefill.flops == 2 * BATCH * PROMPT * encoder + attention(PROMPT, PROMPT) + crossed + first
+        assert decode.flops == 2 * BATCH * decoder + attention(1, 2) + attention(1, PROMPT)
+        assert training.flops > 3 * prefill.flops
+    assert all(phase.speedup == (1.0, 1.0, 1.0) for phase in found["before"].phases.values())
+
+
+def test_an_encoder_decoder_of_the_trainer_has_no_cache():
+    from llmkern.training import PretrainingConfig, build_model
+
+    config = PretrainingConfig(
+        objective="seq2seq", vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_seq_length=32, max_position_embeddings=32,
+    )  # fmt: skip
+    found = run({"a": build_model(config)}, rounds=1)["a"]
     assert set(found.phases) == {"prefill", "training"} and "past_key_values" in found.failed["decode"]
 
 
@@ -96,7 +128,6 @@ WRONG = {
     "one phase": (lambda: run({"a": tiny.llama()}, phases="decode"), TypeError, "phases: expected a tuple"),
     "no rounds": (lambda: run({"a": tiny.llama()}, rounds=0), ValueError, "rounds: expected a positive integer"),
     "no vocabulary": (lambda: run({"a": torch.nn.Linear(2, 2)}), ValueError, r"models\['a'\]: expected one with"),
-    "pairs": (lambda: run({"a": tiny.t5()}), ValueError, r"models\['a'\]: expected a decoder or an encoder"),
     "no room": (lambda: run({"a": tiny.llama()}, rounds=43), ValueError, "prompt_tokens: expected at most 15"),
     "a name": (lambda: compare_efficiency("gpt2"), TypeError, "model: expected an nn.Module, got str"),
 }  # fmt: skip

@@ -38,10 +38,10 @@ def main(arguments: Sequence[str]) -> int:
         _quiet()
         loaded = load(options.model, dtype=options.dtype)
         report = make_report(
-            loaded.model, loaded.tokenizer, data, settings, name=loaded.name, loading=loaded.code, command=arguments,
-            stage=progress,
+            loaded.model, loaded.tokenizer, data, settings, name=options.name or loaded.name, loading=loaded.code,
+            note=loaded.note, command=arguments, stage=progress,
         )  # fmt: skip
-        folder = Path(options.output or "report-" + re.sub(r"[^\w.-]+", "-", loaded.name))
+        folder = Path(options.output or "report-" + re.sub(r"[^\w.-]+", "-", options.name or loaded.name))
         progress.close()
         written = report.save(folder)
     except (ValueError, TypeError, ImportError, OSError) as error:
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="text, or lines of JSON: {text}, {prompt, reference}, {text, label}",
     )
+    add("--name", help="of the model in the report (default: that of the folder or the file)")
     add("--output", metavar="FOLDER", help="to write to (default report-NAME)")
     add(
         "--dtype",

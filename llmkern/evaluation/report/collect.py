@@ -17,6 +17,8 @@ from llmkern.evaluation.report import equivalence, intensity, money, quality, va
 from llmkern.evaluation.report.data import Data, read_data
 from llmkern.evaluation.report.loading import kind_of
 from llmkern.evaluation.report.settings import TOKENS, ReportSettings
+from llmkern.int8.module import Int8Linear
+from llmkern.models.swap import exchanged
 
 FORMAT = 1
 #: What the lines of every section stand on.
@@ -32,15 +34,17 @@ PACKAGES = ("transformers", "tokenizers", "numpy", "sacrebleu", "rouge-score", "
 
 
 def collect(
-    model: Any, tokenizer: Any, data: Data, settings: ReportSettings, *, name: str, loading: str,
+    model: Any, tokenizer: Any, data: Data, settings: ReportSettings, *, name: str, loading: str, note: str,
     command: list[str] | None, stage: Callable[[str], Any], progress: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """loading: the lines of Python that load the model and its tokenizer. command: that which asked for the report.
     stage: told what is done next."""
     kind = kind_of(model)
     measure = quality.measure_of(kind, data.format)
-    phases = settings.phases or (("prefill", "decode") if kind == "decoder" else ("prefill",))
+    phases = settings.phases or (("prefill", "decode") if "decoder" in kind else ("prefill",))
     prompt = _prompt_tokens(model, tokenizer, phases, settings)
+    if any(exchanged(m) is not None or isinstance(m, Int8Linear) for m in model.modules()):
+        raise ValueError("model: expected it as published, got one that is kernelized or quantised already")
     limit = None if kind == "decoder" else scoring.limit_of(model, tokenizer)
     if kind not in ("decoder", "encoder_decoder"):
         data = data.lines()
@@ -54,7 +58,7 @@ def collect(
     ids = tokens_of(model, settings.batch_size, prompt)
     result: dict[str, Any] = {
         "format": FORMAT,
-        "model": {"name": name, "class": type(model).__name__, "kind": kind, "dtype": _dtype(model)},
+        "model": {"name": name, "class": type(model).__name__, "kind": kind, "dtype": _dtype(model), "note": note},
         "data": _described(data, used, tokenizer),
         "settings": {**dataclasses.asdict(settings), "phases": list(phases), "prompt_tokens": prompt, "seed": 0},
         "machine": {**machine.describe(), "packages": _versions()},

@@ -85,10 +85,9 @@ def _number(value: float, unit: str) -> str:
         return f"{value:.2f}"
     if kind == "share":
         return f"{100 * value:.0f}" if value >= 0.1 or value == 0 else f"{100 * value:.2g}"
-    if kind == "change":
-        return f"{100 * value:+.2f}"
-    if kind == "points":
-        return f"{value:+.4f}"
+    if kind in ("change", "points"):
+        text = f"{100 * value:+.2f}" if kind == "change" else f"{value:+.4f}"
+        return text if float(text) else text[1:]  # nothing has no sign
     if kind == "cosine":
         return f"{value:.5f}"
     if kind == "error":

@@ -101,10 +101,10 @@ def _nearness(row: dict[str, Any]) -> float:
 
 
 EXPLAINED = {
-    "perplexity": "exp of the mean negative log-likelihood of each token given those before it, in windows of "
-    "{window} tokens that begin {stride} apart. Lower is better.",
-    "pseudo-perplexity": "exp of the mean negative log-likelihood of each token, hidden alone while all others are "
-    "seen (Salazar et al. 2020). Lower is better.",
+    "perplexity": "Perplexity is exp of the mean negative log-likelihood of each token given those before it, in "
+    "windows of {window} tokens that begin {stride} apart. Lower is better.",
+    "pseudo-perplexity": "Pseudo-perplexity is exp of the mean negative log-likelihood of each token, hidden alone "
+    "while all others are seen (Salazar et al. 2020). Lower is better.",
     "generation": "Texts continued greedily by at most {max_new_tokens} tokens. BLEU is sacrebleu's, 0 to 100; ROUGE "
     "is rouge-score's F-measure, 0 to 1.",
     "classification": "The class of the highest logit; accuracy and F1 are scikit-learn's, 0 to 1.",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import extension
-from llmkern.evaluation import roofline, running
+from llmkern.evaluation import phases, roofline, running
 from llmkern.int8.module import Int8Linear
 
 
@@ -34,9 +34,10 @@ def weights_read(model: nn.Module, tokens: int) -> int:
 
 def cache_bytes(model: Any, ids: Tensor, precision: str) -> int:
     """Of the keys and values that a prompt leaves. Raises AttributeError for a cache that holds none by layers."""
-    with running.evaluating(model, precision):
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-    held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    with running.evaluating(model):
+        cache, _ = phases.prompted(model, ids, precision)
+    caches = [cache] if hasattr(cache, "layers") else [cache.self_attention_cache, cache.cross_attention_cache]
+    held = [t for one in caches for layer in one.layers for t in (layer.keys, layer.values)]
     return sum(t.numel() * t.element_size() for t in held)
 
 

@@ -22,12 +22,14 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """A published model. code: the lines of Python that load it as `published`, and its tokenizer, again."""
+    """A published model. code: the lines of Python that load it as `published`, and its tokenizer, again. note: what a
+    reader should know of how it was loaded."""
 
     name: str
     model: Any
     tokenizer: Any
     code: str
+    note: str = ""
 
 
 def load(source: str, *, dtype: str = "auto") -> Loaded:
@@ -62,7 +64,13 @@ def load(source: str, *, dtype: str = "auto") -> Loaded:
         f"tokenizer = transformers.AutoTokenizer.from_pretrained({arguments})\n"
         f"published = transformers.{kind}.from_pretrained({arguments}, dtype={dtype!r}).eval()"
     )
-    return Loaded(path.stem if "gguf_file" in given else _name(place), model, tokenizer, code)
+    if "gguf_file" not in given:
+        return Loaded(_name(place), model, tokenizer, code)
+    note = (
+        f"The file's weights, {path.stat().st_size / 1e6:.1f} MB, were widened to {dtype} as they were loaded: that is "
+        "the published model here, to whose size and speed all figures refer."
+    )
+    return Loaded(path.stem, model, tokenizer, code, note)
 
 
 def _class_for(config: Any) -> str:

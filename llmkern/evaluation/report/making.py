@@ -72,6 +72,7 @@ def make_report(
     *,
     name: str = "",
     loading: str = "published, tokenizer = ...  # the model as it was given",
+    note: str = "",
     command: Sequence[str] | None = None,
     stage: Callable[[str], Any] | None = None,
     progress: bool = True,
@@ -85,8 +86,9 @@ def make_report(
     encoder-decoder (BLEU, ROUGE), texts with labels for a classifier (accuracy, F1).
 
     name: of the model; by default its class. loading: the lines of Python that load it as `published`, and its
-    `tokenizer`, which the report tells beside those that make its figures again. command: the arguments of the command
-    line that asked for it. stage: called with what is measured next. progress: bars where stderr is a terminal.
+    `tokenizer`, which the report tells beside those that make its figures again. note: a sentence of its own in the
+    summary. command: the arguments of the command line that asked for it. stage: called with what is measured next.
+    progress: bars where stderr is a terminal.
 
     The models share the memory of whatever is not quantised. Raises TypeError where model is no module, ValueError for
     data that says nothing of such a model, and the errors of `read_data` and `ReportSettings`. What cannot be measured
@@ -101,7 +103,7 @@ def make_report(
     return EvaluationReport(
         collect(
             model, tokenizer, data if isinstance(data, Data) else read_data(data), settings or ReportSettings(),
-            name=name or type(model).__name__, loading=loading, command=None if command is None else list(command),
-            stage=stage or (lambda what: None), progress=progress,
+            name=name or type(model).__name__, loading=loading, note=note,
+            command=None if command is None else list(command), stage=stage or (lambda what: None), progress=progress,
         )
     )  # fmt: skip

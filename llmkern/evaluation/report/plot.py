@@ -39,7 +39,7 @@ def svg(report: dict[str, Any], title: str, alt: str, style: str = "") -> str | 
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=SIZE)
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.15, 0.31, 0.82, 0.66))
+        axes = figure.add_axes((0.16, 0.31, 0.81, 0.66))
         _draw(axes, report)
         _legend(figure, report)
         out = io.StringIO()
@@ -70,12 +70,15 @@ def _draw(axes: Any, report: dict[str, Any]) -> None:
         reached, colour = point["flops_per_second"], colour_of(names.index(point["model"]))
         x = point["intensity"]
         axes.plot([x, x], [reached["low"], reached["high"]], color=colour, linewidth=1.2)
-        axes.plot([x], [reached["median"]], MARKERS[point["phase"]], color=colour, markersize=8, markeredgewidth=0,
-                  alpha=0.9)  # fmt: skip
+        # The first model is a ring, through which one that is as fast is seen.
+        ring = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8}
+        filled = {"markersize": 7, "markeredgewidth": 0}
+        shape = ring if point["model"] == names[0] else filled
+        axes.plot([x], [reached["median"]], MARKERS[point["phase"]], color=colour, **shape)
     axes.set_xlabel("FLOP per byte", color=SOFT)
     axes.set_ylabel("FLOP per second", color=SOFT)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(lambda value, _: shown(value, "flop/s").replace("FLOP/s", "").strip())
+    axes.yaxis.set_major_formatter(lambda value, _: _decade(value))
     axes.minorticks_off()
     axes.tick_params(colors=SOFT, length=3)
     axes.grid(True, color=LINE, linewidth=0.8)
@@ -83,6 +86,12 @@ def _draw(axes: Any, report: dict[str, Any]) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(LINE)
+
+
+def _decade(value: float) -> str:
+    """A power of ten with its prefix: 10 G."""
+    size, prefix = next(((s, p) for s, p in ((1e12, " T"), (1e9, " G"), (1e6, " M")) if value >= 0.99 * s), (1.0, ""))
+    return f"{value / size:g}{prefix}"
 
 
 def _angle(axes: Any) -> float:

@@ -16,6 +16,8 @@ def section(report: dict[str, Any]) -> Section:
     first, *others = report["models"]
     blocks: list[Block] = [Paragraph(sentence(report, name, first)) for name in others]
     blocks.append(Cards("The figures that count", [(name, card(report, name)) for name in others]))
+    if report["model"]["note"]:
+        blocks.append(Paragraph(report["model"]["note"], note=True))
     return Section("summary", "Summary", blocks)
 
 
