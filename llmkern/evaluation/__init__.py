@@ -15,6 +15,7 @@ from llmkern.evaluation.efficiency import Efficiency, Phase, compare_efficiency,
 from llmkern.evaluation.evaluator import ModelEvaluator
 from llmkern.evaluation.machines import Machine, Rates
 from llmkern.evaluation.recommend import Estimate, Part, Recommendation, recommend
+from llmkern.evaluation.report import EvaluationReport, ReportSettings, make_report
 from llmkern.evaluation.results import Classification, GenerationQuality, Likelihood
 from llmkern.evaluation.shapes import Shape
 
@@ -22,6 +23,7 @@ __all__ = [
     "Classification",
     "Efficiency",
     "Estimate",
+    "EvaluationReport",
     "GenerationQuality",
     "Likelihood",
     "Machine",
@@ -31,6 +33,7 @@ __all__ = [
     "Phase",
     "Rates",
     "Recommendation",
+    "ReportSettings",
     "Return",
     "RunCost",
     "ServiceCost",
@@ -39,6 +42,7 @@ __all__ = [
     "compare_efficiency",
     "cost_per_million_tokens",
     "count_flops",
+    "make_report",
     "measure_efficiency",
     "pretraining_cost",
     "recommend",

@@ -6,6 +6,7 @@ Writes report.html, report.md, report.json and roofline.svg into a folder.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import sys
 import time
@@ -33,7 +34,11 @@ def main(arguments: Sequence[str]) -> int:
     progress = Stages()
     try:
         settings = _settings(options)
-        data = read_data(options.data)  # before a model is loaded, which takes its time
+        # Before a model is loaded and measured, which takes its time.
+        data = read_data(options.data)
+        if options.output and Path(options.output).exists() and not Path(options.output).is_dir():
+            raise ValueError(f"output: expected a folder, got {options.output!r}, which is a file")
+        _needs("jinja2", "tqdm")
         progress("loading")
         _quiet()
         loaded = load(options.model, dtype=options.dtype)
@@ -132,6 +137,12 @@ def _by_option(message: str) -> str:
     name, colon, rest = message.partition(":")
     known = name.replace("_", "-")
     return f"--{known}:{rest}" if colon and re.fullmatch(r"[a-z-]+", known) and known != "model" else message
+
+
+def _needs(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'expected {", ".join(missing)}, which pip install "llmkern[report]" brings')
 
 
 def _quiet() -> None:

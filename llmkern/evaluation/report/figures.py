@@ -96,7 +96,7 @@ def _number(value: float, unit: str) -> str:
 
 
 def digits(value: float, count: int) -> str:
-    """So many significant digits, and all digits of a larger whole; no exponent unless it is very small."""
+    """So many significant digits, without an exponent unless it is very small."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     places = count - 1 - math.floor(math.log10(abs(value)))

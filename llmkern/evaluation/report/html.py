@@ -20,7 +20,7 @@ def render(page: Page, report: dict[str, Any]) -> str:
         import jinja2
         from markupsafe import Markup
     except ImportError as error:
-        raise ImportError(f"expected jinja2 (pip install jinja2): {error}") from error
+        raise ImportError(f'expected jinja2, which pip install "llmkern[report]" brings: {error}') from error
     shown = [block for section in page.sections for block in section.blocks if isinstance(block, Plot)]
     drawn = plot.svg(report, shown[0].title, shown[0].alt) if shown else None
     environment = jinja2.Environment(

@@ -52,16 +52,14 @@ class EvaluationReport:
         """Writes report.html, report.md, report.json and roofline.svg into a folder, which is made where it is not."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(self.to_json(), encoding="utf-8")  # first: all else can be made of it
         plot = self.plot()
-        written = {
-            "report.json": self.to_json(),
-            "report.md": self.to_markdown("roofline.svg" if plot else None),
-            **({"roofline.svg": plot} if plot else {}),
-            "report.html": self.to_html(),
-        }
-        for name, text in written.items():
+        texts = {"report.html": self.to_html(), "report.md": self.to_markdown("roofline.svg" if plot else None)}
+        if plot:
+            texts["roofline.svg"] = plot
+        for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-        return [folder / name for name in written]
+        return [folder / name for name in ("report.html", "report.md", "report.json", *list(texts)[2:])]
 
 
 def make_report(

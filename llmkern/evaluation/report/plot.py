@@ -120,19 +120,19 @@ def _embedded(text: str, title: str, alt: str, style: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<style[^>]*>.*?</style>", "", text, count=1, flags=re.DOTALL)
-    text = re.sub(r'\bid="', 'id="roofline-', text)
-    text = re.sub(r'xlink:href="#', 'href="#roofline-', text)
-    text = text.replace("url(#", "url(#roofline-")
+    text = re.sub(r'\bid="', 'id="plot-', text)
+    text = re.sub(r'xlink:href="#', 'href="#plot-', text)
+    text = text.replace("url(#", "url(#plot-")
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     text = re.sub(r"font(-family)?: [^;\"]*sans-serif", _inherited, text)
     head = re.search(r'viewBox="([^"]*)"', text)
     assert head is not None
     root = (
-        f'<svg class="roofline" role="img" aria-labelledby="roofline-title roofline-desc" viewBox="{head[1]}" '
+        f'<svg class="roofline" role="img" aria-labelledby="plot-title plot-desc" viewBox="{head[1]}" '
         'xmlns="http://www.w3.org/2000/svg">'
     )
-    named = f'<title id="roofline-title">{_escaped(title)}</title><desc id="roofline-desc">{_escaped(alt)}</desc>'
+    named = f'<title id="plot-title">{_escaped(title)}</title><desc id="plot-desc">{_escaped(alt)}</desc>'
     sheet = f"<style>{style} .roofline path {{ stroke-linejoin: round; stroke-linecap: butt }}</style>"
     return root + named + sheet + text[text.index(">") + 1 :].strip()
 
