@@ -124,6 +124,22 @@ def test_embeddings_are_compared_by_their_directions(made):
     told = one.report.content["quality"]["models"]["int8"]
     assert told["cosine_mean"] == pytest.approx(sum(found) / len(found), abs=1e-6) and told["cosine_least"] < 1 - 1e-6
     assert told["cosine_least"] == pytest.approx(min(found), abs=1e-6)
+    assert one.report.content["quality"]["models"]["kernelized"]["neighbours_kept"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_neighbours():
+    from llmkern.evaluation.report.quality import neighbours_kept
+
+    rows = F.normalize(torch.eye(8, dtype=torch.float64) + 0.1 * torch.arange(8.0)[:, None], dim=-1)
+    assert neighbours_kept(rows, rows) == 1.0 and neighbours_kept(rows[:5], rows[:5]) is None
+    other = F.normalize(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=-1)
+    right = []
+    for i in range(8):
+        nearest = [
+            set(sorted((j for j in range(8) if j != i), key=lambda j: -float(x[i] @ x[j]))[:5]) for x in (rows, other)
+        ]
+        right.append(len(nearest[0] & nearest[1]) / 5)
+    assert neighbours_kept(rows, other) == pytest.approx(sum(right) / 8)
 
 
 def test_flops_and_bytes_by_hand(made):
@@ -165,6 +181,7 @@ def test_cost_by_hand(made):
         machines = math.ceil(1e9 / (rate * 86400 * 0.4))
         assert service["models"][name]["machines"] == machines
         assert service["models"][name]["cost_per_year"] == pytest.approx(machines * 0.5 * 8760)
+    assert set(one["cost"]["phases"]["training"]) == {"published", "kernelized"}  # int8 weights are not trained
     first, other = (service["models"][name]["cost_per_year"] for name in ("published", "int8 row"))
     assert service["return"]["int8 row"]["saved_per_year"] == pytest.approx(first - other)
     assert "published" not in service["return"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from html.parser import HTMLParser
@@ -206,6 +207,8 @@ def test_in_a_browser(made, tmp_path):
         path = tmp_path / f"{kind}.html"
         path.write_text(made(kind).report.to_html(), encoding="utf-8")
         pages.append(path)
+    pages.append(tmp_path / "long.html")
+    pages[-1].write_text(_lengthened(made("decoder").report).to_html(), encoding="utf-8")
     papers = set()
     with browser.Browser() as chromium:
         for path in pages:
@@ -233,6 +236,19 @@ def test_in_a_browser(made, tmp_path):
                     assert hidden == 0
                     assert _contrast(chromium) >= 4.5
     assert len(papers) == 2
+
+
+def _lengthened(report: EvaluationReport) -> EvaluationReport:
+    """With names that have nowhere to break, and amounts of many digits."""
+    content = copy.deepcopy(report.content)
+    content["model"]["name"] = content["model"]["class"] = "x" * 150
+    content["data"]["file"] = "/" + "y" * 150
+    content["equivalence"]["rows"][0]["name"] = "z" * 150
+    content["cost"]["currency"] = "doubloons"
+    for models in content["cost"]["phases"].values():
+        for one in models.values():
+            one["per_million_tokens"] = {"median": 123456789.0, "low": 0.000123456, "high": 987654321.0}
+    return EvaluationReport(content)
 
 
 def _contrast(chromium: browser.Browser) -> float:

@@ -79,7 +79,7 @@ def collect(
     result["size"], result["speed"] = _speed(models, kind, phases, prompt, settings, progress)
     stage("cost and roofline")
     by_phase = result["speed"].get("phases", {})
-    result["cost"] = money.costs(by_phase, settings)
+    result["cost"] = money.costs(by_phase, settings, list(replaced["int8"]))
     result["roofline"] = (
         intensity.points(models, by_phase, ids, settings.precision) if by_phase else {"failed": "no speed was measured"}
     )

@@ -67,9 +67,12 @@ def measure(published: nn.Module, kernelized: nn.Module, batch: dict[str, Tensor
          "passed": r.passed, "reason": r.reason, "draws": r.draws}
         for r in found.rows
     ]  # fmt: skip
+    notes = found.notes()
+    for told, row in zip(rows, found.rows, strict=True):
+        notes = [note.replace(f"{row.name} (", f"{told['name']} (") for note in notes]
     return {
         **result, "passed": found.passed, "rows": rows, "count": len(rows), "kept": sum(r["passed"] for r in rows),
-        "notes": found.notes(),
+        "notes": notes,
     }  # fmt: skip
 
 

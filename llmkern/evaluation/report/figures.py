@@ -46,8 +46,8 @@ def shown(value: Any, unit: str) -> str:
     """A value of the JSON as text: a number, a spread (median, low, high), or None.
 
     unit: one of PREFIXED; "count", "times" (a ratio), "share" and "change" (percent, the latter with its sign),
-    "points" (a signed difference), "score" (four digits), "cosine", "error", "rate" (tokens per second), "ratio"
-    (three digits), or "money" and a currency, "money EUR".
+    "points" (a signed difference), "score" (four digits), "cosine", "error", "ratio" (three
+    digits), or "money" and a currency, "money EUR".
     """
     if value is None:
         return "not told"
@@ -72,9 +72,7 @@ def _prefix(value: float, unit: str) -> tuple[float, str]:
         size, name = next(((s, n) for s, n in steps if abs(value) >= s * 0.9995), steps[-1])
         return (size, f" {name}") if value or unit != "time" else (1.0, " s")
     kind, _, currency = unit.partition(" ")
-    return 1.0, {"share": " %", "change": " %", "rate": " tokens/s"}.get(
-        kind, f" {currency}" if kind == "money" and currency else ""
-    )
+    return 1.0, {"share": " %", "change": " %"}.get(kind, f" {currency}" if kind == "money" and currency else "")
 
 
 def _number(value: float, unit: str) -> str:

@@ -9,7 +9,7 @@ from llmkern.evaluation.report.summary import change
 from llmkern.evaluation.report.view import Block, Content, Paragraph, Piece, Section, Table, again, counted
 
 #: Rows of the contract's table that are shown at once; the rest are in the JSON.
-SHOWN = 12
+SHOWN = 6
 
 
 def replaced(report: dict[str, Any]) -> Section:
@@ -108,8 +108,8 @@ EXPLAINED = {
     "generation": "Texts continued greedily by at most {max_new_tokens} tokens. BLEU is sacrebleu's, 0 to 100; ROUGE "
     "is rouge-score's F-measure, 0 to 1.",
     "classification": "The class of the highest logit; accuracy and F1 are scikit-learn's, 0 to 1.",
-    "embeddings": "Each text's embedding, the mean of its last hidden states, beside the published model's. 1 is the "
-    "same direction.",
+    "embeddings": "The cosine of each text's embedding, the mean of its last hidden states, with that of the published "
+    "model: 1 is the same direction. Kept are the published model's nearest texts that are this one's as well.",
 }
 
 

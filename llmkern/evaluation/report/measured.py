@@ -23,17 +23,19 @@ def speed(report: dict[str, Any]) -> Section:
             path = ("speed", "phases", phase, name)
             rows.append([
                 name,
-                figure(report, *path, "tokens_per_second", unit="rate"),
+                figure(report, *path, "tokens_per_second", unit="ratio"),
                 figure(report, *path, "latency", unit="time"),
                 figure(report, *path, "latency_p95", unit="time"),
                 figure(report, *path, "speedup", unit="times"),
                 figure(report, *path, "flops", unit="flop"),
             ])  # fmt: skip
-        head = ("model", "throughput", "latency", "95th percentile", "times as fast", "work of a call")
+        head = ("model", "tokens per second", "latency", "95th percentile", "times as fast", "work of a call")
         blocks.append(Table(_call(told, phase), head, rows))
     for phase, reasons in told["not_measured"].items():
         if phase not in told["phases"]:
             blocks.append(Paragraph(f"{_call(told, phase)}: not measured: {next(iter(reasons.values()))}"))
+    if "training" in told["phases"] and report["replaced"]["int8"]:
+        blocks.append(Paragraph("Int8 weights are frozen: a training step makes no gradients of theirs.", note=True))
     busy = {phase: next(iter(models)) for phase, models in told["phases"].items()}
     for phase, name in busy.items():
         if told["phases"][phase][name]["disturbance"] is not None:
@@ -153,7 +155,6 @@ def roofline(report: dict[str, Any]) -> Section:
         path = ("roofline", "points", i)
         rows.append([
             f"{point['model']}, {TITLES[point['phase']]}",
-            figure(report, *path, "flops", unit="flop"),
             figure(report, *path, "least_bytes", unit="bytes"),
             figure(report, *path, "intensity", unit="ratio"),
             figure(report, *path, "flops_per_second", unit="flop/s"),
@@ -161,7 +162,7 @@ def roofline(report: dict[str, Any]) -> Section:
             figure(report, *path, "share_of_roof", unit="share"),
             f"{point['bound']}, {point['kind']}",
         ])  # fmt: skip
-    head = ("model, phase", "work", "least bytes", "FLOP per byte", "reached", "roof there", "of the roof", "bound by")
+    head = ("model, phase", "least bytes", "FLOP per byte", "reached", "roof there", "of the roof", "bound by")
     blocks: list[Block] = [Plot("Work per byte, and work per second, under this machine's roof", alt(report))]
     blocks.append(Table("Points of the plot", head, rows))
     blocks += [Paragraph(f"{one['model']}, {one['phase']}: not drawn: {one['reason']}") for one in told["left_out"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from llmkern.evaluation.cost import cost_per_million_tokens, return_on_acceleration, service_cost
@@ -14,8 +15,8 @@ NEEDED = (
 )
 
 
-def costs(speed: dict[str, Any], settings: ReportSettings) -> dict[str, Any]:
-    """speed: of each phase, each model's figures."""
+def costs(speed: dict[str, Any], settings: ReportSettings, frozen: Collection[str] = ()) -> dict[str, Any]:
+    """speed: of each phase, each model's figures. frozen: models that are not trained."""
     machine = settings.machine
     result: dict[str, Any] = {
         "machine": None if machine is None else dataclasses.asdict(machine),
@@ -27,6 +28,8 @@ def costs(speed: dict[str, Any], settings: ReportSettings) -> dict[str, Any]:
     for phase, models in speed.items():
         result["phases"][phase] = {}
         for name, figures in models.items():
+            if phase == "training" and name in frozen:
+                continue  # it learns nothing for that money
             ratio = figures["speedup"]
             entry: dict[str, Any] = {
                 "relative": {"median": 1 / ratio["median"], "low": 1 / ratio["high"], "high": 1 / ratio["low"]}

@@ -39,9 +39,8 @@ def svg(report: dict[str, Any], title: str, alt: str, style: str = "") -> str | 
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=SIZE)
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.16, 0.31, 0.81, 0.66))
-        _draw(axes, report)
-        _legend(figure, report)
+        below = 0.145 + 0.055 * _legend(figure, report)
+        _draw(figure.add_axes((0.16, below, 0.81, 0.97 - below)), report)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None,
                                                                      "Type": None})  # fmt: skip
@@ -100,8 +99,8 @@ def _angle(axes: Any) -> float:
     return math.degrees(math.atan2(y1 - y0, x1 - x0))
 
 
-def _legend(figure: Any, report: dict[str, Any]) -> None:
-    """Colours are models, shapes are phases."""
+def _legend(figure: Any, report: dict[str, Any]) -> int:
+    """Colours are models, shapes are phases; returns how many lines it has."""
     from matplotlib.lines import Line2D
 
     points = report["roofline"]["points"]
@@ -111,8 +110,11 @@ def _legend(figure: Any, report: dict[str, Any]) -> None:
     shape = [Line2D([], [], color=SOFT, marker=MARKERS[p], linestyle="", label=TITLES[p]) for p in phases]
     options = {"frameon": False, "labelcolor": INK, "fontsize": 10, "loc": "upper left", "handlelength": 1.0,
                "columnspacing": 1.2, "borderpad": 0.0}  # fmt: skip
-    figure.legend(handles=bar, bbox_to_anchor=(0.02, 0.165), ncols=3, **options)
-    figure.legend(handles=shape, bbox_to_anchor=(0.02, 0.07), ncols=3, **options)
+    columns = 3 if len(bar) <= 3 else 2
+    lines = -(-len(bar) // columns)
+    figure.legend(handles=bar, bbox_to_anchor=(0.02, 0.065 + 0.055 * lines), ncols=columns, **options)
+    figure.legend(handles=shape, bbox_to_anchor=(0.02, 0.06), ncols=3, **options)
+    return lines + 1
 
 
 def _embedded(text: str, title: str, alt: str, style: str) -> str:

@@ -40,8 +40,9 @@ FIGURES: dict[str, tuple[tuple[str, str, str, str | None, str], ...]] = {
         ("f1_weighted", "F1, weighted", "score", "absolute", "higher"),
     ),
     "embeddings": (
-        ("cosine_mean", "cosine to the published model's, mean", "cosine", None, "higher"),
+        ("cosine_mean", "cosine, mean", "cosine", None, "higher"),
         ("cosine_least", "cosine, least", "cosine", None, "higher"),
+        ("neighbours_kept", "5 nearest kept", "share", None, "higher"),
     ),
 }
 
@@ -108,6 +109,17 @@ def embeddings(model: nn.Module, tokenizer: Any, texts: list[str], *, precision:
     return torch.stack([found[i] for i in range(len(rows))])
 
 
+def neighbours_kept(rows: Tensor, first: Tensor, count: int = 5) -> float | None:
+    """The share of each text's `count` nearest others among the rows of `first` that are so among `rows`, both (N, W)
+    of unit length; None for too few texts."""
+    if len(rows) <= count:
+        return None
+    found, wanted = (
+        (x @ x.T).fill_diagonal_(-torch.inf).topk(count, dim=-1).indices for x in (rows, first)
+    )  # fmt: skip
+    return float((found[:, :, None] == wanted[:, None, :]).any(1).double().mean())
+
+
 def measure(
     models: dict[str, Any], tokenizer: Any, data: Data, measure: str, options: dict[str, Any], precision: str,
     step: Callable[[str], Any] = lambda name: None,
@@ -124,7 +136,10 @@ def measure(
                 own = embeddings(model, tokenizer, data.column("text"), precision=precision)
                 first = own if first is None else first
                 alike = (own * first).sum(-1)
-                found[name] = {"cosine_mean": float(alike.mean()), "cosine_least": float(alike.min())}
+                found[name] = {
+                    "cosine_mean": float(alike.mean()), "cosine_least": float(alike.min()),
+                    "neighbours_kept": neighbours_kept(own, first),
+                }  # fmt: skip
             else:
                 found[name] = _MEASURED[measure](evaluator, data, options)
         except Exception as error:  # whatever a model cannot do is its result
@@ -189,11 +204,12 @@ def code(measure: str, options: dict[str, Any], precision: str) -> str:
         lines.append("batches = class_batches(tokenizer, data.column('text'), labels_of(published, data))")
     if measure == "embeddings":
         return "\n".join([
-            "from llmkern.evaluation.report.quality import embeddings",
+            "from llmkern.evaluation.report.quality import embeddings, neighbours_kept",
             "texts = data.column('text')",
             f"rows = {{n: embeddings(m, tokenizer, texts, precision={precision!r}) for n, m in models.items()}}",
             "found = {name: (own * rows['published']).sum(-1) for name, own in rows.items()}",
-            "print({name: (float(cosine.mean()), float(cosine.min())) for name, cosine in found.items()})",
+            "kept = {name: neighbours_kept(own, rows['published']) for name, own in rows.items()}",
+            "print({name: (float(one.mean()), float(one.min()), kept[name]) for name, one in found.items()})",
         ])  # fmt: skip
     call = _CALLS[measure].format(options="".join(f", {k}={v!r}" for k, v in options.items()))
     lines += [

@@ -24,7 +24,7 @@ def section(report: dict[str, Any]) -> Section:
 def sentence(report: dict[str, Any], name: str, first: str) -> list[Piece]:
     """What one model is beside the published one."""
     found: list[Piece] = [f"The {name} model "]
-    phases = [p for p, models in report["speed"].get("phases", {}).items() if name in models]
+    phases = phases_of(report, name)
     for number, phase in enumerate(phases):
         ratio = figure(report, "speed", "phases", phase, name, "speedup", unit="times")
         joint = "" if number == 0 else " and " if number == len(phases) - 1 else ", "
@@ -42,6 +42,13 @@ def sentence(report: dict[str, Any], name: str, first: str) -> list[Piece]:
             else "; it does NOT keep the numerical contract"
         )  # fmt: skip
     return [*found, "."]
+
+
+def phases_of(report: dict[str, Any], name: str) -> list[str]:
+    """Those that were measured and mean the same as in the published model: int8 weights are not trained."""
+    frozen = name in report["replaced"]["int8"]
+    phases = report["speed"].get("phases", {})
+    return [p for p, models in phases.items() if name in models and not (frozen and p == "training")]
 
 
 def _quality(report: dict[str, Any], name: str, first: str) -> list[Piece]:
@@ -64,8 +71,7 @@ def change(report: dict[str, Any], name: str, told: dict[str, Any]) -> Figure:
 
 def card(report: dict[str, Any], name: str) -> list[tuple[str, Content]]:
     rows: list[tuple[str, Content]] = []
-    phases = [p for p, models in report["speed"].get("phases", {}).items() if name in models]
-    for phase in phases:
+    for phase in phases_of(report, name):
         ratio = figure(report, "speed", "phases", phase, name, "speedup", unit="times")
         rows.append((f"{TITLES[phase]}, times as fast", ratio))
     rows.append(("weights, of the published", figure(report, "size", name, "share", unit="share")))
@@ -77,15 +83,15 @@ def card(report: dict[str, Any], name: str) -> list[tuple[str, Content]]:
             (f"{told['title']}, change", change(report, name, told)) if told["change"] else (told["title"], own)
         )
     cost = report["cost"]["phases"]
-    phase = next((p for p in ("decode", "prefill", "training") if name in cost.get(p, {})), None)
-    if phase is not None:
-        title = f"cost of {'generated ' if phase == 'decode' else ''}tokens"
+    served = next((p for p in ("decode", "prefill", "training") if name in cost.get(p, {})), None)
+    if served is not None:
+        title = f"cost of {'generated ' if served == 'decode' else ''}tokens"
         if report["cost"]["machine"]:
             unit = f"money {report['cost']['currency']}".strip()
-            own = figure(report, "cost", "phases", phase, name, "per_million_tokens", unit=unit)
+            own = figure(report, "cost", "phases", served, name, "per_million_tokens", unit=unit)
             rows.append((f"{title}, a million", own))
         else:
             rows.append(
-                (f"{title}, before: 1.00", figure(report, "cost", "phases", phase, name, "relative", unit="times"))
+                (f"{title}, before: 1.00", figure(report, "cost", "phases", served, name, "relative", unit="times"))
             )
     return rows
