@@ -81,8 +81,8 @@ def memory(report: dict[str, Any]) -> Section:
         rows.append(row)
     note = (
         "Weights are all parameters and buffers. A peak is what a call takes above what was used before it: on a "
-        "processor, of the process's resident pages, roughly for small models. The size is that of tensors; on the "
-        "disk it is as large when saved. Prepared copies that kernels keep of int8 weights are not counted."
+        "processor, of the process's resident pages, roughly for small models. "
+        "Prepared copies that kernels keep of int8 weights are not counted."
     )
     return Section("memory", "Memory", [Table("Size and peak", head, rows), Paragraph(note, note=True),
                                         again(report, "speed")])  # fmt: skip
@@ -160,7 +160,7 @@ def roofline(report: dict[str, Any]) -> Section:
             figure(report, *path, "flops_per_second", unit="flop/s"),
             figure(report, *path, "roof", unit="flop/s"),
             figure(report, *path, "share_of_roof", unit="share"),
-            f"{point['bound']}, {point['kind']}",
+            "memory" if point["bound"] == "memory" else f"{point['kind']} arithmetic",
         ])  # fmt: skip
     head = ("model, phase", "least bytes", "FLOP per byte", "reached", "roof there", "of the roof", "bound by")
     blocks: list[Block] = [Plot("Work per byte, and work per second, under this machine's roof", alt(report))]

@@ -63,8 +63,8 @@ def _draw(axes: Any, report: dict[str, Any]) -> None:
               rotation=angle, rotation_mode="anchor", fontsize=9)  # fmt: skip
     for kind, ridge in zip(kinds, ridges, strict=True):
         axes.plot([ridge, right], [peaks[kind]] * 2, color=INK, linewidth=1.3)
-        axes.text(right / 1.08, peaks[kind] * 1.1, f"{kind} {shown(peaks[kind], 'flop/s')}", color=SOFT, ha="right",
-                  fontsize=9)  # fmt: skip
+        x, side, y, up = _free(axes, (ridge * 1.3, right / 1.05), peaks[kind], points)
+        axes.text(x, y, f"{kind} {shown(peaks[kind], 'flop/s')}", color=SOFT, ha=side, va=up, fontsize=9)
     for point in points:
         reached, colour = point["flops_per_second"], colour_of(names.index(point["model"]))
         x = point["intensity"]
@@ -85,6 +85,21 @@ def _draw(axes: Any, report: dict[str, Any]) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(LINE)
+
+
+def _free(axes: Any, ends: tuple[float, float], roof: float, points: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """Where a roof's label hides no point: at its right or left end, above it or below, with its alignment."""
+    taken = [axes.transData.transform((p["intensity"], p["flops_per_second"]["median"])) for p in points]
+    best, found = -1.0, (ends[1], "right", roof * 1.1, "bottom")
+    for x, side, inwards in ((ends[1], "right", -50), (ends[0], "left", 50)):
+        for y, up, away in ((roof * 1.1, "bottom", 6), (roof / 1.1, "top", -6)):
+            across, high = axes.transData.transform((x, y))
+            # A label is wide and not high.
+            rooms = [max(abs(a - across - inwards) / 60, abs(b - high - away) / 12) for a, b in taken]
+            room = min(rooms, default=9.0)
+            if room > best and best < 1.5:  # the first that is far enough
+                best, found = room, (x, side, y, up)
+    return found
 
 
 def _decade(value: float) -> str:
