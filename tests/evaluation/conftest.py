@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from llmkern.evaluation import MachineCost
+from llmkern.evaluation import MachineCost, roofline
 from llmkern.evaluation.report import EvaluationReport, ReportSettings, load, make_report
 from tests.evaluation import tiny
 
@@ -46,8 +47,10 @@ KINDS: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """made(kind): its report, made at the first call."""
+    """made(kind): its report, made at the first call. The machine's peaks are measured once for all of them."""
     found: dict[str, Made] = {}
+    patch = pytest.MonkeyPatch()
+    patch.setattr(roofline, "peaks", functools.cache(roofline.peaks))
 
     def make(kind: str) -> Made:
         if kind not in found:
@@ -65,7 +68,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
             found[kind] = Made(report, loaded.model, folder, data, settings)
         return found[kind]
 
-    return make
+    yield make
+    patch.undo()
 
 
 def write(folder: Path, form: str) -> Path:

@@ -79,9 +79,8 @@ def card(report: dict[str, Any], name: str) -> list[tuple[str, Content]]:
     if name in quality["models"]:
         told = quality["figures"][0]
         own = figure(report, "quality", "models", name, told["field"], unit=told["unit"])
-        rows.append(
-            (f"{told['title']}, change", change(report, name, told)) if told["change"] else (told["title"], own)
-        )
+        changed = f"{told['field']}_change" in quality["models"][name]  # it is not where the published model failed
+        rows.append((f"{told['title']}, change", change(report, name, told)) if changed else (told["title"], own))
     cost = report["cost"]["phases"]
     served = next((p for p in ("decode", "prefill", "training") if name in cost.get(p, {})), None)
     if served is not None:
