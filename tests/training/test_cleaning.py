@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +66,19 @@ def test_repaired(broken, whole):
 @pytest.mark.parametrize("text", KEPT.values(), ids=KEPT)
 def test_left_alone(text):
     assert repair(text) == text
+
+
+def test_a_megabyte_of_white_space_takes_no_longer_than_one_of_text():
+    """A search for white space at line ends that begins anew at each place in it would take hours."""
+    code = (
+        "from llmkern.training.data import Cleaner\n"
+        "texts = [' ' * 10**6, 'a' + ' ' * 10**6 + 'b', ('a' + ' \\t' * 10**5 + '\\n') * 5]\n"
+        "print([t[:3] for t in Cleaner(quality=None)(texts)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout == "['a  ', 'a\\na']\n", done.stderr
 
 
 NEAR = NearDuplicates(permutations=16)

@@ -6,7 +6,6 @@ import re
 
 from llmkern import check
 
-_TRAILING = re.compile(r"[^\S\n]+(?=\n|\Z)")
 _BLANK_LINES = re.compile(r"\n{3,}")
 #: Invisible and without meaning within a text: soft hyphens, characters that are none. Joiners (ZWJ, ZWNJ) and the
 #: marks of direction have a meaning.
@@ -28,4 +27,7 @@ def repair(text: str) -> str:
 
     config = TextFixerConfig(uncurl_quotes=False, fix_character_width=False, explain=False)
     fixed = _NOTHING.sub("", fix_text(text, config))
-    return _BLANK_LINES.sub("\n\n", _TRAILING.sub("", fixed)).strip()
+    # Not by a regular expression for white space before a line's end: each place in a run of it would look for that
+    # end, which takes hours in a megabyte of spaces.
+    lines = "\n".join(line.rstrip() for line in fixed.split("\n"))
+    return _BLANK_LINES.sub("\n\n", lines).strip()
