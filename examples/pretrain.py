@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.common import positive
+from llmkern.evaluation import running
 from llmkern.loss import LinearDistillationLoss
 from llmkern.training import PretrainingConfig, Trainer, build_model
 from llmkern.training.data import Cleaner, read_documents
@@ -165,15 +166,16 @@ def objective_of(text: Text, config: PretrainingConfig) -> Objective:
     return Objective(data[0], list(islice(held_out, HELD_OUT)), collate, term)
 
 
-@torch.no_grad()
 def perplexity(model: Any, objective: Objective) -> float:
     """exp of the mean loss of all tokens to be predicted in the held-out text: the next ones, or the hidden ones."""
-    model.eval()
+    device = running.device_of(model)  # where Trainer has put it
     total = count = 0.0
-    for batch in objective.held_out:
-        counted = float(model.counted(batch)[objective.term])
-        total += float(model(**batch).losses[objective.term]) * counted
-        count += counted
+    with running.evaluating(model):
+        for held_out in objective.held_out:
+            batch = running.tensors(held_out, device)
+            counted = float(model.counted(batch)[objective.term])
+            total += float(model(**batch).losses[objective.term]) * counted
+            count += counted
     return math.exp(total / count)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import llmkern
 from examples import evaluate, export_aotinductor, int8_text, kernelize_model, lora_int8, pretrain, train_encoder
 from llmkern.loss import LinearDistillationLoss
 from llmkern.training import PretrainingConfig, build_model
+from llmkern.training.base import ModelOutput
 from tests.inductor import QUICK_PACKAGE
 from tests.models import tiny
 
@@ -81,6 +83,28 @@ def test_pretrain(tmp_path, capsys):
     assert (tmp_path / "new" / "loss.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "dropped: too few words" in printed and "the same student without a teacher" in printed
+
+
+class OnAnotherDevice(torch.nn.Module):
+    """Knows whether what it is given lies where its parameters do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(3, device="meta"))
+
+    def counted(self, batch):
+        assert {t.device for t in batch.values()} == {self.weight.device}
+        return {"clm": torch.tensor(4)}
+
+    def forward(self, **batch):
+        assert not self.training and self.counted(batch)
+        return ModelOutput(None, {"clm": torch.tensor(2.0)}, None)
+
+
+def test_held_out_batches_go_to_the_device_of_the_model():
+    held_out = [{"input_ids": torch.ones(2, 3, dtype=torch.int64)}] * 2
+    objective = pretrain.Objective(None, held_out, lambda examples: {}, "clm")
+    assert pretrain.perplexity(OnAnotherDevice(), objective) == pytest.approx(math.exp(2.0))
 
 
 def test_the_student_learns_from_its_teacher():
