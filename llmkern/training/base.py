@@ -69,7 +69,13 @@ class PretrainingModel(nn.Module):
             expected = f"at most max_position_embeddings = {self.config.max_position_embeddings} tokens a row"
             raise ValueError(f"input_ids: expected {expected}, got {tokens.size(1)}")
         self._check(tokens, attention_mask=mask, document_ids=documents)
-        return Sequences.of(tokens, mask, documents, self.config.fused)
+        here = Sequences.of(tokens, mask, documents, self.config.fused)
+        # What it learns on is the run's to say; what it is asked afterwards may be as long as it has positions.
+        most = self.config.max_seq_length
+        if self.training and tokens.size(1) > most and (longest := int(here.seen.sum(1).max())) > most:
+            expected = f"at most max_seq_length = {most} tokens a row in training"
+            raise ValueError(f"input_ids: expected {expected}, got {longest}")
+        return here
 
     def _places(self, here: Sequences, position_ids: Tensor | None) -> Tensor:
         """(B, S) int64: the position of each token; position_ids (B, S), or (1, S) for every row alike."""

@@ -45,7 +45,8 @@ class PretrainingConfig:
     fused: llmkern's kernels; False gives the same model in plain PyTorch, with the same parameters.
 
     Objective: "mlm", "mlm_nsp" (encoder), "clm" (decoder), "seq2seq" (encoder-decoder); label_smoothing and z_loss of
-    its loss. Sequences have at most max_seq_length tokens.
+    its loss. A model in training refuses rows of more than max_seq_length tokens, padding left out; evaluated, it takes
+    as many as it has positions.
 
     Optimisation: batch_size sequences per process and forward pass, gradient_accumulation_steps passes per step.
     learning_rate rises over warmup_steps, then follows lr_scheduler to 0 ("constant": stays) at the last step, which is

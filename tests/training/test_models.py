@@ -172,3 +172,15 @@ def test_activation_checkpointing_changes_no_bit(objective):
 def test_bad_batches_are_refused_by_name(batch, error, words):
     with pytest.raises(error, match=words):
         build_model(tiny.config())(**batch)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_rows_beyond_max_seq_length_are_refused_in_training_alone(objective, fused):
+    model, most = build_model(tiny.config(objective=objective, fused=fused)), tiny.LENGTH
+    rows = torch.ones(2, most + 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"input_ids: expected at most max_seq_length = {most} .*, got {most + 2}"):
+        model(input_ids=rows, labels=rows)
+    model(input_ids=rows, attention_mask=(torch.arange(most + 2) < most).long().expand(2, -1), labels=rows[:, :most]
+          if objective == "seq2seq" else rows)  # fmt: skip
+    assert model.eval()(input_ids=rows, labels=rows).loss.isfinite()
