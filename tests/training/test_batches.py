@@ -163,6 +163,12 @@ def test_wrong_arguments(options, error, words):
         Batches(**{"dataset": DATA, "collator": numbers, "batch_size": 2, "epochs": 1, **options})
 
 
+def test_examples_that_are_no_dicts_are_named():
+    """As torch's TensorDataset gives them."""
+    with pytest.raises(TypeError, match=r"dataset: expected examples that map names to values .*, got tuple at 0"):
+        next(iter(Batches([(1, 2)], numbers, 1)))
+
+
 def test_states_of_another_run_are_refused():
     batches = Batches(DATA, numbers, 2)
     state = batches.state_dict()

@@ -104,6 +104,9 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         index = int(self._order(epoch)[place]) if self.shuffle else place
         draw = getattr(self.dataset, "draw", None)
         example = self.dataset[index] if draw is None else draw(index, position)
+        if not isinstance(example, Mapping):
+            expected = "examples that map names to values (dicts), for the collator"
+            raise TypeError(f"dataset: expected {expected}, got {type(example).__name__} at {index}")
         return {**example, "position": position}
 
     def _order(self, epoch: int) -> np.ndarray:
