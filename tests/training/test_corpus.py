@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+import stat
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llmkern.training.objectives import Corpus
 from llmkern.training.objectives.corpus import SENTENCE_START
-from tests.training.small_tokenizers import KINDS, documents, word_piece
+from tests.training.racing import TEXTS
+from tests.training.small_tokenizers import KINDS, byte_level, documents, numbered, word_piece
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -26,7 +33,9 @@ def test_in_files_as_in_memory(tmp_path):
     tokenizer, text = word_piece(), documents(300, 12)
     held = Corpus.build(text, tokenizer, words=True, language="en")
     mapped = Corpus.build(iter(text), tokenizer, words=True, language="en", folder=tmp_path / "corpus")
-    assert not (tmp_path / "corpus.part").exists() and isinstance(mapped.tokens, np.memmap)
+    assert os.listdir(tmp_path) == ["corpus"] and isinstance(mapped.tokens, np.memmap)
+    (tmp_path / "other").mkdir()
+    assert stat.S_IMODE((tmp_path / "corpus").stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
     again = pickle.loads(pickle.dumps(mapped))
     sent = pickle.loads(pickle.dumps(held))
     assert len(pickle.dumps(mapped)) < 500  # its folder, not what lies there
@@ -54,9 +63,75 @@ def test_a_broken_run_leaves_no_corpus(tmp_path):
         Corpus.build(broken(), word_piece(), folder=tmp_path / "corpus")
     with pytest.raises(FileNotFoundError, match=r"expected one that Corpus\.build wrote"):
         Corpus.load(tmp_path / "corpus")
+    assert not os.listdir(tmp_path)
     assert len(Corpus.build(["the cat"], word_piece(), folder=tmp_path / "corpus")) == 1
     with pytest.raises(FileExistsError, match="expected one that does not exist yet"):
         Corpus.build(["the cat"], word_piece(), folder=tmp_path / "corpus")
+
+
+def racing(folder: Path, name: str, what: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.training.racing", str(folder), name, what]
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def outcome(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.mark.parametrize("what", ["together", "reuse"])
+def test_two_processes_that_build_the_same_lose_nothing(tmp_path, what):
+    """Both in the middle of it at once; and with reuse, one after the other has done the work."""
+    assert list(map(outcome, [racing(tmp_path, name, what) for name in "ab"])) == ["600\n", "600\n"]
+    corpus, held = Corpus.load(tmp_path / "corpus"), Corpus.build(TEXTS, numbered(610))
+    assert np.array_equal(corpus.tokens, held.tokens) and np.array_equal(corpus.ends, held.ends)
+    assert len(list(tmp_path.glob("*-drew"))) == (2 if what == "together" else 1)
+    assert [p.name for p in tmp_path.glob("corpus*")] == ["corpus"]
+
+
+def test_one_that_is_killed_leaves_the_work_to_the_next(tmp_path):
+    killed = racing(tmp_path, "a", "killed")
+    killed.communicate(timeout=200)
+    assert killed.returncode == -signal.SIGKILL and (tmp_path / "a-drew").exists()
+    assert len(Corpus.build(TEXTS, numbered(610), folder=tmp_path / "corpus", reuse=True)) == 600
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_made_meanwhile_stays(tmp_path, same):
+    def stream():
+        yield "w1 w2"
+        Corpus.build(["w1 w2" if same else "w1 w2 w3"], numbered(4), folder=tmp_path / "corpus")
+
+    if same:
+        assert len(Corpus.build(stream(), numbered(4), folder=tmp_path / "corpus")) == 1
+    else:
+        with pytest.raises(FileExistsError, match=r"the same documents by the same tokenizer, got '.*corpus', which"):
+            Corpus.build(stream(), numbered(4), folder=tmp_path / "corpus")
+    assert len(Corpus.load(tmp_path / "corpus")[0]) == (2 if same else 3) and os.listdir(tmp_path) == ["corpus"]
+
+
+def test_what_is_there_is_taken_if_it_was_made_alike(tmp_path):
+    def never():
+        raise AssertionError("drawn")
+        yield
+
+    first = Corpus.build(["the cat. It sat."], word_piece(), folder=tmp_path / "new" / "c", reuse=True, language="en")
+    again = Corpus.build(never(), word_piece(), folder=tmp_path / "new" / "c", reuse=True, language="en")
+    assert np.array_equal(again.tokens, first.tokens) and os.listdir(tmp_path / "new") == ["c"]
+    for changes, words in (
+        ({"tokenizer": byte_level()}, "tokenizer: expected the one that the corpus was built with"),
+        ({"words": True}, r"words: expected False as the corpus in '.*c' was built with, got True"),
+        ({"language": "de"}, r"language: expected 'en' as the corpus in '.*c' was built with, got 'de'"),
+        ({"folder": None}, "folder: expected one with reuse, got None"),
+    ):
+        options = {"tokenizer": word_piece(), "folder": tmp_path / "new" / "c", "reuse": True, "language": "en"}
+        with pytest.raises(ValueError, match=words):
+            Corpus.build(never(), **(options | changes))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"folder: expected one that Corpus\.build wrote"):
+        Corpus.build(never(), word_piece(), folder=tmp_path / "empty", reuse=True)
 
 
 def test_no_more_than_some_documents_are_held():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from llmkern import check
+from llmkern.training.objectives.folders import in_turn, made_whole
 from llmkern.training.objectives.tokenizer import fingerprint, word_starts
 
 WORD_START, SENTENCE_START = 1, 2
@@ -45,6 +45,7 @@ class Corpus:
         tokenizer: Any,
         *,
         folder: str | os.PathLike[str] | None = None,
+        reuse: bool = False,
         words: bool = False,
         language: str | None = None,
         progress: bool = False,
@@ -54,45 +55,56 @@ class Corpus:
         tokenizer: any of transformers. What looks like a special token in the text becomes ordinary tokens. folder:
         where the ids are written as they come, so that no more than 256 documents and 8 bytes for each one are held; it
         must not exist yet, and does only when all is written. Without it everything is held, 5 bytes for a token.
+        reuse: takes the corpus that is in the folder already, and draws no documents; whether they are the same is not
+        known. Where there is none, one process builds it and others, torchrun's or whichever, wait and take it: the
+        script of one process serves many, and a run that goes on.
         words: mark where words begin, for whole-word masking. language: an ISO 639 code with which sentencex finds the
         sentences of documents that are strings, for next sentence prediction; sequences are marked without. progress:
         show a bar.
 
         Raises TypeError for a document that is neither, ValueError for one with lone surrogates, where marks are wanted
-        of a tokenizer without offsets (one that is not "fast"), and where no document has a token, FileExistsError for
-        a folder that is there.
+        of a tokenizer without offsets (one that is not "fast"), where no document has a token, and with reuse for a
+        corpus of another tokenizer, words or language; FileExistsError for a folder that is there without reuse, or
+        that another process has meanwhile made otherwise.
         """
+        check.flag("reuse", reuse)
         check.flag("words", words)
         check.flag("progress", progress)
+        if reuse and folder is None:
+            raise ValueError("folder: expected one with reuse, got None")
         target = None if folder is None else Path(folder)
-        if target is not None and target.exists():
+        if target is not None and target.exists() and not reuse:
             raise FileExistsError(f"folder: expected one that does not exist yet, got {str(target)!r}")
+        facts = {
+            "vocabulary": fingerprint(tokenizer), "words": words, "sentences": language is not None, "empty": 0,
+            "language": language,
+        }  # fmt: skip
+        wanted = dict(facts)
         stream = _documents(documents, language, tokenizer, words)
         if progress:
             from tqdm import tqdm
 
             stream = tqdm(stream, "tokenizing", unit=" documents")
-        facts = {"vocabulary": fingerprint(tokenizer), "words": words, "sentences": language is not None, "empty": 0}
         parts = _tokenized(stream, tokenizer, facts)
         if target is None:
             held = list(parts)
             arrays = {n: np.concatenate([p[i] for p in held] or [np.zeros(0, d)]) for i, (n, d) in enumerate(FILES.items())}  # fmt: skip # noqa: E501
             _check_some(len(arrays["ends"]))
             return cls(**arrays, facts=facts)
-        partial = target.with_name(target.name + ".part")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with ExitStack() as stack:
-            files: list[BinaryIO] = [stack.enter_context((partial / name).open("wb")) for name in FILES]
-            count = 0
-            for part in parts:
-                count += len(part[2])
-                for file, array in zip(files, part, strict=True):
-                    file.write(array.tobytes())
-        _check_some(count)
-        (partial / "corpus.json").write_text(json.dumps(facts))
-        partial.rename(target)
-        return cls.load(target)
+        if not reuse:
+            _write(target, parts, facts)
+            return cls.load(target)
+        with in_turn(target):
+            if not target.exists():
+                _write(target, parts, facts)
+        corpus = cls.load(target)
+        corpus.check(tokenizer)
+        found = json.loads((target / "corpus.json").read_text())
+        for name in ("words", "language"):
+            if name in found and found[name] != wanted[name]:
+                expected = f"{found[name]!r} as the corpus in {str(target)!r} was built with"
+                raise ValueError(f"{name}: expected {expected}, got {wanted[name]!r}")
+        return corpus
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Corpus:
@@ -144,6 +156,20 @@ class Corpus:
             raise ValueError(
                 "tokenizer: expected the one that the corpus was built with, got one of another vocabulary"
             )
+
+
+def _write(target: Path, parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], facts: dict[str, Any]) -> None:
+    """The files of a corpus; `facts` are whole when the parts have been drawn."""
+    with made_whole(target) as partial:
+        with ExitStack() as stack:
+            files: list[BinaryIO] = [stack.enter_context((partial / name).open("wb")) for name in FILES]
+            count = 0
+            for part in parts:
+                count += len(part[2])
+                for file, array in zip(files, part, strict=True):
+                    file.write(array.tobytes())
+        _check_some(count)
+        (partial / "corpus.json").write_text(json.dumps(facts))
 
 
 def _check_some(count: int) -> None:
