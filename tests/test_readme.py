@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
+
+import torch
+
+from tests.training.pages import block, torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,12 +21,23 @@ def test_the_drop_in_runs_as_printed(capsys):
     assert "PASSED" in capsys.readouterr().out
 
 
-def test_the_training_example_runs_as_printed(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    example = next(e for e in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Trainer(" in e)
-    exec(compile(example, "README.md", "exec"), {})
-    losses = [float(word) for word in capsys.readouterr().out.strip(" []\n").split(",")]
-    assert len(losses) == 30 and sum(losses[-5:]) < 0.75 * sum(losses[:5])
+def test_the_training_example_runs_as_printed(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    example = block("README.md", "python", "Trainer(")
+    for steps in (30, 0):  # begun again, it goes on from its last checkpoint, where nothing is left to do
+        exec(compile(example, "README.md", "exec"), {})
+        losses = [float(word) for word in capsys.readouterr().out.strip(" []\n").split(",") if word]
+        assert len(losses) == steps and sum(losses[-5:]) <= 0.75 * sum(losses[:5])
+
+
+def test_the_training_example_runs_under_torchrun_each_process_on_data_of_its_own(tmp_path):
+    shutil.copy(ROOT / "README.md", tmp_path)
+    printed = torchrun(block("README.md", "python", "Trainer("), tmp_path)
+    assert len(printed.splitlines()) == 2 and printed.count(",") == 2 * 29
+    for rank in range(2):
+        kept = torch.load(tmp_path / f"output/readme/step-30/rank-{rank}.pt", weights_only=False)
+        assert kept["data"]["own"] == {"position": 30, "seed": 0, "together": 16, "examples": 64}
 
 
 def test_every_environment_variable_stands_in_the_table():
