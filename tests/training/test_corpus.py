@@ -112,13 +112,16 @@ def test_one_made_meanwhile_stays(tmp_path, same):
     assert len(Corpus.load(tmp_path / "corpus")[0]) == (2 if same else 3) and os.listdir(tmp_path) == ["corpus"]
 
 
-def test_what_is_there_is_taken_if_it_was_made_alike(tmp_path):
+def test_what_is_there_is_taken_if_it_was_made_alike(tmp_path, capsys):
     def never():
         raise AssertionError("drawn")
         yield
 
-    first = Corpus.build(["the cat. It sat."], word_piece(), folder=tmp_path / "new" / "c", reuse=True, language="en")
-    again = Corpus.build(never(), word_piece(), folder=tmp_path / "new" / "c", reuse=True, language="en")
+    options = {"tokenizer": word_piece(), "folder": tmp_path / "new" / "c", "reuse": True, "language": "en"}
+    first = Corpus.build(["the cat. It sat."], progress=True, **options)
+    assert "tokenizing: 100%" in capsys.readouterr().err
+    again = Corpus.build(never(), progress=True, **options)
+    assert not capsys.readouterr().err  # no bar for what is not done
     assert np.array_equal(again.tokens, first.tokens) and os.listdir(tmp_path / "new") == ["c"]
     for changes, words in (
         ({"tokenizer": byte_level()}, "tokenizer: expected the one that the corpus was built with"),
@@ -126,7 +129,6 @@ def test_what_is_there_is_taken_if_it_was_made_alike(tmp_path):
         ({"language": "de"}, r"language: expected 'en' as the corpus in '.*c' was built with, got 'de'"),
         ({"folder": None}, "folder: expected one with reuse, got None"),
     ):
-        options = {"tokenizer": word_piece(), "folder": tmp_path / "new" / "c", "reuse": True, "language": "en"}
         with pytest.raises(ValueError, match=words):
             Corpus.build(never(), **(options | changes))
     (tmp_path / "empty").mkdir()

@@ -57,10 +57,9 @@ class Corpus:
         must not exist yet, and does only when all is written. Without it everything is held, 5 bytes for a token.
         reuse: takes the corpus that is in the folder already, and draws no documents; whether they are the same is not
         known. Where there is none, one process builds it and others, torchrun's or whichever, wait and take it: the
-        script of one process serves many, and a run that goes on.
-        words: mark where words begin, for whole-word masking. language: an ISO 639 code with which sentencex finds the
-        sentences of documents that are strings, for next sentence prediction; sequences are marked without. progress:
-        show a bar.
+        script of one process serves many, and a run that goes on. words: mark where words begin, for whole-word
+        masking. language: an ISO 639 code with which sentencex finds the sentences of documents that are strings, for
+        next sentence prediction; sequences are marked without. progress: show a bar.
 
         Raises TypeError for a document that is neither, ValueError for one with lone surrogates, where marks are wanted
         of a tokenizer without offsets (one that is not "fast"), where no document has a token, and with reuse for a
@@ -79,13 +78,7 @@ class Corpus:
             "vocabulary": fingerprint(tokenizer), "words": words, "sentences": language is not None, "empty": 0,
             "language": language,
         }  # fmt: skip
-        wanted = dict(facts)
-        stream = _documents(documents, language, tokenizer, words)
-        if progress:
-            from tqdm import tqdm
-
-            stream = tqdm(stream, "tokenizing", unit=" documents")
-        parts = _tokenized(stream, tokenizer, facts)
+        parts = _tokenized(_documents(documents, language, tokenizer, words, progress), tokenizer, facts)
         if target is None:
             held = list(parts)
             arrays = {n: np.concatenate([p[i] for p in held] or [np.zeros(0, d)]) for i, (n, d) in enumerate(FILES.items())}  # fmt: skip # noqa: E501
@@ -100,10 +93,10 @@ class Corpus:
         corpus = cls.load(target)
         corpus.check(tokenizer)
         found = json.loads((target / "corpus.json").read_text())
-        for name in ("words", "language"):
-            if name in found and found[name] != wanted[name]:
+        for name, value in (("words", words), ("language", language)):
+            if found.get(name, value) != value:
                 expected = f"{found[name]!r} as the corpus in {str(target)!r} was built with"
-                raise ValueError(f"{name}: expected {expected}, got {wanted[name]!r}")
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
         return corpus
 
     @classmethod
@@ -178,7 +171,7 @@ def _check_some(count: int) -> None:
 
 
 def _documents(
-    documents: Iterable[str | Sequence[str]], language: str | None, tokenizer: Any, words: bool
+    documents: Iterable[str | Sequence[str]], language: str | None, tokenizer: Any, words: bool, progress: bool
 ) -> Iterator[tuple[str, list[int]]]:
     """Each document's text, and where its sentences begin."""
     if (words or language is not None) and not getattr(tokenizer, "is_fast", False):
@@ -191,6 +184,10 @@ def _documents(
     if language is not None:
         check.text("language", language)
         from sentencex import segment
+    if progress:
+        from tqdm import tqdm
+
+        documents = tqdm(documents, "tokenizing", unit=" documents")
     for number, document in enumerate(documents):
         if isinstance(document, str):
             pieces = list(segment(language, document)) if language is not None else [document]
