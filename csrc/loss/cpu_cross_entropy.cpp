@@ -17,7 +17,7 @@ void forward(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     const double m = all.maximum, logarithm = log_sum(m, all.sum);
     const double x = t >= 0 && t < p.vocabulary ? load_one(row + t) : __builtin_nan("");
     p.loss[r] = loss_of(p.rule, m, logarithm, x, all.total / static_cast<double>(p.vocabulary) - m);
-    p.lse[r] = m + logarithm;
+    p.lse[r] = together(m, logarithm);
   }
 }
 

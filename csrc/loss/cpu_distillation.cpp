@@ -24,13 +24,14 @@ void forward(const DistillationParams& p, int64_t begin, int64_t end) {
     const double of_student = log_sum(s.maximum, s.sum), of_teacher = log_sum(t.maximum, t.sum);
     const double of_plain = log_sum(plain.maximum, plain.sum);
     double* stats = p.stats + 3 * r;
-    stats[0] = s.maximum + of_student, stats[1] = plain.maximum + of_plain, stats[2] = t.maximum + of_teacher;
+    stats[0] = together(s.maximum, of_student), stats[1] = together(plain.maximum, of_plain);
+    stats[2] = together(t.maximum, of_teacher);
     // Of shifted logits, whose differences are exact or nearly so; the logarithms come last, in double.
     const Float ms = broadcast(s.maximum), mt = broadcast(t.maximum);
     double weighted = 0.0;
     for (int64_t at = 0; at < p.vocabulary; at += kPart)
       weighted += sum_over(at + kPart < p.vocabulary ? kPart : p.vocabulary - at, [&](int64_t d, int n) {
-        const Float y = sub(teacher(at + d, n), mt), e = exp_negative(y);
+        const Float y = sub(teacher(at + d, n), mt), e = exponential(y);
         // 0 times an infinite difference would be NaN.
         return where_equal(e, zero(), zero(), mul(e, sub(y, sub(student(at + d, n), ms))));
       });
@@ -57,7 +58,7 @@ void backward(const DistillationBackwardParams& p, int64_t begin, int64_t end) {
     if (p.teacher_out) {
       T* out = static_cast<T*>(p.teacher_out) + r * p.vocabulary;
       for_each_vector(p.vocabulary, [&](int64_t d, int n) {
-        const Float log_q = sub(sub(teacher(d, n), t_high), t_low), q = exp_negative(log_q);
+        const Float log_q = sub(sub(teacher(d, n), t_high), t_low), q = exponential(log_q);
         const Float log_p = sub(sub(student(d, n), s_high), s_low);
         const Float y = mul(mul(scale, q), sub(sub(log_q, log_p), soft));
         store_some(out + d, where_equal(q, zero(), mul(scale, q), y), n);

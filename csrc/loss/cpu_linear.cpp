@@ -63,10 +63,10 @@ struct Linear {
       if (p.rule.smoothing != 0.0f)
         each([&](int i, Float y) {
           y = sub(y, shift);
-          sums[i] = add(sums[i], exp_negative(y)), totals[i] = add(totals[i], y);
+          sums[i] = add(sums[i], exponential(y)), totals[i] = add(totals[i], y);
         });
       else
-        each([&](int i, Float y) { sums[i] = add(sums[i], exp_negative(sub(y, shift))); });
+        each([&](int i, Float y) { sums[i] = add(sums[i], exponential(sub(y, shift))); });
       store(to + r, largest);
       store(to + chunk_rows + r, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
       store(to + 2 * chunk_rows + r, add(add(totals[0], totals[1]), add(totals[2], totals[3])));
@@ -102,7 +102,7 @@ struct Linear {
         const double maximum = largest[i], logarithm = log_sum(maximum, sum[i]);
         const double x = t >= 0 && t < p.vocabulary ? at_target[r + i] : __builtin_nan("");
         p.loss[row] = loss_of(p.rule, maximum, logarithm, x, total[i] / static_cast<double>(p.vocabulary));
-        p.lse[row] = maximum + logarithm;
+        p.lse[row] = together(maximum, logarithm);
       }
     }
   }

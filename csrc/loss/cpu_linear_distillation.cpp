@@ -51,8 +51,8 @@ struct Distillation {
       for (int64_t v = 0; v < b.count; v++) {
         const Float s = load(x + v * p.chunk + r), t = load(y + v * p.chunk + r);
         const Float from_s = sub(div(s, temperature), s_tempered), from_t = sub(div(t, temperature), t_tempered);
-        const Float e = exp_negative(from_t);
-        sums[0] = add(sums[0], exp_negative(from_s)), sums[1] = add(sums[1], exp_negative(sub(s, s_shift)));
+        const Float e = exponential(from_t);
+        sums[0] = add(sums[0], exponential(from_s)), sums[1] = add(sums[1], exponential(sub(s, s_shift)));
         sums[2] = add(sums[2], e);
         // 0 times an infinite difference would be NaN.
         sums[3] = add(sums[3], where_equal(e, zero(), zero(), mul(e, sub(from_t, from_s))));
@@ -103,7 +103,8 @@ struct Distillation {
         const double x = target >= 0 && target < p.vocabulary ? at_target[r + i] : __builtin_nan("");
         p.hard[row] = target == p.ignore_index ? 0.0f : static_cast<float>(hard - (x - m));
         const float factor = slope_of(rule, p.hard_factor, 0.0, target, p.vocabulary).grad;
-        keep(r + i, split(m_tempered + s), split(m + hard), split(mt_tempered + t), factor);
+        const Lse of_student = split(together(m_tempered, s)), of_plain = split(together(m, hard));
+        keep(r + i, of_student, of_plain, split(together(mt_tempered, t)), factor);
       }
     }
   }

@@ -10,26 +10,42 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
+// e^x for x <= 0; 0 where that is below every normal number, not the least of them: logits may lie so far apart that it
+// would be seen, times their difference or times z_loss lse.
+LLMKERN_INLINE Float exponential(Float x) {
+  return where_less(x, broadcast(-87.3f), zero(), exp_negative<false, false>(x));
+}
+
 // What is subtracted before exponentials are taken: the maximum, but 0 where all are -infinity.
 LLMKERN_INLINE Float shift_of(Float maximum) { return where_equal(maximum, broadcast(-kInfinity), zero(), maximum); }
 
 // e^(x - m) for x <= m; 1 where both are the same infinity.
-LLMKERN_INLINE Float factor_of(Float x, Float m) { return where_equal(x, m, broadcast(1.0f), exp_negative(sub(x, m))); }
+LLMKERN_INLINE Float factor_of(Float x, Float m) { return where_equal(x, m, broadcast(1.0f), exponential(sub(x, m))); }
 
 // The logarithm of the sum of e^(x - maximum); NaN where the maximum is infinite.
 LLMKERN_INLINE double log_sum(double maximum, double sum) {
   return maximum - maximum == 0.0 ? __builtin_log(sum) : __builtin_nan("");
 }
 
-// A log-sum-exp in two floats, so that x - lse is rounded once.
+// What a log-sum-exp's logarithm is multiplied by before it is added to the maximum: 1 for maxima up to 2^30. A double
+// loses the logarithm beside larger ones, up to 1/4 of it at 2^53, all of it later, and with it the probabilities, which
+// are 1 / n for n equal logits however large. Scaled, the logarithm, less than 32 since a row has fewer than 2^46
+// classes, is less than half a unit of a float maximum, which is thus the sum's nearest float, and keeps 2^-23 or better.
+LLMKERN_INLINE double scale_of(double maximum) {
+  const double scale = __builtin_fabs(maximum) * 0x1p-30;
+  return scale > 1.0 ? scale : 1.0;
+}
+LLMKERN_INLINE double together(double maximum, double logarithm) { return maximum + logarithm * scale_of(maximum); }
+
+// The same in two floats, so that x - lse is rounded once, or x - maximum - logarithm.
 struct Lse {
   float high, low;
 };
 LLMKERN_INLINE Lse split(double lse) {
   const float high = static_cast<float>(lse);
-  return {high, static_cast<float>(lse - high)};
+  return {high, static_cast<float>((lse - high) / scale_of(high))};
 }
-LLMKERN_INLINE Float probability(Float x, Float high, Float low) { return exp_negative(sub(sub(x, high), low)); }
+LLMKERN_INLINE Float probability(Float x, Float high, Float low) { return exponential(sub(sub(x, high), low)); }
 
 // The gradient of a row's logits is ((p - even - hit at the target) + p * of_z) * grad, the small part of z last.
 struct Slope {
@@ -85,7 +101,7 @@ LLMKERN_INLINE Part part_of(int64_t begin, int64_t end, F f) {
   Float sums[4] = {zero(), zero(), zero(), zero()}, totals[4] = {zero(), zero(), zero(), zero()};
   each([&](int i, Float x, int n) {
     const Float y = sub(x, shift);
-    sums[i] = add(sums[i], exp_negative(y));
+    sums[i] = add(sums[i], exponential(y));
     if constexpr (kTotal) totals[i] = add(totals[i], n < kWidth ? first(n, y, zero()) : y);
   });
   Part part = {maximum, less, sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))), 0.0};

@@ -1,14 +1,13 @@
 """Losses over a vocabulary in plain PyTorch: what every kernel of this family is held to.
 
-N rows, V classes, D wide hidden states. Arithmetic is float32 for 16 bits and float32, float64 for float64. A
-log-sum-exp is float64 (the highest logit plus the logarithm of a sum, both of that arithmetic): rounded to float32, it
-would cost the probabilities that are made of it all digits that large logits take.
+N rows, V classes, D wide hidden states. Arithmetic is float32 for 16 bits and float32, float64 for float64. The
+log-sum-exps that a forward gives are for the backwards of the kernels (`together`); those here make both of its parts
+again, and subtract one after the other as torch's log_softmax does, so that no size of logits costs digits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,15 +35,25 @@ def log_sum(wide: Tensor) -> tuple[Tensor, Tensor]:
     return shifted, shifted.exp().sum(-1).log()
 
 
+def log_softmax(wide: Tensor) -> Tensor:
+    shifted, logarithm = log_sum(wide)
+    return shifted - logarithm[:, None]
+
+
+def together(highest: Tensor, logarithm: Tensor) -> Tensor:
+    """A log-sum-exp, (N,) float64, as the kernels' backwards take it.
+
+    Of float32: highest + logarithm, the logarithm times |highest| / 2**30 where that is more than 1, beside which it
+    would be lost (csrc/loss/row.h). Of float64, which no kernel takes: the sum.
+    """
+    if highest.dtype == torch.float64:
+        return highest + logarithm
+    highest = highest.double()
+    return highest + logarithm.double() * (highest.abs() * 2.0**-30).clamp(min=1.0)
+
+
 def log_sum_exp(wide: Tensor) -> Tensor:
-    """(N,) float64."""
-    return wide.detach().amax(-1).double() + log_sum(wide)[1].double()
-
-
-def minus(wide: Tensor, lse: Tensor) -> Tensor:
-    """x - lse, the float64 log-sum-exp in two parts of x's dtype, so that it is rounded once."""
-    high = lse.to(wide.dtype)
-    return (wide - high[:, None]) - (lse - high).to(wide.dtype)[:, None]
+    return together(wide.detach().amax(-1), log_sum(wide)[1])
 
 
 def classes(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +70,7 @@ def mean_factor(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tenso
 def cross_entropy(
     logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each row, (N,) float32, and its log-sum-exp, (N,) float64; both 0 where targets is ignore_index.
+    """The loss of each row, (N,) float32, and its log-sum-exp, `together`; both 0 where targets is ignore_index.
 
     loss = lse - (1 - s) x_target - s mean(x) + z lse^2, with s label_smoothing and z z_loss. logits (N, V).
     """
@@ -72,9 +81,10 @@ def cross_entropy(
     if label_smoothing:  # 0 times the mean of a row with -inf would be NaN
         given = (1.0 - label_smoothing) * given + label_smoothing * shifted.mean(-1)
     loss = logarithm - given
-    lse = wide.detach().amax(-1).double() + logarithm.double()
+    highest = wide.detach().amax(-1)
+    lse = together(highest, logarithm)
     if z_loss:
-        loss = loss + z_loss * lse.to(wide.dtype).square()
+        loss = loss + z_loss * (highest + logarithm).square()
     return torch.where(counted, loss, 0.0), torch.where(counted, lse, 0.0)
 
 
@@ -83,24 +93,17 @@ def cross_entropy_backward(
     z_loss: float,
 ) -> Tensor:  # fmt: skip
     """The gradient of logits, in their dtype: grad_loss (p - s / V - (1 - s) [v = target] + 2 z lse p), p the
-    probabilities; 0 in rows that do not count. The part of z is added last, as it is small."""
+    probabilities; 0 in rows that do not count. The part of z is added last, as it is small. lse is made again."""
     wide = widen(logits)
     counted, index = classes(targets, ignore_index)
-    p = minus(wide, lse).exp()
+    shifted, logarithm = log_sum(wide)
+    p = (shifted - logarithm[:, None]).exp()
     right = torch.full_like(index, 1.0 - label_smoothing, dtype=wide.dtype)
     grad = (p - label_smoothing / wide.size(-1)).scatter_add(-1, index, -right)
     if z_loss:
-        grad = grad + p * (2.0 * z_loss * lse.to(wide.dtype))[:, None]
+        grad = grad + p * (2.0 * z_loss * (wide.detach().amax(-1) + logarithm))[:, None]
     grad = grad * grad_loss.to(wide.dtype)[:, None]
     return torch.where(counted[:, None], grad, 0.0).to(logits.dtype)
-
-
-def cross_entropy_backward_of_logits(
-    grad_loss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *options: float
-) -> tuple[Tensor]:
-    """The same with lse made of logits again, through which its own gradient flows."""
-    again = log_sum_exp(widen(logits))
-    return (cross_entropy_backward(grad_loss, logits, targets, again, *options),)  # type: ignore[arg-type]
 
 
 def gradient_shapes(head: Sequence[Tensor | None], needs: Sequence[bool]) -> list[tuple[int, ...]]:
@@ -154,22 +157,14 @@ def linear_cross_entropy_backward(
     return linear_gradients(grad, hidden, weight, bias, 1.0, needs, hidden.dtype)
 
 
-def linear_cross_entropy_backward_of_inputs(
-    grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with lse made of the inputs again, through which its own gradient flows."""
-    again = log_sum_exp(widen(F.linear(hidden, weight, bias)))
-    return linear_cross_entropy_backward(grad_loss, hidden, weight, bias, targets, again, *rest)
-
-
 def distillation(
     student: Tensor, teacher: Tensor, targets: Tensor, temperature: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(soft (N,), hard (N,), statistics (N, 3) float64) of logits (N, V).
+    """(soft (N,), hard (N,), statistics (N, 3)) of logits (N, V).
 
     soft = KL(softmax(teacher / T) || softmax(student / T)), of every row; a class that the teacher gives no probability
     adds nothing. hard = the student's cross-entropy, 0 in rows that do not count. statistics: log-sum-exps of
-    student / T, of student, and of teacher / T.
+    student / T, of student, and of teacher / T, each `together`.
     """
     wide, taught = widen(student), widen(teacher)
     (shifted, of_student), (taught_shifted, of_teacher) = (log_sum(x / temperature) for x in (wide, taught))
@@ -189,11 +184,10 @@ def distillation_backward(
     """The gradients of student and teacher, in their dtype; empty where they are not needed.
 
     Of the student grad_soft (p - q) / T + that of the cross-entropy; of the teacher
-    grad_soft q (log q - log p - soft) / T.
+    grad_soft q (log q - log p - soft) / T. statistics are made again.
     """
     wide, taught = widen(student), widen(teacher)
-    log_p = minus(wide / temperature, statistics[:, 0])
-    log_q = minus(taught / temperature, statistics[:, 2])
+    log_p, log_q = log_softmax(wide / temperature), log_softmax(taught / temperature)
     q, scale = log_q.exp(), (grad_soft.to(wide.dtype) / temperature)[:, None]
     of_student, of_teacher = student.new_empty(0), teacher.new_empty(0)
     if needs[0]:
@@ -209,8 +203,8 @@ def distillation_backward_of_logits(
     grad_soft: Tensor, grad_hard: Tensor, student: Tensor, teacher: Tensor, targets: Tensor, statistics: Tensor,
     soft: Tensor, temperature: float, ignore_index: int, needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same with soft and statistics made of the logits again, through which their own gradients flow."""
-    soft, _, statistics = distillation(student, teacher, targets, temperature, ignore_index)
+    """The same with soft made of the logits again, through which its own gradient flows."""
+    soft, *_ = distillation(student, teacher, targets, temperature, ignore_index)
     return distillation_backward(
         grad_soft, grad_hard, student, teacher, targets, statistics, soft, temperature, ignore_index, needs
     )

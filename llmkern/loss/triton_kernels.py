@@ -2,7 +2,8 @@
 
 Sums of exponentials are kept relative to the highest logit so far (online softmax), so that the forward reads each
 logit once. csrc/loss and llmkern/loss/reference.py have the formulas. Log-sum-exps go through memory as float64 and are
-subtracted in two parts of float32, so that the probabilities of large logits keep their digits.
+subtracted in two parts of float32, so that the probabilities of large logits keep their digits. csrc/loss/row.h says
+why the logarithm is scaled beside a highest logit beyond 2**30.
 
 Rows whose target is ignore_index are not read. A target that is no class makes its row NaN, and reads nothing astray.
 """
@@ -34,10 +35,22 @@ def logarithm(total):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def scale_of(highest):  # type: ignore[no-untyped-def]
+    """What the logarithm is multiplied by before it is added to the highest logit."""
+    return tl.maximum(tl.abs(highest) * 2.0**-30, 1.0)
+
+
+@triton.jit
+def together(highest, log_sum):  # type: ignore[no-untyped-def]
+    """The float64 log-sum-exp that goes through memory."""
+    return highest.to(tl.float64) + log_sum.to(tl.float64) * scale_of(highest).to(tl.float64)
+
+
+@triton.jit
 def parts(lse):  # type: ignore[no-untyped-def]
-    """A float64 log-sum-exp as two of float32."""
+    """A float64 log-sum-exp as two of float32, what is subtracted first and what then."""
     high = lse.to(tl.float32)
-    return high, (lse - high.to(tl.float64)).to(tl.float32)
+    return high, tl.div_rn((lse - high.to(tl.float64)).to(tl.float32), scale_of(high))
 
 
 @triton.jit
@@ -74,14 +87,13 @@ def store_loss(  # type: ignore[no-untyped-def]
         value += smoothing * (highest - plain / width)
     sums = highest + log_sum
     value += log_sum + z_loss * sums * sums + wrong
-    exact = highest.to(tl.float64) + log_sum.to(tl.float64)
     tl.store(loss + row, tl.where(counted, value, 0.0), mask=row < rows)
-    tl.store(lse + row, tl.where(counted, exact, 0.0), mask=row < rows)
+    tl.store(lse + row, tl.where(counted, together(highest, log_sum), 0.0), mask=row < rows)
 
 
 @triton.jit
 def slope(x, d, target, high, low, factor, right, share):  # type: ignore[no-untyped-def]
-    """The gradient of logits x in columns d, for an upstream gradient of 1: with p = e^(x - lse), lse = high + low,
+    """The gradient of logits x in columns d, for an upstream gradient of 1: with p = e^(x - high - low), lse's parts,
     p - share - right at the target + factor p, which is small and added last."""
     p = tl.exp((x - high[:, None]) - low[:, None])
     return (p - share - tl.where(d == target[:, None], right, 0.0)) + p * factor[:, None]
@@ -183,9 +195,9 @@ def distillation_kernel(  # type: ignore[no-untyped-def]
     tl.store(soft + row, apart / total_q * inverse - log_q + log_sum, mask=exists)
     tl.store(hard + row, tl.where(counted, log_hard + (highest - given) + wrong, 0.0), mask=exists)
     at = statistics + 3 * row
-    tl.store(at, tl.div_rn(highest, temperature).to(tl.float64) + log_sum.to(tl.float64), mask=exists)
-    tl.store(at + 1, highest.to(tl.float64) + log_hard.to(tl.float64), mask=exists)
-    tl.store(at + 2, tl.div_rn(highest_q, temperature).to(tl.float64) + log_q.to(tl.float64), mask=exists)
+    tl.store(at, together(tl.div_rn(highest, temperature), log_sum), mask=exists)
+    tl.store(at + 1, together(highest, log_hard), mask=exists)
+    tl.store(at + 2, together(tl.div_rn(highest_q, temperature), log_q), mask=exists)
     if IN_PLACE:
         factor = tl.load(hard_factor) + wrong
         for first in range(0, width, COLUMNS):

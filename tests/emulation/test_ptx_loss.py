@@ -7,9 +7,11 @@ import torch
 
 from tests.emulation.triton_on_ptx import Emulated
 from tests.loss.cases import NAN_ROWS, OPTIONS, ROWS, logits
+from tests.loss.far import far
 from tests.loss.on_triton import (
     hold_cross_entropy,
     hold_distillation,
+    hold_far,
     hold_linear,
     hold_linear_distillation,
     pair,
@@ -48,6 +50,10 @@ def test_odd_rows():
     x[-1] = 0.0  # the one that does not count, which distillation reads
     hold_distillation(Emulated(), torch.randn(x.shape), x, targets, 2.0, ((True, True),))
     hold_cross_entropy(Emulated(), torch.tensor([ROWS[name][0] for name in NAN_ROWS]), torch.zeros(4).long())
+
+
+def test_far_from_0():
+    hold_far(Emulated(), *far(torch.float32))
 
 
 def test_linear():

@@ -8,9 +8,12 @@ import torch
 from llmkern.loss import reference, triton_launch, triton_linear
 from tests.emulation.triton_interpreter import interpret, round_as_hardware
 from tests.loss.cases import FLOATS, IGNORED, LAYOUTS, NAN_ROWS, OPTIONS, ROWS, SHAPES, classes, heads, logits
+from tests.loss.far import far
 from tests.loss.on_triton import (
     hold_cross_entropy,
     hold_distillation,
+    hold_far,
+    hold_far_linear,
     hold_linear,
     hold_linear_distillation,
     pair,
@@ -32,6 +35,13 @@ def test_cross_entropy(shape, dtype):
 def test_distillation(shape, dtype):
     for temperature in (0.5, 3.0, 20.0) if dtype == torch.float32 else (4.0,):
         hold_distillation(interpret, *pair(shape, dtype), temperature)
+
+
+@EACH
+def test_far_from_0(dtype):
+    hold_far(interpret, *far(dtype))
+    hold_far(interpret, *far(dtype, True))
+    hold_far_linear(interpret, *far(dtype))
 
 
 @pytest.mark.parametrize("name", ROWS)

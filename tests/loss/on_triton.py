@@ -8,6 +8,7 @@ from torch import Tensor
 from llmkern.loss import reference, triton_launch, triton_linear
 from llmkern.verify import verify
 from tests.loss.cases import IGNORED, classes, cross_entropy, distillation, heads, logits
+from tests.loss.far import close, cross_entropy_gradient, distillation_gradients
 
 
 def hold(fast, plain, given) -> None:
@@ -15,18 +16,24 @@ def hold(fast, plain, given) -> None:
 
 
 def hold_cross_entropy(run, x: Tensor, targets: Tensor, smoothing: float = 0.0, z_loss: float = 0.0) -> None:
-    """Forward, and backward from the plain version's log-sum-exps."""
+    """Forward, and backward from the plain version's log-sum-exps, which are those of the inputs in every draw."""
 
     def fast(*args):
         return triton_launch.cross_entropy(run, *args)
 
     hold(cross_entropy(smoothing, z_loss, fast), cross_entropy(smoothing, z_loss), (x, targets))
-    lse = reference.cross_entropy(x, targets, IGNORED, smoothing, z_loss)[1]
     options = IGNORED, smoothing, z_loss
+
+    def backward(function):
+        def call(grad, x, targets):
+            return function(grad, x, targets, reference.cross_entropy(x, targets, *options)[1], *options)
+
+        return call
+
     hold(
-        lambda *args: triton_launch.cross_entropy_backward(run, *args, *options),
-        lambda *args: reference.cross_entropy_backward(*args, *options),
-        (torch.randn(x.size(0)), x, targets, lse),
+        backward(lambda *args: triton_launch.cross_entropy_backward(run, *args)),
+        backward(reference.cross_entropy_backward),
+        (torch.randn(x.size(0)), x, targets),
     )
 
 
@@ -34,25 +41,66 @@ def hold_distillation(
     run, student: Tensor, teacher: Tensor, targets: Tensor, temperature: float,
     each=((True, True), (True, False), (False, True)),
 ) -> None:  # fmt: skip
-    """Forward with statistics, and backward from the plain version's."""
+    """Forward with statistics, and backward from the plain version's, those of the inputs in every draw."""
 
     def fast(*args):
         return triton_launch.distillation(run, *args)
 
     hold(distillation(temperature, fast), distillation(temperature), (student, teacher, targets))
     given = student, teacher, targets, temperature, IGNORED
-    soft, _, statistics = reference.distillation(*given)
+    statistics = reference.distillation(*given)[2]
     torch.testing.assert_close(
         fast(*given)[2].float(), statistics.float(), equal_nan=True, rtol=1e-5, atol=1e-5
     )  # fmt: skip
     grads = torch.randn(2, student.size(0))
+
+    def backward(function, needs):
+        def call(grad_soft, grad_hard, *logits):
+            soft, _, statistics = reference.distillation(*logits, temperature, IGNORED)
+            return function(grad_soft, grad_hard, *logits, statistics, soft, temperature, IGNORED, needs)
+
+        return call
+
     for needs in each:
-        options = temperature, IGNORED, needs
         hold(
-            lambda *args, o=options: triton_launch.distillation_backward(run, *args, *o),
-            lambda *args, o=options: reference.distillation_backward(*args, *o),
-            (grads[0], grads[1], student, teacher, targets, statistics, soft),
+            backward(lambda *args: triton_launch.distillation_backward(run, *args), needs),
+            backward(reference.distillation_backward, needs),
+            (grads[0], grads[1], student, teacher, targets),
         )
+
+
+def hold_far(run, x: Tensor, targets: Tensor) -> None:
+    """Gradients of logits far from 0 against torch's, with what the kernels' own forwards keep."""
+    for options in ((0.0, 0.0), (0.1, 1e-3)):
+        _, lse = triton_launch.cross_entropy(run, x, targets, IGNORED, *options)
+        ones = torch.ones(len(x))
+        found = triton_launch.cross_entropy_backward(run, ones, x, targets, lse, IGNORED, *options)
+        close(found, cross_entropy_gradient(x, targets, *options))
+    usual, temperature = torch.randn(x.shape).to(x.dtype), 4.0  # exact quotients: the kernel divides differences
+    for student, teacher in ((x, usual), (usual, x)):
+        soft, _, statistics = triton_launch.distillation(run, student, teacher, targets, temperature, IGNORED)
+        given = student, teacher, targets, statistics, soft, temperature, IGNORED, (True, True)
+        found = triton_launch.distillation_backward(run, ones, ones, *given)
+        expected = distillation_gradients(student, teacher, targets, temperature)
+        close(found[0], expected[0])
+        small = soft < 100.0
+        close(found[1][small], expected[1][small])
+
+
+def hold_far_linear(run, x: Tensor, targets: Tensor) -> None:
+    """Of hidden states and weights whose logits are x exactly."""
+    hidden, weight = torch.eye(len(x), dtype=x.dtype), x.t().contiguous()
+    options, needs = (IGNORED, 0.0, 0.0), (False, True, False)
+    _, lse, _, found, _ = triton_linear.linear_cross_entropy(
+        run, hidden, weight, None, targets, *options, "sum", needs
+    )  # fmt: skip
+    expected = cross_entropy_gradient(x, targets).t()
+    close(found.to(x.dtype), expected)
+    ones = torch.ones(len(x))
+    again = triton_linear.linear_cross_entropy_backward(
+        run, ones, hidden, weight, None, targets, lse, *options, needs
+    )  # fmt: skip
+    close(again[1], expected)
 
 
 def hold_linear(run, rows: int, count: int, dtype: torch.dtype, reduction: str, biased: bool = True) -> None:
@@ -65,12 +113,18 @@ def hold_linear(run, rows: int, count: int, dtype: torch.dtype, reduction: str, 
         given,
     )
     if reduction == "none":
-        lse = reference.linear_cross_entropy(*given, *options)[1]
         rest = *options[:3], (True, True, True)
+
+        def backward(function):
+            def call(*args):
+                return function(*args, reference.linear_cross_entropy(*args[1:], *options)[1], *rest)
+
+            return call
+
         hold(
-            lambda *args: triton_linear.linear_cross_entropy_backward(run, *args, *rest),
-            lambda *args: reference.linear_cross_entropy_backward(*args, *rest),
-            (torch.randn(rows), *given, lse),
+            backward(lambda *args: triton_linear.linear_cross_entropy_backward(run, *args)),
+            backward(reference.linear_cross_entropy_backward),
+            (torch.randn(rows), *given),
         )
 
 

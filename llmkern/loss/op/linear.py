@@ -171,6 +171,6 @@ define(
     "linear_cross_entropy_backward(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
     "Tensor lse, int ignore_index, float label_smoothing, float z_loss, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     _run_backward, _fake_backward, setup_context=setup,
-    backward=backward_of(reference.linear_cross_entropy_backward_of_inputs),
+    backward=backward_of(reference.linear_cross_entropy_backward),
 )  # fmt: skip
 _LinearCrossEntropy = kept.function(_checked_run, _again)
