@@ -93,14 +93,43 @@ def test_backward_more_than_once(function, isa):
 
 
 @FUNCTIONS
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("factor", [1.0, 0.37])
+def test_every_backward_has_the_same_bits(factor, dtype, function, isa):
+    given, targets = leaves(dtype=dtype)
+    taught, head = torch.randn(20, 5).to(dtype), torch.randn(30, 5).to(dtype)
+    if function is linear_cross_entropy:
+        loss = linear_cross_entropy(given[0], given[1], targets, given[2], label_smoothing=0.1)
+    else:
+        loss = linear_distillation(given[0], given[1], taught, head, targets, given[2])
+    upstream = torch.tensor(factor, dtype=loss.dtype)
+    first, *others = (torch.autograd.grad(loss, given, upstream, retain_graph=True) for _ in range(3))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck(reduction):
+    """Which wants a backward to give the same bits twice."""
+    given, targets = leaves(5, 6, torch.float64)
+
+    def function(hidden, weight, bias):
+        return linear_cross_entropy(
+            hidden, weight, targets, bias, label_smoothing=0.1, z_loss=0.01, reduction=reduction
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, given) and torch.autograd.gradgradcheck(function, given)
+
+
+@FUNCTIONS
 def test_several_upstream_gradients_at_once(function, isa):
-    """A Jacobian's rows; what is kept is still there for a backward after it."""
+    """A Jacobian's rows; what is kept is still there for a backward after it, and made again for one after that."""
     given, targets = leaves()
     fast, plain = (f(*given, targets) for f in both(function))
     upstream = torch.tensor([1.0, -2.0, 0.5])
     each = [torch.autograd.grad(f, given, upstream, is_grads_batched=True, retain_graph=True) for f in (fast, plain)]
-    after = [torch.autograd.grad(f, given) for f in (fast, plain)]
-    for results in (each, after):
+    after = [torch.autograd.grad(f, given, retain_graph=True) for f in (fast, plain)]
+    last = [torch.autograd.grad(f, given, upstream, is_grads_batched=True) for f in (fast, plain)]
+    for results in (each, after, last):
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
 

@@ -1,7 +1,8 @@
 """Gradients that a forward makes already, for an upstream gradient of 1: autograd multiplies them by what comes.
 
-A loss is where a backward begins, so its upstream gradient is one number. Where second derivatives are asked for, or a
-second backward after the first has taken the gradients, they are made again from the inputs.
+A loss is where a backward begins, so its upstream gradient is one number. A second backward after the first has taken
+the gradients runs the forward again, so that it gives the same bits; for second derivatives they are made from the
+inputs by what can be differentiated.
 
 The operators served: arguments (hidden, weight, bias, ..., needs), needs saying which of the first three's gradients
 are wanted; results (loss, ..., gradient of hidden, of weight, of bias). The loss of rows, not reduced to a number, has
@@ -83,6 +84,8 @@ def function(run: Callable[..., tuple[Tensor, ...]], again: Again) -> type[torch
             every = _saved(ctx)
             inputs, results = every[: ctx.arguments], every[ctx.arguments :]
             kept = ctx.kept
+            if kept is None and grad is not None and grad.dim() == 0 and not torch.is_grad_enabled():
+                kept = run(*inputs)[-3:]
             # Of several upstream gradients at once (vmap), one tensor would have to hold all results.
             several = grad is not None and _is_batched(grad)
             if grad is not None and not several and not torch.is_grad_enabled():
