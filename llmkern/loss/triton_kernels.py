@@ -50,7 +50,8 @@ def together(highest, log_sum):  # type: ignore[no-untyped-def]
 def parts(lse):  # type: ignore[no-untyped-def]
     """A float64 log-sum-exp as two of float32, what is subtracted first and what then."""
     high = lse.to(tl.float32)
-    return high, tl.div_rn((lse - high.to(tl.float64)).to(tl.float32), scale_of(high))
+    rest, scale = (lse - high.to(tl.float64)).to(tl.float32), scale_of(high)
+    return high, tl.where(scale > 1.0, rest / scale, rest)  # a division that is rounded right takes registers
 
 
 @triton.jit
