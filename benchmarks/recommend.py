@@ -15,7 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,15 @@ from benchmarks.family import RESULTS, progress, slug
 from llmkern.evaluation import machine, machines, timing
 from llmkern.evaluation.recommend import Machine, Shape, estimate
 
-#: Tokens of a prompt.
-PROMPTS = (32, 256)
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and what it is given: prompts of so many tokens, `batch` of them together."""
+
+    task: str
+    make: Callable[[], Any]
+    prompts: tuple[int, ...] = (32, 256)
+    batch: int = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--rounds: expected at least 1, got {rounds}")
     names = [n for n in MODELS if re.search(options.match, n) and (not options.quick or n in QUICK)]
     described, rows = machine.describe(), []
-    bar = progress(len(names) * len(PROMPTS))
+    bar = progress(sum(len(MODELS[n].prompts) for n in names))
     for name in names:
         bar.start(name)
         rows += compare(name, rounds, bar.step)
@@ -60,50 +67,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(name: str, rounds: int, step: Callable[[], Any]) -> list[dict[str, Any]]:
     """A model's rows: estimated and measured seconds of each scheme and pass."""
-    task, make = MODELS[name]
+    case = MODELS[name]
     torch.manual_seed(0)
-    plain = make().eval()
-    models = schemes(plain)
-    shape = Shape.of(plain.config, task)
+    plain = case.make().eval()
+    shape = Shape.of(plain.config, case.task)
+    models = schemes(plain, shape)
     found: list[dict[str, Any]] = []
-    for prompt in PROMPTS:
+    for prompt in case.prompts:
         machines._measured.cache_clear()  # what others do on the machine now is in both figures
         here = Machine.here("cpu")
         with torch.inference_mode(False), torch.no_grad():
-            calls = {(scheme, part): call for scheme, m in models.items() for part, call in passes(m, task, prompt)}
+            calls = {(scheme, part): call for scheme, m in models.items() for part, call in passes(m, case, prompt)}
             result = timing.measure({f"{s} {p}": call for (s, p), call in calls.items()}, rounds=rounds)
         for scheme, part in calls:
-            guess = estimate(scheme, shape, here, 1, prompt, 0 if task == "encoder" else rounds)
+            guess = estimate(scheme, shape, here, case.batch, prompt, 0 if case.task == "encoder" else rounds)
             expected = guess.prompt if part == "prompt" else guess.token
             assert expected is not None
             measured = result.time(f"{scheme} {part}")
             found.append({
-                "model": name, "shape": asdict(shape), "prompt": prompt, "new": rounds, "scheme": scheme, "pass": part,
-                "estimated": expected.seconds, "bound": expected.bound, "measured": measured.median,
-                "low": measured.low, "high": measured.high, "rates": asdict(here),
+                "model": name, "shape": asdict(shape), "batch": case.batch, "prompt": prompt, "new": rounds,
+                "scheme": scheme, "pass": part, "estimated": expected.seconds, "bound": expected.bound,
+                "measured": measured.median, "low": measured.low, "high": measured.high, "rates": asdict(here),
             })  # fmt: skip
         step()
     return found
 
 
-def schemes(plain: Any) -> dict[str, Any]:
+def schemes(plain: Any, shape: Shape) -> dict[str, Any]:
     """A model as `llmkern.recommend` proposes it. The output's matrix stays as it is in int8."""
     float32 = copy.deepcopy(plain)
     llmkern.kernelize(float32)
     bfloat16 = copy.deepcopy(plain).bfloat16()
     llmkern.kernelize(bfloat16)
-    int8 = copy.deepcopy(float32)
-    head = ["lm_head"] if hasattr(int8, "lm_head") else []
-    llmkern.quantize_model(int8, skip=head, measure=False, progress=False)
-    return {"float32": float32, "bfloat16": bfloat16, "int8": int8}
+    found = {"float32": float32, "bfloat16": bfloat16}
+    if shape.linear:
+        found["int8"] = copy.deepcopy(float32)
+        head = ["lm_head"] if hasattr(plain, "lm_head") else []
+        llmkern.quantize_model(found["int8"], skip=head, measure=False, progress=False)
+    return found
 
 
-def passes(model: Any, task: str, prompt: int) -> list[tuple[str, Callable[[], Any]]]:
+def passes(model: Any, case: Case, prompt: int) -> list[tuple[str, Callable[[], Any]]]:
     """The calls that are timed: a prompt's pass, and one more token on a cache that grows from call to call."""
-    ids = torch.randint(100, (1, prompt), generator=torch.Generator().manual_seed(0))
-    if task == "encoder":
+    ids = torch.randint(100, (case.batch, prompt), generator=torch.Generator().manual_seed(0))
+    if case.task == "encoder":
         return [("prompt", lambda: model(input_ids=ids))]
-    if task == "decoder":
+    if case.task == "decoder":
         cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         return [
             ("prompt", lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1)),
@@ -140,7 +149,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     spread = timing.Spread.of(ratios)
     return (
         f"Estimated over measured: median {spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f}), "
-        f"{ratios[0]:.2f} to {ratios[-1]:.2f} in all: {off:.2f} times off at most; {machines.ERROR} is stated."
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f} in all: {off:.2f} times off at most; {machines.ERROR:g} is stated."
     )
 
 
@@ -161,6 +170,12 @@ def _llama(layers: int, hidden: int, inner: int, kv_heads: int, vocab: int) -> A
     ))  # fmt: skip
 
 
+def _gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config())
+
+
 def _bart(layers: int, hidden: int) -> Any:
     from transformers import BartConfig, BartForConditionalGeneration
 
@@ -170,13 +185,18 @@ def _bart(layers: int, hidden: int) -> Any:
     ))  # fmt: skip
 
 
-MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "encoder of 22 M (MiniLM's shape)": ("encoder", lambda: _bert(6, 384)),
-    "encoder of 109 M (BERT-base's)": ("encoder", lambda: _bert(12, 768)),
-    "decoder of 55 M": ("decoder", lambda: _llama(12, 512, 1408, 8, 32000)),
-    "decoder of 135 M (SmolLM2's)": ("decoder", lambda: _llama(30, 576, 1536, 3, 49152)),
-    "decoder of 360 M (SmolLM2's)": ("decoder", lambda: _llama(32, 960, 2560, 5, 49152)),
-    "encoder-decoder of 70 M": ("encoder-decoder", lambda: _bart(6, 512)),
+MODELS: dict[str, Case] = {
+    "encoder of 22 M (MiniLM's shape)": Case("encoder", lambda: _bert(6, 384)),
+    "encoder of 109 M (BERT-base's)": Case("encoder", lambda: _bert(12, 768)),
+    "encoder of 27 M, thin and deep": Case("encoder", lambda: _bert(24, 256), (16, 128)),
+    "encoder of 22 M, batches of 8": Case("encoder", lambda: _bert(6, 384), batch=8),
+    "decoder of 55 M": Case("decoder", lambda: _llama(12, 512, 1408, 8, 32000)),
+    "decoder of 55 M, batches of 8": Case("decoder", lambda: _llama(12, 512, 1408, 8, 32000), batch=8),
+    "decoder of 135 M (SmolLM2's)": Case("decoder", lambda: _llama(30, 576, 1536, 3, 49152)),
+    "decoder of 360 M (SmolLM2's)": Case("decoder", lambda: _llama(32, 960, 2560, 5, 49152)),
+    "decoder of 124 M (GPT-2's)": Case("decoder", _gpt2),
+    "encoder-decoder of 70 M": Case("encoder-decoder", lambda: _bart(6, 512)),
+    "encoder-decoder of 105 M, batches of 4": Case("encoder-decoder", lambda: _bart(4, 768), (64,), batch=4),
 }
 QUICK = ("encoder of 22 M (MiniLM's shape)",)
 

@@ -107,6 +107,12 @@ class Return:
     payback_years: float
 
 
+def _finite(what: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{what}: expected figures of which it is a finite number, got {value}")
+    return value
+
+
 def _machine(machine: Any) -> None:
     if not isinstance(machine, MachineCost):
         raise TypeError(f"machine: expected a MachineCost, got {type(machine).__name__}")
@@ -121,7 +127,7 @@ def cost_per_million_tokens(machine: MachineCost, tokens_per_second: float, *, u
     _machine(machine)
     _above_zero("tokens_per_second", tokens_per_second)
     _share("utilisation", utilisation)
-    return machine.cost_per_hour / 3600 / (tokens_per_second * utilisation) * 1e6
+    return _finite("cost", machine.cost_per_hour / 3600 / (tokens_per_second * utilisation) * 1e6)
 
 
 def pretraining_cost(
@@ -138,8 +144,9 @@ def pretraining_cost(
     check.positive("machines", machines)
     _share("utilisation", utilisation)
     machine_hours = tokens / tokens_per_second / utilisation / 3600
-    energy = machine_hours * machine.power_watts / 1000
-    return RunCost(machine_hours / machines, machine_hours, energy, machine_hours * machine.cost_per_hour)
+    energy = _finite("energy", machine_hours * machine.power_watts / 1000)
+    cost = _finite("cost", machine_hours * machine.cost_per_hour)
+    return RunCost(machine_hours / machines, machine_hours, energy, cost)
 
 
 def service_cost(
@@ -160,9 +167,9 @@ def service_cost(
     _above_zero("tokens_per_second", tokens_per_second)
     _share("utilisation", utilisation)
     check.flag("whole_machines", whole_machines)
-    needed = tokens_per_day / (tokens_per_second * 86400 * utilisation)
+    needed = _finite("machines", tokens_per_day / (tokens_per_second * 86400 * utilisation))
     machines = float(math.ceil(needed)) if whole_machines else needed
-    year = machines * machine.cost_per_hour * HOURS_PER_YEAR
+    year = _finite("cost", machines * machine.cost_per_hour * HOURS_PER_YEAR)
     return ServiceCost(machines, year, year / (tokens_per_day * 365) * 1e6)
 
 
@@ -216,4 +223,5 @@ def calculate_tech_stack_cost(config: Mapping[str, float]) -> dict[str, float]:
     )
     if cost <= 0:
         raise ValueError(f"config: expected a total cost above 0, of which there is a return, got {cost}")
+    _finite("roi", (benefit - cost) / cost)
     return {"total_cost": cost, "total_benefit": benefit, "roi": (benefit - cost) / cost}

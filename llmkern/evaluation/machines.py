@@ -45,7 +45,7 @@ class Machine:
     capability: a GPU's, None for CPUs and for GPUs of AMD. error: the factor within which estimates have been found to
     lie of what was measured (docs/evaluation.md); None where nobody has measured.
 
-    Raises ValueError where a figure is not above 0, or a scheme is unknown.
+    Raises TypeError and ValueError where a figure is no number in its bounds, or a scheme is unknown.
     """
 
     name: str
@@ -65,10 +65,18 @@ class Machine:
         for scheme, rates in self.rates.items():
             check.one_of("rates", scheme, tuple(SCHEMES))
             figures |= {f"rates[{scheme!r}].flops": rates.flops, f"rates[{scheme!r}].bytes": rates.bytes}
+            for name in ("output", "input", "call"):
+                check.finite(f"rates[{scheme!r}].{name}", value := getattr(rates, name))
+                if value < 0:
+                    raise ValueError(f"rates[{scheme!r}].{name}: expected a number of at least 0, got {value}")
         for name, value in figures.items():
             check.finite(name, value)
             if value <= 0:
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if self.error is not None:
+            check.finite("error", self.error)
+            if self.error < 1:
+                raise ValueError(f"error: expected None or a factor of at least 1, got {self.error}")
 
     @classmethod
     def here(cls, device: str | torch.device | None = None) -> Machine:
@@ -115,7 +123,7 @@ PUBLISHED: dict[str, tuple[tuple[int, int] | None, float, float, float, float, f
 }
 #: Estimates from rates measured here are at most so many times too short or too long: benchmarks/recommend.py compares
 #: them with whole models, docs/evaluation.md has the table.
-ERROR = 1.5
+ERROR = 2.0
 
 
 @lru_cache(maxsize=8)

@@ -20,7 +20,7 @@ ONE_CALL = 2
 PASS_CALLS = 23
 #: The Python of transformers' models takes about so many times as long as the calls in it of a module and its operator:
 #: by it the estimates of benchmarks.recommend for small models and few tokens come near.
-PYTHON = 4
+PYTHON = 5
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,11 @@ def recommend(
     for encoders, `new_tokens` behind each. machine: None for this one, measured now (Machine.here()), the name of a
     published GPU, or a Machine. shape: the model's own, as Shape.of(config, task) reads it.
 
-    The most accurate scheme that fits the memory and meets the bound with the machine's error is proposed; else the
-    most accurate that meets it as estimated; else the fastest that fits. Each pass costs, for every scheme, its
-    multiply-adds and the reading of its weights at the rates of the machine (on a GPU the longer of the two, on a CPU
-    both: there they do not overlap), besides keys and values, all elements between the products, and the host's time.
+    The most accurate scheme that fits the memory and meets the bound as estimated is proposed, else the fastest that
+    fits; the reasons name one that meets it also where the estimate is too short by the machine's error. Each pass
+    costs, for every scheme, its multiply-adds and the reading of its weights at the rates of the machine (on a GPU the
+    longer of the two, on a CPU both: there they do not overlap), besides keys and values, all elements between the
+    products, and the host's time.
 
     Raises TypeError and ValueError for arguments of other types and out of bounds, for neither parameters nor a shape
     or both, and where no scheme fits the memory. Source: Williams, Waterman and Patterson 2009, "Roofline",
@@ -144,7 +145,8 @@ def recommend(
     elif not isinstance(machine, Machine):
         raise TypeError(f"machine: expected None, a name or a Machine, got {type(machine).__name__}")
     new = 0 if task == "encoder" else new_tokens
-    estimates = [estimate(s, shape, machine, batch_size, prompt_tokens, new) for s in SCHEMES if s in machine.rates]
+    schemes = [s for s in SCHEMES if s in machine.rates and (s != "int8" or shape.linear)]
+    estimates = [estimate(s, shape, machine, batch_size, prompt_tokens, new) for s in schemes]
     return _chosen(estimates, shape, machine, latency, f"{batch_size} x {prompt_tokens} tokens", new)
 
 
@@ -163,7 +165,7 @@ def estimate(scheme: str, shape: Shape, machine: Machine, batch: int, prompt: in
         latency += token.seconds * (new if shape.task == "encoder-decoder" else new - 1)
     memory = (
         shape.layers * shape.layer_weights * size + shape.embedding_weights * held
-        + 2 * batch * (prompt + new) * shape.layers * _kv(shape) * held * bool(new)
+        + 2 * batch * (prompt + new) * shape.layers * shape.narrow * held * bool(new)
     )  # fmt: skip
     backends = _backends(scheme, shape, machine, held, batch if new else batch * prompt)
     return Estimate(scheme, backends, prompt_part, token, latency, memory, memory <= machine.memory)
@@ -171,11 +173,6 @@ def estimate(scheme: str, shape: Shape, machine: Machine, batch: int, prompt: in
 
 def _behind(shape: Shape, prompt: int, new: int) -> int:
     return prompt + new // 2 if shape.task == "decoder" else prompt
-
-
-def _kv(shape: Shape) -> int:
-    """The width of keys, and of values."""
-    return shape.hidden * shape.kv_heads // shape.heads
 
 
 def _pass(scheme: str, shape: Shape, machine: Machine, batch: int, rows: int, cached: int, side: str) -> Part:
@@ -197,7 +194,7 @@ def _pass(scheme: str, shape: Shape, machine: Machine, batch: int, rows: int, ca
         of["calls"] += calls * rates.call
 
     # Of the keys and values of what the encoder has read there is nothing to compute again.
-    more = (shape.hidden * shape.hidden * 2, shape.hidden * 2, 2) if across else (0, 0, 0)
+    more = (2 * shape.hidden * shape.wide, shape.hidden + shape.wide, 2) if across else (0, 0, 0)
     weights, outputs, calls = shape.encoder_weights, shape.encoder_outputs, shape.encoder_linears
     products(
         machine.rates[scheme], SCHEMES[scheme], tokens, shape.layers * (weights + more[0]),
@@ -208,12 +205,12 @@ def _pass(scheme: str, shape: Shape, machine: Machine, batch: int, rows: int, ca
         # Of a prompt, the last token's logits alone are needed.
         products(machine.rates[floating], held, batch, shape.head_weights, shape.hidden, shape.vocab, 1)
     seen = cached + (rows / 2 if side == "decoder" else rows)  # a decoder's tokens see those before them
-    of["arithmetic"] += 4.0 * tokens * seen * shape.hidden * shape.layers / machine.rates[floating].flops
-    of["cache"] = 2.0 * batch * cached * _kv(shape) * shape.layers * held / machine.rates[floating].bytes
+    of["arithmetic"] += 4.0 * tokens * seen * shape.wide * shape.layers / machine.rates[floating].flops
+    of["cache"] = 2.0 * batch * cached * shape.narrow * shape.layers * held / machine.rates[floating].bytes
     # Two sums, two norms, an activation; the product with a gate, and the rotation of queries and keys.
     between = 4 * shape.hidden + shape.intermediate
     if shape.gated:
-        between += shape.intermediate + shape.hidden + _kv(shape)
+        between += shape.intermediate + shape.wide + shape.narrow
     of["elements"] += float(tokens) * between * shape.layers / machine.elements
     one = scheme == "int8" and on_cpu and shape.task == "decoder" and shape.gated
     kind = "int8" if scheme == "int8" else "float"
@@ -232,7 +229,7 @@ def _backends(scheme: str, shape: Shape, machine: Machine, held: int, rows: int)
     if machine.capability is None:  # AMD, which Triton serves
         return dict.fromkeys(operators, "triton")
     dtype = torch.float32 if held == 4 else torch.bfloat16
-    query = torch.empty(1, shape.heads, 64, shape.hidden // shape.heads, dtype=dtype, device="meta")
+    query = torch.empty(1, shape.heads, 64, shape.wide // shape.heads, dtype=dtype, device="meta")
     no_rules = (None, None, None, None, True, 0, 0, 0.0, 0.0, 0.0)
     calls: dict[str, tuple[Any, ...]] = {
         "attention": (query, query, query, *no_rules),
@@ -257,10 +254,10 @@ def _chosen(
             f"got {_gigabytes(machine.memory)}"
         )
     error = machine.error or 1.0
-    sure = [e for e in fitting if machine.error is not None and e.latency * error <= bound]
     likely = [e for e in fitting if e.latency <= bound]
+    e = (likely or sorted(fitting, key=lambda e: e.latency))[0]  # they stand in the order of accuracy
+    sure = machine.error is not None and e.latency * error <= bound
     meets = "yes" if sure else "perhaps" if likely else "no"
-    e = (sure or likely or sorted(fitting, key=lambda e: e.latency))[0]  # they stand in the order of accuracy
     reasons = _reasons(e, fitting, estimates, shape, machine, bound, request, new, meets)
     span = (e.latency, e.latency / error, e.latency * error)
     return Recommendation(e.scheme, _products(e), *span, meets, machine, shape, estimates, reasons)
@@ -301,7 +298,15 @@ def _reasons(
         "no": f"Nothing that fits meets the bound of {seconds(bound)}: this is the fastest. A smaller model, fewer "
         "tokens or a faster machine is needed.",
     }  # fmt: skip
-    return [*found, verdict[meets]]
+    found.append(verdict[meets])
+    if meets == "perhaps" and machine.error is not None:
+        error = machine.error
+        surer = next((f for f in fitting if f.latency * error <= bound), None)
+        if surer is not None:
+            found.append(f"{surer.scheme}, at about {seconds(surer.latency)}, would meet it even then.")
+    if not shape.linear:
+        found.append("Int8 is left out: the model's matrices are not nn.Linear, which quantize_model replaces.")
+    return found
 
 
 def _scale(parameters: int) -> str:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from llmkern import check
 
 TASKS = ("encoder", "decoder", "encoder-decoder")
-#: Width for each layer, up to so many parameters: about that of BERT-base and GPT-2, and of Llama-2 7B.
-_WIDTH_PER_LAYER = ((1e9, 64), (float("inf"), 128))
+#: Width for each layer at so many parameters, and between them on the logarithm: that of BERT-base and GPT-2, and of
+#: Llama-2 7B.
+_WIDTH_PER_LAYER = ((3e8, 64), (7e9, 128))
 _HEAD = 64
+#: The smallest width of a usual shape.
+_LEAST = 2 * _HEAD
+#: How far a configuration's sizes may lie from the weights of its model.
+_OFF = 0.05
 
 
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a transformer. task: one of TASKS; of an encoder-decoder each half has `layers`. intermediate: the inner
     width of its feed-forward layers, which a gated one (SwiGLU) has twice on the way in. kv_heads: fewer than heads
-    where these share keys and values. tied: the output's matrix is that of the embedding.
+    where these share keys and values. tied: the output's matrix is that of the embedding. head: the width of a head,
+    None where all of them have hidden together. linear: whether its matrices are nn.Linear, which int8 replaces; those
+    of GPT-2 are not.
 
     Raises TypeError and ValueError for what is no positive number, and for an unknown task.
     """
@@ -31,6 +41,8 @@ class Shape:
     vocab: int
     gated: bool = False
     tied: bool = True
+    head: int | None = None
+    linear: bool = True
 
     def __post_init__(self) -> None:
         check.one_of("task", self.task, TASKS)
@@ -39,7 +51,11 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any, task: str) -> Shape:
-        """That of a transformers configuration. Raises ValueError where it does not name its sizes."""
+        """That of a transformers configuration, held against the weights of its model, which is made without memory.
+
+        Raises ValueError where it does not name its sizes, and where these do not make its model (experts, shared or
+        unequal layers): a Shape of one's own is to be given then.
+        """
 
         def named(*names: str) -> Any:
             found = next((v for n in names if (v := getattr(config, n, None)) is not None), None)
@@ -49,41 +65,67 @@ class Shape:
 
         hidden = named("hidden_size", "d_model", "n_embd")
         heads = named("num_attention_heads", "num_heads", "encoder_attention_heads", "n_head")
-        activation = str(getattr(config, "hidden_act", "")) + str(getattr(config, "feed_forward_proj", ""))
-        return cls(
-            task, named("num_hidden_layers", "encoder_layers", "n_layer"), hidden,
-            getattr(config, "n_inner", None) or getattr(config, "intermediate_size", None)
-            or getattr(config, "encoder_ffn_dim", None) or getattr(config, "d_ff", None) or 4 * hidden,
-            heads, getattr(config, "num_key_value_heads", None) or heads, named("vocab_size"),
-            gated="silu" in activation or "gated" in activation,
+        layers = named("num_hidden_layers", "encoder_layers", "n_layer")
+        inner = next((v for n in _INNER if (v := getattr(config, n, None)) is not None), 4 * hidden)
+        matrices = _matrices(config, task)
+        wide = sum(1 if n == inner else 2 for n, m in matrices.values() if m == hidden and n in (inner, 2 * inner))
+        sides = 2 if task == "encoder-decoder" else 1
+        found = cls(
+            task, layers, hidden, inner, heads, getattr(config, "num_key_value_heads", None) or heads,
+            named("vocab_size"), gated=wide >= 2 * layers * sides,
             tied=bool(getattr(config, "tie_word_embeddings", True)),
+            head=getattr(config, "head_dim", None) or getattr(config, "d_kv", None),
+            linear=not any("c_attn" in name for name in matrices),
         )  # fmt: skip
+        real = sum(n * m for n, m in matrices.values())
+        if abs(found.parameters - real) > _OFF * real:
+            raise ValueError(
+                f"config: expected one whose sizes make its matrices, got {type(config).__name__}, of whose "
+                f"{real / 1e6:.0f} M weights they make {found.parameters / 1e6:.0f} M: give a Shape"
+            )
+        return found
 
     @classmethod
     def from_parameters(cls, parameters: int, task: str, vocab: int = 32000) -> Shape:
-        """A usual shape with about so many parameters: heads of 64, an inner width of 4 times the width, and a layer
-        for every 64 of width (128 beyond a billion parameters)."""
+        """A usual shape with about so many parameters: heads of 64, an inner width of about 4 times the width,
+        and a layer for every 64 of width, beyond 300 M parameters for more, up to 128.
+
+        Raises ValueError for fewer than the smallest of them has.
+        """
         check.positive("parameters", parameters)
         check.positive("vocab", vocab)
-        ratio = next(r for most, r in _WIDTH_PER_LAYER if parameters <= most)
+        sides = 2 if task == "encoder-decoder" else 1
 
-        def of_width(hidden: int) -> Shape:
-            whole = max(1, round(hidden / ratio / (2 if task == "encoder-decoder" else 1)))
-            heads = hidden // _HEAD
-            return cls(task, whole, hidden, 4 * hidden, heads, heads, vocab)
+        def usual(hidden: int) -> Shape:
+            layers, heads = max(1, round(hidden / _ratio(parameters) / sides)), hidden // _HEAD
+            return cls(task, layers, hidden, 4 * hidden, heads, heads, vocab)
 
-        widths = range(_HEAD, 1 << 16, _HEAD)
-        best = min(widths, key=lambda h: abs(of_width(h).parameters - parameters))
-        found = of_width(best)
-        # The number of layers that comes nearest at this width.
-        spare = parameters - found.parameters
-        layers = max(1, found.layers + round(spare / found.layer_weights))
-        return cls(task, layers, best, 4 * best, found.heads, found.kv_heads, vocab)
+        least = usual(_LEAST)
+        if parameters < 0.9 * least.parameters:
+            raise ValueError(
+                f"parameters: expected at least {least.parameters / 1e6:.0f} M for a usual shape with a vocabulary of "
+                f"{vocab}, got {parameters}: give a Shape"
+            )
+        found = min(map(usual, range(_LEAST, 1 << 16, _HEAD)), key=lambda s: abs(s.parameters - parameters))
+        # What is left over or missing goes into the inner width: from 20 M on, where the embedding is no longer most of
+        # it, more parameters never take less time.
+        spare = (parameters - found.parameters) / (2 * found.hidden * found.layers * sides)
+        return replace(found, intermediate=max(1, found.intermediate + round(spare)))
+
+    @property
+    def wide(self) -> int:
+        """The width of queries."""
+        return self.heads * self.head if self.head else self.hidden
+
+    @property
+    def narrow(self) -> int:
+        """The width of keys, and of values."""
+        return self.wide * self.kv_heads // self.heads
 
     @property
     def attention_weights(self) -> int:
         """Of an attention's four matrices."""
-        return 2 * self.hidden * self.hidden * (self.heads + self.kv_heads) // self.heads
+        return 2 * self.hidden * (self.wide + self.narrow)
 
     @property
     def encoder_weights(self) -> int:
@@ -99,7 +141,7 @@ class Shape:
     @property
     def attention_outputs(self) -> int:
         """Elements that an attention's four products give for a token."""
-        return 2 * self.hidden * (self.heads + self.kv_heads) // self.heads
+        return self.wide + 2 * self.narrow + self.hidden
 
     @property
     def encoder_outputs(self) -> int:
@@ -109,7 +151,7 @@ class Shape:
     @property
     def encoder_inputs(self) -> int:
         """Elements that a layer's products take for a token, those that several of them take counted for each."""
-        return (4 + (2 if self.gated else 1)) * self.hidden + self.intermediate
+        return (3 + (2 if self.gated else 1)) * self.hidden + self.wide + self.intermediate
 
     @property
     def encoder_linears(self) -> int:
@@ -129,3 +171,35 @@ class Shape:
     def parameters(self) -> int:
         """Elements of all matrices; biases, norms and positions are left out."""
         return self.layers * self.layer_weights + self.embedding_weights
+
+
+_INNER = ("n_inner", "intermediate_size", "encoder_ffn_dim", "d_ff")
+#: Parts of names of what is no layer's, an embedding's or the output's matrix.
+_BESIDE = ("position", "wpe", "token_type", "pooler", "relative_attention")
+
+
+def _matrices(config: Any, task: str) -> dict[str, tuple[int, int]]:
+    """The sizes of a configuration's model's matrices, by name; experts' count each."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError('config: expected transformers (pip install "llmkern[hf]")') from error
+    kinds: dict[str, Any] = {
+        "encoder": transformers.AutoModel, "decoder": transformers.AutoModelForCausalLM,
+        "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
+    }  # fmt: skip
+    try:
+        with torch.device("meta"):
+            model = kinds[task].from_config(config)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"config: expected that of an {task} in transformers, got {type(config).__name__}") from error
+    held = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    return {
+        name: (p.numel() // p.shape[-1], p.shape[-1]) for name, p in held.items() if not any(b in name for b in _BESIDE)
+    }
+
+
+def _ratio(parameters: int) -> float:
+    (few, low), (many, high) = _WIDTH_PER_LAYER
+    place = math.log(parameters / few) / math.log(many / few)
+    return low + (high - low) * min(1.0, max(0.0, place))
