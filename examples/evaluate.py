@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         machine = MachineCost(options.cost_per_hour)
     except ValueError as error:
         parser.error(f"--cost-per-hour: {error}")
+    if options.window < 2:
+        parser.error("--window: expected at least 2 tokens, of which the second is predicted, got 1")
 
     found = language_model(options)
     models: dict[str, Any] = {"fp32": found.model.eval(), "llmkern": copy.deepcopy(found.model)}
@@ -43,9 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, model in models.items():
         print(f"{name:<9}perplexity {ModelEvaluator(model).evaluate_perplexity(rows):.4f} on {len(tokens)} tokens")
 
-    efficiency = measure_efficiency(
-        models, prompt_tokens=options.prompt_tokens, rounds=options.rounds, phases=("prefill", "decode")
-    )
+    try:
+        efficiency = measure_efficiency(
+            models, prompt_tokens=options.prompt_tokens, rounds=options.rounds, phases=("prefill", "decode")
+        )
+    except ValueError as error:  # more tokens than the model has room for
+        parser.error(str(error))
     for phase in ("prefill", "decode"):
         for name, one in efficiency.items():
             if phase in one.failed:

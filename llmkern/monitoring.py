@@ -87,8 +87,13 @@ class Counts:
     def serve(self, port: int, address: str = "127.0.0.1") -> Callable[[], None]:
         """Answers Prometheus at http://address:port/metrics from a thread; what is returned stops it.
 
-        Raises OSError where the port is taken, ImportError without prometheus-client.
+        Raises TypeError and ValueError for what is no port, 0 to 65535 (0: one that is free), OSError where it is taken
+        or there is no such address, ImportError without prometheus-client.
         """
+        check.integer("port", port)
+        if not 0 <= port < 65536:
+            raise ValueError(f"port: expected 0 to 65535, got {port}")
+        check.text("address", address)
         from prometheus_client import start_http_server
 
         server, thread = start_http_server(port, address, self._registry())

@@ -147,6 +147,12 @@ def test_export_aotinductor(tmp_path, capsys):
 
 WRONG = {
     "a file that is not there": (train_encoder, ["--text", "nowhere"], "argument --text: expected a file of text, got"),
+    "a window that predicts nothing": (evaluate, ["--window", "1"], "--window: expected at least 2 tokens"),
+    "more tokens than there is room for": (
+        evaluate,
+        ["--steps", "1", "--windows", "1", "--rounds", "1", "--prompt-tokens", "100000"],
+        "prompt_tokens: expected at most",
+    ),
     "a free hour": (evaluate, ["--cost-per-hour", "0"], "--cost-per-hour: cost_per_hour: expected a number above 0"),
     "no steps": (int8_text, ["--steps", "0"], "argument --steps: expected a positive integer, got '0'"),
     "a model that is not there": (int8_text, ["--model", "/nowhere"], "--model: expected a folder or name of a"),

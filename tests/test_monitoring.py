@@ -168,3 +168,11 @@ def test_without_the_option_nothing_is_counted():
         serve._with_metrics(["MODEL", "--metrics-port", "0"])
     with pytest.raises(TypeError, match="ranges: expected True or False, got 1"):
         monitoring.start(ranges=1)
+
+
+@pytest.mark.parametrize(
+    ("port", "error"), [("x", TypeError), (None, TypeError), (70000, ValueError), (-1, ValueError)]
+)
+def test_what_is_no_port_is_named(port, error):
+    with monitoring.watch() as counts, pytest.raises(error, match="port: expected"):
+        counts.serve(port)
