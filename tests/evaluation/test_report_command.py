@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,23 @@ def test_texts_end_behind_the_last_word_that_fits(tmp_path):
     for count in range(2, 12):
         text = fitting(tokenizer, path.read_text(), count)
         assert len(tokenizer(text)["input_ids"]) <= count and path.read_text().startswith(text)
+
+
+UNSPACED = {
+    "Chinese": ("今天天气很好，我们去公园散步。" * 20, 100),
+    "Thai": ("สวัสดีครับที่นี่อากาศดีมาก" * 20, 100),
+    "behind one space": ("你好 " + "今天天气很好" * 40, 100),
+    "one long word": ("x" * 500, 100),
+}
+
+
+@pytest.mark.parametrize("name", UNSPACED)
+def test_texts_without_spaces_end_where_the_tokens_do(name):
+    text, tokens = UNSPACED[name]
+    for encode in (list, str.encode):  # a token a character, and a token a byte
+        found = fitting(lambda t, verbose, encode=encode: {"input_ids": list(encode(t))}, text, tokens)
+        assert text.startswith(found) and tokens - 12 <= len(encode(found)) <= tokens
+        assert not unicodedata.category(text[len(found)]).startswith("M")
 
 
 def test_kinds_of_models_and_their_names(decoder, tmp_path):

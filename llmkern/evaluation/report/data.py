@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ class Data:
     def used(self, tokenizer: Any, tokens: int, limit: int | None = None) -> Data:
         """The first records, of about `tokens` tokens by their first field, and at least one.
 
-        A text of a file of text ends, and so does one longer than `limit` tokens, behind the last word that fits.
+        A text of a file of text ends, and so does one longer than `limit` tokens, where `fitting` ends it.
         """
         field = "prompt" if self.format == "pairs" else "text"
         if self.format == "text":
@@ -64,21 +65,33 @@ def count(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text, verbose=False)["input_ids"])
 
 
+#: The longest word, in characters, that is left out whole; texts without spaces have none so short.
+WORD = 24
+
+
 def fitting(tokenizer: Any, text: str, tokens: int) -> str:
-    """The text up to the last word with which it is at most so many tokens; all of it where it is short enough."""
+    """The beginning of the text that is at most so many tokens, and all of it where it is short enough. It ends behind
+    a word where words are written apart, else behind a character with its marks."""
     # A word of a normal text has more than one character; whoever has others is cut where this ends.
     near = text[: 64 * tokens]
     if count(tokenizer, near) <= tokens:
         return near
-    ends = [i for i, c in enumerate(near) if c.isspace() and i and not near[i - 1].isspace()]
-    low, high = 0, len(ends)  # ends[:low] fit
+    low, high = 0, len(near) - 1  # near[:low] fits
     while low < high:
         middle = (low + high + 1) // 2
-        if count(tokenizer, near[: ends[middle - 1]]) <= tokens:
+        if count(tokenizer, near[:middle]) <= tokens:
             low = middle
         else:
             high = middle - 1
-    return near[: ends[low - 1]] if low else near[:1]
+    while low and unicodedata.category(near[low]).startswith("M"):
+        low -= 1
+    if not near[low].isspace():
+        spaces = [i for i in range(max(0, low - WORD), low) if near[i].isspace()]
+        low = spaces[-1] if spaces else low
+    kept = near[:low].rstrip()
+    while kept and count(tokenizer, kept) > tokens:  # a shorter text can have more tokens
+        kept = kept[:-1]
+    return kept or near[:1]
 
 
 def read_data(path: str | Path) -> Data:
