@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-#: The heads of transformers by which classes' names end: how each is loaded.
-HEADS = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForPreTraining": "AutoModelForMaskedLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-}
+#: By what the names of transformers' classes end that a report has a measure for, beside those without a head.
+SERVED = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForSequenceClassification", "ForConditionalGeneration",
+          "MTModel")  # fmt: skip
+#: What no name of weights that are computed anyway, or not looked at, needs to have: of models without a head.
+POOLER = re.compile(r"(^|\.)pooler\.")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ def load(source: str, *, dtype: str = "auto") -> Loaded:
 
     dtype: "auto" leaves the weights as they were saved (those of a GGUF file become float32), or a name of torch's.
 
-    Raises ValueError where there is no such model, ImportError without transformers.
+    Raises ValueError where there is no such model, or one with another head than those that a report has a measure for,
+    or without some of its weights; ImportError without transformers, and for a GGUF file without gguf and accelerate.
     """
     try:
         import transformers
@@ -51,21 +50,28 @@ def load(source: str, *, dtype: str = "auto") -> Loaded:
             raise ValueError(f"model: expected a GGUF file, got {source!r}, which is none")
         place, given["gguf_file"] = str(path.parent), path.name
         dtype = "float32" if dtype == "auto" else dtype
+        needs("gguf", "accelerate", extra="gguf accelerate")
     try:
         config = transformers.AutoConfig.from_pretrained(place, **given)
-        kind = "AutoModelForCausalLM" if "gguf_file" in given else _class_for(config)
+        kind, of = ("AutoModelForCausalLM", "") if "gguf_file" in given else _class_for(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **given)
-        model = getattr(transformers, kind).from_pretrained(place, dtype=dtype, **given).eval()
-    except (OSError, ValueError, KeyError) as error:
+        model, found = getattr(transformers, kind).from_pretrained(place, dtype=dtype, output_loading_info=True, **given)
+    except _Refused:
+        raise
+    except Exception as error:  # of a damaged file, whatever its reader raises
         expected = "a folder that transformers can load, a GGUF file, or a model's name that is in its local cache"
-        raise ValueError(f"model: expected {expected}, got {source!r}: {str(error).splitlines()[0]}") from error
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        why = "weights are not of the shapes of its configuration" if "mismatched_sizes" in lines[0] else lines[0]
+        raise ValueError(f"model: expected {expected}, got {source!r}: {why}") from error
+    _complete(model.eval(), found["missing_keys"])
     arguments = ", ".join([repr(place), *(f"{k}={v!r}" for k, v in given.items())])
     code = (
         f"tokenizer = transformers.AutoTokenizer.from_pretrained({arguments})\n"
         f"published = transformers.{kind}.from_pretrained({arguments}, dtype={dtype!r}).eval()"
     )
     if "gguf_file" not in given:
-        return Loaded(_name(place), model, tokenizer, code)
+        note = f"The configuration names {of}; measured is {kind}, which has all its weights there." if of else ""
+        return Loaded(_name(place), model, tokenizer, code, note)
     note = (
         f"The file's weights, {path.stat().st_size / 1e6:.1f} MB, were widened to {dtype} as they were loaded: that is "
         "the published model here, to whose size and speed all figures refer."
@@ -73,16 +79,51 @@ def load(source: str, *, dtype: str = "auto") -> Loaded:
     return Loaded(path.stem, model, tokenizer, code, note)
 
 
-def _class_for(config: Any) -> str:
-    """transformers' class for what the configuration says that the model is; without a head where it says none."""
-    for named in getattr(config, "architectures", None) or []:
-        for ending, kind in HEADS.items():
-            if named.endswith(ending):
-                pairs = (
-                    getattr(config, "is_encoder_decoder", False) is True
-                )  # some of that name have no encoder of text
-                return "AutoModelForCausalLM" if kind == "AutoModelForSeq2SeqLM" and not pairs else kind
-    return "AutoModel"
+class _Refused(ValueError):
+    """It could be loaded, but nothing could be said of it."""
+
+
+def needs(*packages: str, extra: str) -> None:
+    """Raises ImportError where one of them cannot be imported. extra: what pip installs it by."""
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f'expected {name}, which pip install "{extra}" brings: {error}') from error
+
+
+def _class_for(config: Any) -> tuple[str, str]:
+    """transformers' class for what the configuration says that the model is, without a head where it says nothing; and
+    the class it names where that is another."""
+    import transformers
+
+    named = next(iter(getattr(config, "architectures", None) or []), "AutoModel")
+    masked = named.removesuffix("ForPreTraining") + "ForMaskedLM"
+    if named.endswith("ForPreTraining") and hasattr(transformers, masked):
+        return masked, named  # of its heads, the one that there is a measure for
+    if not hasattr(transformers, named):
+        raise _Refused(f"model: expected one of transformers' own classes, got {named}")
+    _served(named)
+    return named, ""
+
+
+def _served(named: str) -> None:
+    """Raises ValueError for a class with a head that a report has no measure for."""
+    if re.search(r"For[A-Z]\w*$", named) and not named.endswith(SERVED):
+        heads = "a causal or masked language model's, conditional generation, sequence classification, or none"
+        raise _Refused(f"model: expected a head that a report has a measure for ({heads}), got {named}")
+
+
+def _complete(model: Any, missing: Any) -> None:
+    """Raises ValueError where weights were not in the files, and so are random."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    headless = kind_of(model) == "encoder"
+    lost = sorted(key for key in missing if key not in tied and not (headless and POOLER.search(key)))
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise ValueError(
+            f"model: expected all weights of {type(model).__name__}, got files without {', '.join(lost[:3])}{more}"
+        )
 
 
 def _name(place: str) -> str:
@@ -95,14 +136,31 @@ def _name(place: str) -> str:
 
 def kind_of(model: Any) -> str:
     """ "decoder", "encoder_decoder", "masked" (an encoder with the head of a masked language model), "classifier" (of
-    whole texts), or "encoder" (whatever else)."""
+    whole texts, by one class each), or "encoder" (whatever has no head).
+
+    Raises ValueError for what a report has no measure for.
+    """
     config, named = getattr(model, "config", None), type(model).__name__
-    if getattr(config, "is_encoder_decoder", False) is True:
-        return "encoder_decoder"
+    _served(named)
+    reads = getattr(model, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise _Refused(f"model: expected one that reads input_ids, got {named}, which reads {reads}")
+    pairs = getattr(config, "is_encoder_decoder", False) is True and not named.endswith("EncoderModel")
+    head = callable(getattr(model, "get_output_embeddings", None)) and model.get_output_embeddings() is not None
     if named.endswith("ForSequenceClassification"):
+        task = getattr(config, "problem_type", None)
+        if pairs:
+            raise _Refused(f"model: expected a classifier that is an encoder or a decoder, got {named}")
+        if config.num_labels < 2 or task not in (None, "single_label_classification"):
+            what = f"num_labels = {config.num_labels}, problem_type = {task!r}"
+            raise _Refused(f"model: expected a classifier of one class for each text, got {named} with {what}")
         return "classifier"
-    if callable(getattr(model, "get_output_embeddings", None)) and model.get_output_embeddings() is not None:
-        return "masked" if named.endswith(("ForMaskedLM", "ForPreTraining")) else "decoder"
+    if pairs and not head and hasattr(config, "architectures"):
+        raise _Refused(f"model: expected an encoder-decoder with a language model's head, got {named}, without one")
+    if pairs:
+        return "encoder_decoder"
+    if head:
+        return "masked" if named.endswith("ForMaskedLM") else "decoder"
     return "encoder"
 
 
