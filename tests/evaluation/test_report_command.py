@@ -72,8 +72,15 @@ WRONG = {
     "a negative price": (["--cost-per-hour", "-1"], "--cost-per-hour: expected a number above 0, got -1"),
     "service without a price": (["--tokens-per-day", "9"], "--tokens-per-day: expected a machine's cost"),
     "investment without service": (
-        ["--cost-per-hour", "1", "--investment", "9"], "--investment: expected tokens_per_day beside it",
+        ["--cost-per-hour", "1", "--investment", "9"], "--investment: expected --tokens-per-day beside it",
     ),
+    "an investment of nothing": (
+        ["--cost-per-hour", "1", "--tokens-per-day", "9", "--investment", "0"],
+        "--investment: expected an amount above 0, of which there is a return, got 0",
+    ),
+    "a stride over the window": (["--window", "8", "--stride", "9"], "--stride: expected at most window = 8, got 9"),
+    "over the model's": (["--stride", "70"], "--stride: expected at most window = 64, got 70"),
+    "no schemes": (["--schemes", ""], "--schemes: expected names with commas between them, or none"),
     "utilisation": (["--utilisation", "1.5"], "--utilisation: expected a share above 0 and up to 1, got 1.5"),
 }  # fmt: skip
 
@@ -101,6 +108,8 @@ FILES = {
     "a number": (b'{"text": 3}', "line 1: expected a text for 'text', got '3'"),
     "no text": (b'{"text": " "}', "line 1: expected a text for 'text'"),
     "a wrong reference": (b'{"prompt": "a", "reference": []}', "expected a text or a list of texts for 'reference'"),
+    "deep": (b"[" * 200000, "line 1: expected an object of JSON"),
+    "half a character": (b'{"text": "a"}\n{"text": "\\ud800 b"}', "line 2: expected characters for 'text', got"),
     "a wrong label": (b'{"text": "a", "label": true}', "expected a number or a name for 'label', got 'true'"),
 }  # fmt: skip
 
@@ -112,6 +121,31 @@ def test_files_that_are_no_data(name, decoder, tmp_path, capsys):
     path.write_bytes(content)
     code, said = run([decoder, "--data", path], capsys)
     assert code == 2 and re.search(words, said) and str(path) in said, said
+
+
+def test_a_list_of_records(decoder, tmp_path, capsys):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"text": "the cat"}, {"text": "a dog"}], indent=1))
+    data = read_data(path)
+    assert data.format == "texts" and data.column("text") == ["the cat", "a dog"]
+    path.write_text('{"text": "the cat"}\n{"text": "a dog"}\n')
+    assert read_data(path).records == data.records
+    for content, words in (
+        ('[{"text": "a"}, {"txt": "b"}]', "record 2: expected the fields .* got 'txt'"),
+        ('{"text": "a"\n{"text": "b"}', "line 1: expected an object of JSON"),
+        ("the cat", "line 1: expected an object of JSON"),
+        ("[]", "line 1: expected an object of JSON"),
+    ):
+        path.write_text(content)
+        code, said = run([decoder, "--data", path], capsys)
+        assert code == 2 and re.search(words, said), said
+
+
+@pytest.mark.parametrize("package", ["tqdm", "jinja2", "transformers", "sacrebleu", "rouge_score"])
+def test_a_package_that_is_not_there_is_named_at_the_start(package, decoder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    code, said = run([decoder, "--data", write(tmp_path, "pairs")], capsys)
+    assert code == 2 and f'expected {package}, which pip install "llmkern[' in said and "loading" not in said
 
 
 def test_no_file(decoder, tmp_path, capsys):
@@ -149,6 +183,27 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(decoder, tmp
     code, said = run([decoder, "--data", write(tmp_path, "text"), "--output", taken], capsys)
     assert code == 2 and re.search("--output: expected a folder, got '.*taken', which is a file", said)
     assert "report:" in said and "kernels" not in said
+
+
+@pytest.mark.parametrize("place", ["taken/x", "a\0b", "n" * 300, "/proc/nope/x"])
+def test_so_is_a_place_where_nothing_can_be(place, decoder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "taken").write_text("")
+    data = write(tmp_path, "text")
+    before = sorted(tmp_path.iterdir())
+    code, said = run([decoder, "--data", data, "--output", tmp_path / place], capsys)
+    assert code == 2 and "--output: expected a folder that can be written to, got" in said and "kernels" not in said
+    monkeypatch.chdir(tmp_path)
+    long = decoder.parent / ("m" * 250)
+    if not long.exists():
+        long.symlink_to(decoder)
+    code, said = run([long, "--data", data], capsys)  # whose name is known when it is loaded
+    assert code == 2 and "--output: expected a folder that can be written to" in said and "kernels" not in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_probe_leaves_nothing(tmp_path):
+    cli._writable(str(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_make_report_refuses(tmp_path):

@@ -6,9 +6,9 @@ Writes report.html, report.md, report.json and roofline.svg into a folder.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +17,15 @@ from typing import Any
 from llmkern.evaluation import efficiency, running
 from llmkern.evaluation.cost import MachineCost
 from llmkern.evaluation.report.data import read_data
-from llmkern.evaluation.report.loading import load
+from llmkern.evaluation.report.loading import load, needs
 from llmkern.evaluation.report.making import make_report
 from llmkern.evaluation.report.settings import ReportSettings
 
 #: Told one by one; those of the quality are as many as there are models.
 STAGES = ("loading", "kernels", "equivalence", "quality", "speed", "cost and roofline")
 BOUGHT = ("price", "lifetime_years", "power_watts", "price_per_kwh")
+#: What the measures of data of a format import.
+MEASURED_BY = {"pairs": ("sacrebleu", "rouge_score"), "labels": ("sklearn",)}
 QUICK = {"tokens": 256, "rounds": 5, "prompt_tokens": 32, "max_new_tokens": 8}
 
 
@@ -31,26 +33,32 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command with these arguments; 0, or 2 behind a message where an argument is wrong."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    progress = Stages()
+    progress: Stages | None = None
     try:
         settings = _settings(options)
         # Before a model is loaded and measured, which takes its time.
         data = read_data(options.data)
-        if options.output and Path(options.output).exists() and not Path(options.output).is_dir():
-            raise ValueError(f"output: expected a folder, got {options.output!r}, which is a file")
-        _needs("jinja2", "tqdm")
+        needs("jinja2", "tqdm", "transformers", extra="llmkern[report]")
+        needs(*MEASURED_BY.get(data.format, ()), extra="llmkern[eval]")
+        named = options.output or (_folder(options.name) if options.name else None)
+        if named:
+            _writable(named)
+        progress = Stages()
         progress("loading")
         _quiet()
         loaded = load(options.model, dtype=options.dtype)
+        folder = named or _folder(loaded.name)
+        if not named:
+            _writable(folder)
         report = make_report(
             loaded.model, loaded.tokenizer, data, settings, name=options.name or loaded.name, loading=loaded.code,
             note=loaded.note, command=arguments, stage=progress,
         )  # fmt: skip
-        folder = Path(options.output or "report-" + re.sub(r"[^\w.-]+", "-", options.name or loaded.name))
         progress.close()
         written = report.save(folder)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        progress.close()
+        if progress is not None:
+            progress.close()
         parser.exit(2, f"{parser.prog}: {_by_option(str(error))}\n")
     print(f"report: {', '.join(map(str, written))}")
     return 0
@@ -109,6 +117,8 @@ def _settings(options: argparse.Namespace) -> ReportSettings:
             value = QUICK.get(name)
         if value is not None:
             given[name] = value
+    if not options.schemes:
+        raise ValueError("schemes: expected names with commas between them, or none, got ''")
     schemes = () if options.schemes == "none" else tuple(options.schemes.split(","))
     phases = None if options.phases is None else tuple(options.phases.split(","))
     for name in ("gradients", "batch_size", "precision", "currency", "utilisation", "tokens_per_day", "investment",
@@ -133,16 +143,37 @@ def _machine(options: argparse.Namespace) -> MachineCost | None:
 
 
 def _by_option(message: str) -> str:
-    """A message with its argument as the command line has it."""
+    """A message with its arguments as the command line has them."""
     name, colon, rest = message.partition(":")
     known = name.replace("_", "-")
+    rest = re.sub(r"\btokens_per_day\b", "--tokens-per-day", rest)
     return f"--{known}:{rest}" if colon and re.fullmatch(r"[a-z-]+", known) and known != "model" else message
 
 
-def _needs(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f'expected {", ".join(missing)}, which pip install "llmkern[report]" brings')
+def _folder(name: str) -> str:
+    return "report-" + re.sub(r"[^\w.-]+", "-", name)
+
+
+def _writable(folder: str) -> None:
+    """Raises ValueError where a report could not be written there. Leaves nothing behind."""
+    place, made = Path(folder), []
+    try:
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"output: expected a folder, got {folder!r}, which is a file")
+        for one in (*reversed(place.parents), place):
+            if not one.exists():
+                one.mkdir()
+                made.append(one)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except (OSError, ValueError) as error:
+        if str(error).startswith("output:"):
+            raise
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"output: expected a folder that can be written to, got {folder!r}: {why}") from error
+    finally:
+        for one in reversed(made):
+            one.rmdir()
 
 
 def _quiet() -> None:

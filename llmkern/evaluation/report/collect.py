@@ -50,6 +50,7 @@ def collect(
         data = data.lines()
     wanted = settings.tokens or TOKENS[kind]
     used = data.used(tokenizer, wanted, limit)
+    options = quality.options_of(measure, model, tokenizer, settings.window, settings.stride, settings.max_new_tokens)
     if measure == "classification":
         quality.labels_of(model, used)  # before anything is measured
 
@@ -71,7 +72,6 @@ def collect(
     batch = equivalence.batch_of(tokenizer, used.column(column), pairs=kind == "encoder_decoder")
     result["equivalence"] = equivalence.measure(model, models[variants.KERNELIZED], batch, settings.gradients)
     stage("quality")
-    options = quality.options_of(measure, model, tokenizer, settings.window, settings.stride, settings.max_new_tokens)
     result["quality"] = quality.measure(
         models, tokenizer, used, measure, options, settings.precision, lambda one: stage(f"quality, {one}")
     )

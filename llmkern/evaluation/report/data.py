@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def fitting(tokenizer: Any, text: str, tokens: int) -> str:
 def read_data(path: str | Path) -> Data:
     """The data of a file: .jsonl or .ndjson (and whatever else begins with an object of JSON), lines of JSON, all with
     the fields {"text"}, {"prompt", "reference"} (a text or a list of texts) or {"text", "label"} (a class's number or
-    name); else a file of text.
+    name); .json, the same or one list of such objects; else a file of text.
 
     Raises ValueError that names the file, and the line, where it is none of these, or empty.
     """
@@ -115,32 +116,51 @@ def read_data(path: str | Path) -> Data:
     if "\0" in content:
         raise ValueError(f"{EXPECTED}, got {str(path)!r}, which holds bytes of 0")
     digest = hashlib.sha256(raw).hexdigest()
-    if path.suffix.lower() not in (".jsonl", ".ndjson") and not _is_object(content):
+    suffix = path.suffix.lower()
+    listed = _list(content) if suffix == ".json" else None
+    if suffix not in (".json", ".jsonl", ".ndjson") and not _is_object(content):
         return Data(str(path), digest, "text", ({"text": content},))
-    records, format = _lines(str(path), content.split("\n"))
+    if listed is not None:
+        records, format = _records(str(path), [(f"record {i}", one) for i, one in enumerate(listed, 1)])
+    else:
+        records, format = _records(str(path), _lines(str(path), content.split("\n")))
     return Data(str(path), digest, format, tuple(records))
 
 
 def _is_object(content: str) -> bool:
     try:
         return isinstance(json.loads(content.lstrip().split("\n", 1)[0]), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
-def _lines(path: str, lines: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
-    records: list[dict[str, Any]] = []
-    format = ""
+def _list(content: str) -> list[Any] | None:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) and found else None
+
+
+def _lines(path: str, lines: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"data: {path}, line {number}: expected"
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            yield f"line {number}", json.loads(line)
+        except (ValueError, RecursionError) as error:
+            where = f"data: {path}, line {number}: expected"
             raise ValueError(f"{where} an object of JSON, got {_short(line)}: {error}") from error
+
+
+def _records(path: str, found: Iterable[tuple[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """found: each with the place where it stands."""
+    records: list[dict[str, Any]] = []
+    format = ""
+    for place, record in found:
+        where = f"data: {path}, {place}: expected"
         if not isinstance(record, dict):
-            raise ValueError(f"{where} an object of JSON, got {_short(line)}")
+            raise ValueError(f"{where} an object of JSON, got {_short(json.dumps(record))}")
         kind = next((kind for kind, fields in FIELDS.items() if fields == set(record)), None)
         if kind is None:
             raise ValueError(f"{where} the fields {FIELDS_EXPECTED}, got {', '.join(map(repr, record)) or 'none'}")
@@ -150,6 +170,8 @@ def _lines(path: str, lines: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
         for field, value in record.items():
             if not _fits(field, value):
                 raise ValueError(f"{where} {_WANTED[field]} for {field!r}, got {_short(json.dumps(value))}")
+            if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+                raise ValueError(f"{where} characters for {field!r}, got {_short(json.dumps(value))}, half of one")
         records.append(record)
     return records, format
 

@@ -223,11 +223,13 @@ def code(measure: str, options: dict[str, Any], precision: str) -> str:
 def options_of(
     measure: str, model: Any, tokenizer: Any, window: int | None, stride: int | None, new: int
 ) -> dict[str, Any]:
-    """The options of the evaluator's call, which the report tells."""
+    """The options of the evaluator's call, which the report tells. Raises ValueError for a stride over the window."""
     if measure == "generation":
         return {"max_new_tokens": new}
     if measure != "perplexity":
         return {}
     limit = scoring.limit_of(model, tokenizer)
     window = window or min(512, limit or 512)
+    if stride is not None and stride > window:
+        raise ValueError(f"stride: expected at most window = {window}, got {stride}")
     return {"window": window, "stride": stride or max(1, window // 2)}

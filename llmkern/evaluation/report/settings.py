@@ -71,6 +71,8 @@ class ReportSettings:
             check.positive(field, getattr(self, field))
         if self.window is not None and self.window < 2:
             raise ValueError(f"window: expected at least 2, got {self.window}")
+        if self.window is not None and self.stride is not None and self.stride > self.window:
+            raise ValueError(f"stride: expected at most window = {self.window}, got {self.stride}")
         for phase in self.phases or ():
             check.one_of("phases", phase, efficiency.PHASES)
         check.one_of("precision", self.precision, running.PRECISIONS)
@@ -82,6 +84,8 @@ class ReportSettings:
             if value is None:
                 continue
             check.finite(field, value)
+            if field == "investment" and value == 0:
+                raise ValueError("investment: expected an amount above 0, of which there is a return, got 0")
             if value <= 0:
                 raise ValueError(f"{field}: expected a number above 0, got {value}")
         if self.utilisation > 1:
