@@ -48,6 +48,21 @@ def batch_of(tokenizer: Any, texts: list[str], pairs: bool = False) -> dict[str,
     return batch
 
 
+@torch.no_grad()
+def finite(model: nn.Module, batch: dict[str, Tensor]) -> bool:
+    """Whether outputs at tokens have no NaN, and something that is finite: an infinite logit can be meant."""
+
+    def every(value: Any) -> list[Tensor]:
+        if isinstance(value, Tensor):
+            return [value] if value.is_floating_point() else []
+        if isinstance(value, Mapping):
+            value = value.values()
+        return [t for one in value for t in every(one)] if hasattr(value, "__iter__") else []
+
+    found = every(AtTokens(model)(**batch))
+    return not any(t.isnan().any() or (t.numel() and not t.isfinite().any()) for t in found)
+
+
 def measure(published: nn.Module, kernelized: nn.Module, batch: dict[str, Tensor], gradients: bool) -> dict[str, Any]:
     """The contract's table; or, where it cannot be made, why."""
     device = next((p.device for p in published.parameters()), torch.device("cpu"))
@@ -57,6 +72,7 @@ def measure(published: nn.Module, kernelized: nn.Module, batch: dict[str, Tensor
         "inputs": {"shape": list(batch["input_ids"].shape), "tokens": int(batch["attention_mask"].sum())},
     }
     try:
+        result["finite"] = finite(published, given)
         found = verify(AtTokens(kernelized), AtTokens(published), (), given, gradients=gradients)
     except Exception as error:  # whatever a model cannot do is its result
         return {**result, "failed": f"{type(error).__name__}: {error}".split("\n", 1)[0]}

@@ -50,7 +50,7 @@ def shown(value: Any, unit: str) -> str:
     digits), or "money" and a currency, "money EUR".
     """
     if value is None:
-        return "not told"
+        return "not a number" if unit in ("score", "change", "points", "cosine") else "not told"
     if isinstance(value, Mapping):
         middle, *ends = (value["median"], value["low"], value["high"])
         if not all(isinstance(v, (int, float)) for v in (middle, *ends)):
@@ -82,7 +82,9 @@ def _number(value: float, unit: str) -> str:
     if kind == "times":
         return f"{value:.2f}"
     if kind == "share":
-        return f"{100 * value:.0f}" if value >= 0.1 or value == 0 else f"{100 * value:.2g}"
+        return _percent(value)
+    if kind == "money" and abs(value) >= 1000:
+        return f"{value:,.0f}"
     if kind in ("change", "points"):
         text = f"{100 * value:+.2f}" if kind == "change" else f"{value:+.4f}"
         return text if float(text) else text[1:]  # nothing has no sign
@@ -91,6 +93,14 @@ def _number(value: float, unit: str) -> str:
     if kind == "error":
         return f"{value:.2e}"
     return digits(value, 4 if kind == "score" else 3)
+
+
+def _percent(value: float) -> str:
+    """Without a decimal unless it is small, or so near to all of it that it would be written as all."""
+    if 0 < value < 0.1:
+        return f"{100 * value:.2g}"
+    texts = [f"{100 * value:.{places}f}" for places in range(5)]
+    return texts[0] if value == 1 else next((t for t in texts if float(t) != 100), texts[0])
 
 
 def digits(value: float, count: int) -> str:

@@ -55,6 +55,9 @@ def equivalence(report: dict[str, Any]) -> Section:
         blocks.append(Paragraph(f"Not measured: {told['failed']}"))
     else:
         verdict = "The kernelized model keeps the contract" if told["passed"] else "The contract is NOT kept"
+        if not told.get("finite", True):
+            blocks.append(Paragraph("The published model's outputs are not finite: errors count where they are alone."))
+            verdict = "Of what is finite"
         blocks.append(Paragraph([
             f"{verdict}: ", figure(report, "equivalence", "kept", unit="count"), " of ",
             figure(report, "equivalence", "count", unit="count"), f" {what} are as near to the truth as they must be.",

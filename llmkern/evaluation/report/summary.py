@@ -34,14 +34,28 @@ def sentence(report: dict[str, Any], name: str, first: str) -> list[Piece]:
     if size[name]["weight_bytes"] < 0.99 * size[first]["weight_bytes"]:
         found += [", its weights take ", figure(report, "size", name, "weight_bytes", unit="bytes"), " instead of ",
                   figure(report, "size", first, "weight_bytes", unit="bytes")]  # fmt: skip
+        if name in report["replaced"]["int8"]:
+            found.append(" (beside copies that kernels pack of int8 weights, which are not counted)")
     found += _quality(report, name, first)
-    verdict = report["equivalence"].get("passed")
-    if name == KERNELIZED and verdict is not None:
-        found.append(
-            "; it is the published model by the numerical contract" if verdict
-            else "; it does NOT keep the numerical contract"
-        )  # fmt: skip
-    return [*found, "."]
+    if name == KERNELIZED:
+        found.append(f"; {_contract(report['equivalence'])}")
+    found.append(".")
+    int8 = report["replaced"]["int8"].get(name)
+    if int8 is not None and not int8["replaced"]:
+        path = ("replaced", "int8", name)
+        found += [" It is NOT in int8: ", figure(report, *path, "replaced", unit="count"), " of ",
+                  figure(report, *path, "count", unit="count"), " linear layers were replaced."]  # fmt: skip
+    return found
+
+
+def _contract(told: dict[str, Any]) -> str:
+    if not told.get("finite", True):
+        return "outputs of the published model are not finite, so that the numerical contract says nothing"
+    if "failed" in told:
+        return "whether it keeps the numerical contract could not be measured"
+    if told["passed"]:
+        return "it is the published model by the numerical contract"
+    return "it does NOT keep the numerical contract"
 
 
 def phases_of(report: dict[str, Any], name: str) -> list[str]:
@@ -54,8 +68,11 @@ def phases_of(report: dict[str, Any], name: str) -> list[str]:
 def _quality(report: dict[str, Any], name: str, first: str) -> list[Piece]:
     quality = report["quality"]
     told = quality["figures"][0]
-    if name not in quality["models"] or first not in quality["models"]:
-        return []
+    lost = [one for one in (name, first) if one not in quality["models"]]
+    if lost:
+        return [f"; the {told['title']} of the {lost[0]} model could not be measured"]
+    if quality["models"][name][told["field"]] is None:
+        return [f"; its {told['title']} is not a number: its outputs are not finite"]
     own = figure(report, "quality", "models", name, told["field"], unit=told["unit"])
     if told["change"] is None:
         return ["; ", told["title"], " ", own]
