@@ -191,7 +191,8 @@ class ModelEvaluator:
         """BLEU and ROUGE of what the model generates for prompts.
 
         references: for each prompt a text, or several of which the nearest counts. max_new_tokens: of each. options:
-        further ones of the model's `generate`; do_sample is False unless given. A decoder's prompt is no part of what
+        further ones of the model's `generate`; do_sample is False and num_beams is 1 unless given; whatever else its
+        generation_config asks for, as penalties of repetition, stays. A decoder's prompt is no part of what
         is scored. Prompts are generated `batch_size` at a time, padded left (right for an encoder-decoder).
 
         Raises TypeError without a tokenizer or for a model without `generate`, ValueError for no prompts, one of no
@@ -215,7 +216,7 @@ class ModelEvaluator:
         listed = _texts("prompts", prompts)
         pairs = getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
         rows, pad = generation.encoded(self.tokenizer, listed, "prompts"), generation.pad_token(self.tokenizer)
-        options = {"do_sample": False, "pad_token_id": pad, **options}
+        options = {"do_sample": False, "num_beams": 1, "pad_token_id": pad, **options}
         device, found = running.device_of(model), []
         with running.evaluating(model, self.precision):
             for part in running.share(list(generation.batches(rows, batch_size)), "generation", self.progress):

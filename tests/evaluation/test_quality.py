@@ -133,3 +133,12 @@ WRONG = {
 def test_what_is_wrong_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_beams_of_a_model_are_not_taken_unless_they_are_given():
+    model = tiny.gpt2()
+    greedy = ModelEvaluator(model, tiny.tokenizer(), progress=False).generate(tiny.TEXTS, max_new_tokens=12)
+    model.generation_config.num_beams = 4
+    evaluator = ModelEvaluator(model, tiny.tokenizer(), progress=False)
+    assert evaluator.generate(tiny.TEXTS, max_new_tokens=12) == greedy
+    assert evaluator.generate(tiny.TEXTS, max_new_tokens=12, num_beams=4) != greedy

@@ -228,17 +228,30 @@ def test_the_lines_of_quality_make_its_figures_again(made, kind):
 def test_the_lines_of_the_other_sections_run(made):
     one = made("decoder")
     content = one.report.content
-    speed = again(one, "speed")["found"]
+    names = again(one, "speed")
+    speed = names["found"]
+    assert names["share"] == {name: size["share"] for name, size in content["size"].items()}
     for phase, models in content["speed"]["phases"].items():
         for name, figures in models.items():
             assert speed[name].phases[phase].flops == figures["flops"]
             assert content["size"][name]["weight_bytes"] == speed[name].weight_bytes
-    assert set(again(one, "cost")["service"]) == set(content["models"])
+    told = again(one, "cost")["told"]
+    assert _paths(told) == _paths(content["cost"]) and told["service"]["models"].keys() == set(content["models"])
     if "failed" not in content["roofline"]:
-        least = again(one, "roofline")["found"]
-        for point in content["roofline"]["points"]:
-            assert least[point["phase"]][point["model"]] == point["least_bytes"]
-    assert again(made("translator"), "cost")["found"]
+        told = again(one, "roofline")["told"]
+        assert _paths(told) == _paths(content["roofline"])
+        for point, other in zip(told["points"], content["roofline"]["points"], strict=True):
+            assert all(point[f] == other[f] for f in ("model", "phase", "least_bytes", "intensity", "flops"))
+    told = again(made("translator"), "cost")["told"]
+    assert _paths(told) == _paths(made("translator").report.content["cost"])
+
+
+def _paths(value, path=""):
+    """Where figures stand."""
+    if not isinstance(value, (dict, list)):
+        return {path}
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    return {found for key, one in entries for found in _paths(one, f"{path}/{key}")}
 
 
 def test_the_users_model_is_as_it_was(made):

@@ -252,7 +252,7 @@ def test_texts_end_behind_the_last_word_that_fits(tmp_path):
 
 
 UNSPACED = {
-    "Chinese": ("今天天气很好，我们去公园散步。" * 20, 100),
+    "Chinese": ("今天天气很好我们去公园散步。" * 20, 100),
     "Thai": ("สวัสดีครับที่นี่อากาศดีมาก" * 20, 100),
     "behind one space": ("你好 " + "今天天气很好" * 40, 100),
     "one long word": ("x" * 500, 100),

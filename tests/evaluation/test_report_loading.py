@@ -96,7 +96,9 @@ def test_weights_that_are_not_there_are_named(tmp_path):
     path = saved(tiny.llama(), tmp_path) / "model.safetensors"
     weights = {name: t for name, t in load_file(path).items() if "layers.1." not in name}
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"all weights of LlamaForCausalLM, got files without model\.layers\.1\..* more"):
+    with pytest.raises(
+        ValueError, match=r"all weights of LlamaForCausalLM, got files without model\.layers\.1\..* more"
+    ):
         load(str(tmp_path))
 
 

@@ -125,16 +125,19 @@ def _speed(
         found = efficiency.measure_efficiency(models, phases=phases, progress=progress, **asked)
     except ValueError as error:  # a kind of model that is not served
         return size, {**asked, "failed": str(error)}
-    by_phase: dict[str, dict[str, Any]] = {}
     failed: dict[str, dict[str, str]] = {}
     for phase in phases:
-        measured = {name: _figures(one.phases[phase]) for name, one in found.items() if phase in one.phases}
-        if measured:
-            by_phase[phase] = measured
         reasons = {name: one.failed[phase] for name, one in found.items() if phase in one.failed}
         if reasons:
             failed[phase] = reasons
+    by_phase = figures_by_phase(found, phases)
     return size, {**asked, "phases": by_phase, "not_measured": failed}
+
+
+def figures_by_phase(found: dict[str, Any], phases: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Of each phase that was measured, each model's figures. found: what measure_efficiency gave."""
+    by_phase = {p: {n: _figures(one.phases[p]) for n, one in found.items() if p in one.phases} for p in phases}
+    return {phase: models for phase, models in by_phase.items() if models}
 
 
 def _figures(phase: efficiency.Phase) -> dict[str, Any]:
@@ -172,10 +175,13 @@ def _code(
     first = [IMPORTS.rstrip(), loading, variants.code(model, settings.schemes),
              f"{read}{lines}.used(tokenizer, tokens={wanted}, limit={limit})"]  # fmt: skip
     asked = ", ".join(f"{k}={speed[k]!r}" for k in ("batch_size", "prompt_tokens", "rounds", "precision"))
-    service = result["cost"].get("service")
     names = [n for n in result["models"] if n not in (variants.PUBLISHED, variants.KERNELIZED)]
     reports = "".join(f"\nprint(models[{name!r}].quantization_report)" for name in names)
     measured = f"phases = {phases!r}\nfound = measure_efficiency(models, phases=phases, {asked})"
+    by_phase = (
+        f"from llmkern.evaluation.report.collect import figures_by_phase\n{measured}\n"
+        "speed = figures_by_phase(found, phases)"
+    )
     return {
         "first": "\n".join(first),
         "replaced": f"print(llmkern.report(kernelized)){reports}",
@@ -183,17 +189,19 @@ def _code(
             f"data.column({column!r})", result["model"]["kind"] == "encoder_decoder", settings.gradients
         ),
         "quality": quality.code(found["measure"], found["options"], settings.precision),
-        "speed": f"{measured}\nprint(found)",
-        "cost": f"{measured}\n" + money.code(settings, service["phase"] if service else None),
+        "speed": (
+            f"{measured}\nprint(found)\n"
+            "share = {name: one.weight_bytes / found['published'].weight_bytes for name, one in found.items()}\n"
+            "print(share)"
+        ),
+        "cost": f"{by_phase}\n{money.code(settings, list(result['replaced']['int8']))}",
         "roofline": (
-            "from llmkern.evaluation import roofline\n"
+            f"{by_phase}\n"
             "from llmkern.evaluation.report.collect import tokens_of\n"
-            "from llmkern.evaluation.report.intensity import least_bytes\n"
-            f"phases, precision = {phases!r}, {settings.precision!r}\n"
+            "from llmkern.evaluation.report.intensity import points\n"
             f"ids = tokens_of(published, {speed['batch_size']}, {speed['prompt_tokens']})\n"
-            "print(roofline.peaks())\n"
-            "found = {p: {n: least_bytes(m, p, ids, precision) for n, m in models.items()} for p in phases}\n"
-            "print(found)"
+            f"told = points(models, speed, ids, {settings.precision!r})\n"
+            "print(told)"
         ),
     }  # fmt: skip
 

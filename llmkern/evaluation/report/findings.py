@@ -108,7 +108,8 @@ EXPLAINED = {
     "windows of {window} tokens that begin {stride} apart. Lower is better.",
     "pseudo-perplexity": "Pseudo-perplexity is exp of the mean negative log-likelihood of each token, hidden alone "
     "while all others are seen (Salazar et al. 2020). Lower is better.",
-    "generation": "Texts continued greedily by at most {max_new_tokens} tokens. BLEU is sacrebleu's, 0 to 100; ROUGE "
+    "generation": "Texts continued by at most {max_new_tokens} tokens, without sampling and beams; penalties of the "
+    "model's generation_config stay. BLEU is sacrebleu's, 0 to 100; ROUGE "
     "is rouge-score's F-measure, 0 to 1.",
     "classification": "The class of the highest logit; accuracy and F1 are scikit-learn's, 0 to 1.",
     "embeddings": "The cosine of each text's embedding, the mean of its last hidden states, with that of the published "

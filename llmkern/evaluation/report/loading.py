@@ -55,7 +55,9 @@ def load(source: str, *, dtype: str = "auto") -> Loaded:
         config = transformers.AutoConfig.from_pretrained(place, **given)
         kind, of = ("AutoModelForCausalLM", "") if "gguf_file" in given else _class_for(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **given)
-        model, found = getattr(transformers, kind).from_pretrained(place, dtype=dtype, output_loading_info=True, **given)
+        model, found = getattr(transformers, kind).from_pretrained(
+            place, dtype=dtype, output_loading_info=True, **given
+        )
     except _Refused:
         raise
     except Exception as error:  # of a damaged file, whatever its reader raises
@@ -140,7 +142,8 @@ def kind_of(model: Any) -> str:
 
     Raises ValueError for what a report has no measure for.
     """
-    config, named = getattr(model, "config", None), type(model).__name__
+    config: Any = getattr(model, "config", None)
+    named = type(model).__name__
     _served(named)
     reads = getattr(model, "main_input_name", "input_ids")
     if reads != "input_ids":

@@ -67,33 +67,17 @@ def costs(speed: dict[str, Any], settings: ReportSettings, frozen: Collection[st
     return result
 
 
-def code(settings: ReportSettings, service_phase: str | None) -> str:
-    """The lines of Python that compute it again, of what the section of speed has found."""
-    if settings.machine is None:
-        return (
-            "print({phase: {name: 1 / one.phases[phase].speedup.median for name, one in found.items() "
-            "if phase in one.phases} for phase in phases})"
-        )
-    machine = settings.machine
-    lines = [
-        "from llmkern.evaluation import MachineCost, cost_per_million_tokens, return_on_acceleration, service_cost",
-        f"machine = MachineCost({machine.cost_per_hour!r}, {machine.power_watts!r})",
-        "for phase in phases:",
-        "    for name, one in found.items():",
-        "        if phase in one.phases:",
-        "            rate = one.phases[phase].tokens_per_second",
-        f"            print(phase, name, cost_per_million_tokens(machine, rate, utilisation={settings.utilisation!r}))",
-    ]
-    if service_phase is not None:
-        day, share = settings.tokens_per_day, settings.utilisation
-        lines += [
-            f"rates = {{name: one.phases[{service_phase!r}].tokens_per_second for name, one in found.items()}}",
-            f"service = {{n: service_cost(machine, {day!r}, r, utilisation={share!r}) for n, r in rates.items()}}",
-            "print(service)",
-        ]
-        if settings.investment is not None:
-            lines.append(
-                "print({n: return_on_acceleration(service['published'], s, "
-                f"{settings.investment!r}, years={settings.years!r}) for n, s in service.items() if n != 'published'}})"
-            )
-    return "\n".join(lines)
+def code(settings: ReportSettings, frozen: Collection[str] = ()) -> str:
+    """The lines of Python that compute it again, of what the section of speed has found as `speed`."""
+    asked = {
+        field: getattr(settings, field)
+        for field in ("machine", "currency", "utilisation", "tokens_per_day", "investment", "years")
+    }
+    given = ", ".join(f"{field}={value!r}" for field, value in asked.items() if value is not None)
+    return "\n".join([
+        "from llmkern.evaluation import MachineCost",
+        "from llmkern.evaluation.report import ReportSettings",
+        "from llmkern.evaluation.report.money import costs",
+        f"told = costs(speed, ReportSettings({given}), {list(frozen)!r})",
+        "print(told)",
+    ])  # fmt: skip
