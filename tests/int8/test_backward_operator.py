@@ -68,6 +68,6 @@ def test_vmap_and_no_rows():
     grad, *rest = arguments()
     stacked = torch.stack([grad, 2 * grad], 1)
     got = torch.func.vmap(lambda g: input_gradient(g, *rest), in_dims=1)(stacked)
-    # All rows together, whose bits torch's product does not promise to be those of fewer: on some processors they are not.
+    # All rows together; torch's product promises no bits of fewer, and has others on some processors.
     torch.testing.assert_close(got, torch.stack([input_gradient(g, *rest) for g in (grad, 2 * grad)]))
     assert input_gradient(grad[:0], *rest).shape == (0, 64)
