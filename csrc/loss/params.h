@@ -1,6 +1,7 @@
 // Arguments of the loss kernels. Strides count elements from row to row; rows themselves are contiguous. Losses are
-// float32, log-sum-exps double, put together and taken apart in row.h. A row whose target is `ignore_index` has loss 0, log-sum-exp 0 and no gradient; a
-// target outside of [0, vocabulary) otherwise, which the operators refuse, makes NaN and touches no memory.
+// float32, log-sum-exps double, put together and taken apart in row.h. A row whose target is `ignore_index` has loss 0,
+// log-sum-exp 0 and no gradient; a target outside of [0, vocabulary) otherwise, which the operators refuse, makes NaN
+// and touches no memory.
 #pragma once
 #include <cstdint>
 

@@ -28,9 +28,10 @@ LLMKERN_INLINE double log_sum(double maximum, double sum) {
 }
 
 // What a log-sum-exp's logarithm is multiplied by before it is added to the maximum: 1 for maxima up to 2^30. A double
-// loses the logarithm beside larger ones, up to 1/4 of it at 2^53, all of it later, and with it the probabilities, which
-// are 1 / n for n equal logits however large. Scaled, the logarithm, less than 32 since a row has fewer than 2^46
-// classes, is less than half a unit of a float maximum, which is thus the sum's nearest float, and keeps 2^-23 or better.
+// loses the logarithm beside larger ones, up to 1/4 of it at 2^53, all of it later, and with it the probabilities,
+// which are 1 / n for n equal logits however large. Scaled, the logarithm, less than 32 since a row has fewer than 2^46
+// classes, is less than half a unit of a float maximum, which is thus the sum's nearest float, and keeps 2^-23 or
+// better.
 LLMKERN_INLINE double scale_of(double maximum) {
   const double scale = __builtin_fabs(maximum) * 0x1p-30;
   return scale > 1.0 ? scale : 1.0;

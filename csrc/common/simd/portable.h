@@ -49,7 +49,11 @@ LLMKERN_INLINE Int round_to_int(Float a) {  // to nearest, ties to even; INT32_M
   return r;
 }
 LLMKERN_INLINE Float to_float(Int a) { return __builtin_convertvector(a, Float); }
-LLMKERN_INLINE Int add(Int a, Int b) { return a + b; }
+// Wraps around, as the instructions do: an exponent added to an infinity's bits overflows.
+LLMKERN_INLINE Int add(Int a, Int b) {
+  typedef uint32_t Unsigned __attribute__((vector_size(16)));
+  return reinterpret_cast<Int>(reinterpret_cast<Unsigned>(a) + reinterpret_cast<Unsigned>(b));
+}
 LLMKERN_INLINE Int sub(Int a, Int b) { return a - b; }
 template <int N>
 LLMKERN_INLINE Int shift_left(Int a) {
