@@ -75,6 +75,18 @@ def finite(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
+def above_zero(name: str, value: Any) -> None:
+    finite(name, value)
+    if value <= 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
+
+
+def at_least(name: str, value: Any, least: float) -> None:
+    finite(name, value)
+    if value < least:
+        raise ValueError(f"{name}: expected a number of at least {least:g}, got {value}")
+
+
 def probability(name: str, value: Any) -> None:
     number(name, value)
     if not 0.0 <= value <= 1.0:

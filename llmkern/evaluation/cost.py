@@ -17,18 +17,6 @@ from llmkern import check
 HOURS_PER_YEAR = 8760.0
 
 
-def _above_zero(name: str, value: Any) -> None:
-    check.finite(name, value)
-    if value <= 0:
-        raise ValueError(f"{name}: expected a number above 0, got {value}")
-
-
-def _at_least(name: str, value: Any, least: float) -> None:
-    check.finite(name, value)
-    if value < least:
-        raise ValueError(f"{name}: expected a number of at least {least:g}, got {value}")
-
-
 def _share(name: str, value: Any) -> None:
     check.finite(name, value)
     if not 0 < value <= 1:
@@ -47,8 +35,8 @@ class MachineCost:
     power_watts: float = 0.0
 
     def __post_init__(self) -> None:
-        _above_zero("cost_per_hour", self.cost_per_hour)
-        _at_least("power_watts", self.power_watts, 0)
+        check.above_zero("cost_per_hour", self.cost_per_hour)
+        check.at_least("power_watts", self.power_watts, 0)
 
     @classmethod
     def bought(
@@ -66,12 +54,12 @@ class MachineCost:
         power_watts: drawn by the machine on average. power_usage_effectiveness: what the building draws for each watt
         of the machine, cooling included, at least 1.
         """
-        _above_zero("price", price)
-        _above_zero("lifetime_years", lifetime_years)
-        _above_zero("power_watts", power_watts)
-        _at_least("price_per_kwh", price_per_kwh, 0)
-        _at_least("power_usage_effectiveness", power_usage_effectiveness, 1)
-        _at_least("upkeep_per_year", upkeep_per_year, 0)
+        check.above_zero("price", price)
+        check.above_zero("lifetime_years", lifetime_years)
+        check.above_zero("power_watts", power_watts)
+        check.at_least("price_per_kwh", price_per_kwh, 0)
+        check.at_least("power_usage_effectiveness", power_usage_effectiveness, 1)
+        check.at_least("upkeep_per_year", upkeep_per_year, 0)
         drawn = power_watts * power_usage_effectiveness
         hour = (price / lifetime_years + upkeep_per_year) / HOURS_PER_YEAR + drawn / 1000 * price_per_kwh
         return cls(hour, drawn)
@@ -125,7 +113,7 @@ def cost_per_million_tokens(machine: MachineCost, tokens_per_second: float, *, u
     rest is paid too.
     """
     _machine(machine)
-    _above_zero("tokens_per_second", tokens_per_second)
+    check.above_zero("tokens_per_second", tokens_per_second)
     _share("utilisation", utilisation)
     return _finite("cost", machine.cost_per_hour / 3600 / (tokens_per_second * utilisation) * 1e6)
 
@@ -139,8 +127,8 @@ def pretraining_cost(
     modelled. utilisation: the share of the time that steps take, (0, 1]; the rest are restarts and checkpoints.
     """
     _machine(machine)
-    _above_zero("tokens", tokens)
-    _above_zero("tokens_per_second", tokens_per_second)
+    check.above_zero("tokens", tokens)
+    check.above_zero("tokens_per_second", tokens_per_second)
     check.positive("machines", machines)
     _share("utilisation", utilisation)
     machine_hours = tokens / tokens_per_second / utilisation / 3600
@@ -163,8 +151,8 @@ def service_cost(
     whole_machines: False for machines that are paid by the part of an hour.
     """
     _machine(machine)
-    _above_zero("tokens_per_day", tokens_per_day)
-    _above_zero("tokens_per_second", tokens_per_second)
+    check.above_zero("tokens_per_day", tokens_per_day)
+    check.above_zero("tokens_per_second", tokens_per_second)
     _share("utilisation", utilisation)
     check.flag("whole_machines", whole_machines)
     needed = _finite("machines", tokens_per_day / (tokens_per_second * 86400 * utilisation))
@@ -181,8 +169,8 @@ def return_on_acceleration(before: ServiceCost, after: ServiceCost, investment: 
     for name, value in (("before", before), ("after", after)):
         if not isinstance(value, ServiceCost):
             raise TypeError(f"{name}: expected a ServiceCost, got {type(value).__name__}")
-    _above_zero("investment", investment)
-    _above_zero("years", years)
+    check.above_zero("investment", investment)
+    check.above_zero("years", years)
     saved = before.cost_per_year - after.cost_per_year
     payback = investment / saved if saved > 0 else math.inf
     return Return(saved, (saved * years - investment) / investment, payback)
@@ -210,7 +198,7 @@ def calculate_tech_stack_cost(config: Mapping[str, float]) -> dict[str, float]:
     if missing:
         raise ValueError(f"config: expected the fields {', '.join((*sizes, *rest))}, got none of {', '.join(missing)}")
     for name in sizes:
-        _at_least(f"config[{name!r}]", config[name], 0)
+        check.at_least(f"config[{name!r}]", config[name], 0)
     for name in rest:
         check.finite(f"config[{name!r}]", config[name])
     size = config["model_size"]
@@ -223,5 +211,4 @@ def calculate_tech_stack_cost(config: Mapping[str, float]) -> dict[str, float]:
     )
     if cost <= 0:
         raise ValueError(f"config: expected a total cost above 0, of which there is a return, got {cost}")
-    _finite("roi", (benefit - cost) / cost)
-    return {"total_cost": cost, "total_benefit": benefit, "roi": (benefit - cost) / cost}
+    return {"total_cost": cost, "total_benefit": benefit, "roi": _finite("roi", (benefit - cost) / cost)}

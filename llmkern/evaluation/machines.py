@@ -61,18 +61,14 @@ class Machine:
         check.one_of("device", self.device, ("cpu", "cuda"))
         if not self.rates:
             raise ValueError("rates: expected those of at least one scheme, got none")
-        figures = {"elements": self.elements, "call": self.call, "memory": self.memory}
+        for name in ("elements", "call", "memory"):
+            check.above_zero(name, getattr(self, name))
         for scheme, rates in self.rates.items():
             check.one_of("rates", scheme, tuple(SCHEMES))
-            figures |= {f"rates[{scheme!r}].flops": rates.flops, f"rates[{scheme!r}].bytes": rates.bytes}
+            for name in ("flops", "bytes"):
+                check.above_zero(f"rates[{scheme!r}].{name}", getattr(rates, name))
             for name in ("output", "input", "call"):
-                check.finite(f"rates[{scheme!r}].{name}", value := getattr(rates, name))
-                if value < 0:
-                    raise ValueError(f"rates[{scheme!r}].{name}: expected a number of at least 0, got {value}")
-        for name, value in figures.items():
-            check.finite(name, value)
-            if value <= 0:
-                raise ValueError(f"{name}: expected a number above 0, got {value}")
+                check.at_least(f"rates[{scheme!r}].{name}", getattr(rates, name), 0)
         if self.error is not None:
             check.finite("error", self.error)
             if self.error < 1:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from llmkern import backend, check, extension
-from llmkern.evaluation.machines import SCHEMES, Machine, Rates
-from llmkern.evaluation.shapes import TASKS, Shape
+from llmkern.evaluation.machines import SCHEMES, Machine
+from llmkern.evaluation.shapes import TASKS, Layer, Shape
 from llmkern.evaluation.timing import markdown, seconds
 
 #: Operators that a layer costs the host, counted in transformers' models with llmkern: of an encoder and a decoder in
@@ -51,35 +51,70 @@ class Estimate:
     memory: float
     fits: bool
 
+    @property
+    def products(self) -> str:
+        """What serves those of linear layers."""
+        return self.backends.get("int8_linear", "torch")
+
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What `recommend` proposes.
+    """What `recommend` proposes: `chosen` of the estimates, the most accurate scheme of which comes first.
 
-    scheme: one of float32, bfloat16, int8. backend: what serves its products: "torch", or for int8 a backend of
-    llmkern. latency: estimated seconds of a request. low, high: within which the measured one is expected; the latency
-    itself where nobody has measured such a machine. meets: "yes" (high is within the bound), "perhaps" (latency is) or
-    "no". estimates: all candidates, the most accurate scheme first. reasons: how it came to it, in sentences.
+    bound: seconds that the request may take. batch_size, prompt_tokens, new_tokens: the request; no new ones for an
+    encoder.
     """
 
-    scheme: str
-    backend: str
-    latency: float
-    low: float
-    high: float
-    meets: str
+    chosen: Estimate
+    estimates: list[Estimate]
     machine: Machine
     shape: Shape
-    estimates: list[Estimate]
-    reasons: list[str]
+    bound: float
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
 
     @property
-    def chosen(self) -> Estimate:
-        return next(e for e in self.estimates if e.scheme == self.scheme)
+    def scheme(self) -> str:
+        """One of float32, bfloat16, int8."""
+        return self.chosen.scheme
+
+    @property
+    def backend(self) -> str:
+        """What serves its products: "torch", or for int8 a backend of llmkern."""
+        return self.chosen.products
+
+    @property
+    def latency(self) -> float:
+        """Estimated seconds of the request."""
+        return self.chosen.latency
+
+    @property
+    def low(self) -> float:
+        """Not less is expected to be measured; the latency itself where nobody has measured such a machine."""
+        return self.latency / (self.machine.error or 1.0)
+
+    @property
+    def high(self) -> float:
+        """Not more is expected to be measured; the latency itself where nobody has measured such a machine."""
+        return self.latency * (self.machine.error or 1.0)
+
+    @property
+    def meets(self) -> str:
+        """Whether it meets the bound: "yes" where high does, "perhaps" where the latency does, or "no"."""
+        if self.latency > self.bound:
+            return "no"
+        return "yes" if self.machine.error is not None and self.high <= self.bound else "perhaps"
+
+    @property
+    def reasons(self) -> list[str]:
+        """How it came to it, in sentences."""
+        return [_model(self.shape), _rates_of(self.machine), *self._others(), self._request(), *self._verdict()]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        derived = ("scheme", "backend", "latency", "low", "high", "meets", "reasons")
+        return {name: getattr(self, name) for name in derived} | asdict(self)
 
     def table(self) -> str:
         """The candidates as Markdown."""
@@ -87,13 +122,55 @@ class Recommendation:
         for e in self.estimates:
             token = [seconds(e.token.seconds), e.token.bound] if e.token else ["", ""]
             lines.append([
-                e.scheme, _products(e), seconds(e.latency), seconds(e.prompt.seconds), e.prompt.bound, *token,
+                e.scheme, e.products, seconds(e.latency), seconds(e.prompt.seconds), e.prompt.bound, *token,
                 _gigabytes(e.memory), "yes" if e.fits else "no",
             ])  # fmt: skip
         return markdown(lines)
 
     def __str__(self) -> str:
         return "\n".join([*self.reasons, "", self.table()])
+
+    def _others(self) -> list[str]:
+        """Why it is not one of the others."""
+        has = _gigabytes(self.machine.memory)
+        found = [
+            f"{e.scheme} needs {_gigabytes(e.memory)}, and the machine has {has}." for e in self.estimates if not e.fits
+        ]
+        before = self.estimates[: self.estimates.index(self.chosen)]
+        return found + [f"{e.scheme}, more accurate, would take about {seconds(e.latency)}." for e in before if e.fits]
+
+    def _request(self) -> str:
+        e, of = self.chosen, f"{self.batch_size} x {self.prompt_tokens} tokens"
+        of += f" and {self.new_tokens} more each" if self.new_tokens else ""
+        parts = f"the prompt's pass is bound by {e.prompt.bound}" + (
+            f", a token's by {e.token.bound}" if e.token else ""
+        )
+        return f"{e.scheme}: a request of {of} takes about {seconds(e.latency)}; {parts}."
+
+    def _verdict(self) -> list[str]:
+        bound, error, meets = seconds(self.bound), self.machine.error, self.meets
+        if meets == "no":
+            found = [
+                f"Nothing that fits meets the bound of {bound}: this is the fastest. A smaller model, fewer "
+                "tokens or a faster machine is needed."
+            ]
+        elif error is None:
+            found = [
+                f"It meets the bound of {bound} as estimated; how far estimates lie off on such a machine has not been "
+                "measured."
+            ]
+        elif meets == "yes":
+            found = [f"It meets the bound of {bound}, also where the estimate is {error} times too short."]
+        else:
+            found = [
+                f"It meets the bound of {bound} as estimated; estimates are within {error} times of what was measured."
+            ]
+            surer = next((e for e in self.estimates if e.fits and e.latency * error <= self.bound), None)
+            if surer is not None:
+                found.append(f"{surer.scheme}, at about {seconds(surer.latency)}, would meet it even then.")
+        if not self.shape.linear:
+            found.append("Int8 is left out: the model's matrices are not nn.Linear, which quantize_model replaces.")
+        return found
 
 
 def recommend(
@@ -147,66 +224,71 @@ def recommend(
     new = 0 if task == "encoder" else new_tokens
     schemes = [s for s in SCHEMES if s in machine.rates and (s != "int8" or shape.linear)]
     estimates = [estimate(s, shape, machine, batch_size, prompt_tokens, new) for s in schemes]
-    return _chosen(estimates, shape, machine, latency, f"{batch_size} x {prompt_tokens} tokens", new)
+    fitting = [e for e in estimates if e.fits]
+    if not fitting:
+        least = min(e.memory for e in estimates)
+        raise ValueError(
+            f"machine: expected memory of at least {_gigabytes(least)} for {shape.parameters / 1e6:.0f} M parameters, "
+            f"got {_gigabytes(machine.memory)}"
+        )
+    # They stand in the order of accuracy.
+    chosen = next((e for e in fitting if e.latency <= latency), None) or min(fitting, key=lambda e: e.latency)
+    return Recommendation(chosen, estimates, machine, shape, latency, batch_size, prompt_tokens, new)
 
 
 def estimate(scheme: str, shape: Shape, machine: Machine, batch: int, prompt: int, new: int) -> Estimate:
     """The time and memory of one scheme: new tokens behind each of `batch` prompts, none for an encoder."""
-    size = SCHEMES[scheme]
-    # In int8 everything but the linear layers, and the output's matrix, stays in floating point.
-    held = 2 if scheme == "bfloat16" or (scheme == "int8" and machine.device == "cuda") else 4
+    held = SCHEMES[_floating(scheme, machine)]
     prompt_part = _pass(scheme, shape, machine, batch, prompt, 0, "encoder" if shape.task != "decoder" else "decoder")
     token = None
     latency = prompt_part.seconds
     if new:
-        # The cache grows from the prompt by all new tokens; its middle stands for all.
-        token = _pass(scheme, shape, machine, batch, 1, _behind(shape, prompt, new), "decoder")
+        # A decoder's cache grows from the prompt by all new tokens; its middle stands for all.
+        cached = prompt + new // 2 if shape.task == "decoder" else prompt
+        token = _pass(scheme, shape, machine, batch, 1, cached, "decoder")
         # The prompt's pass gives a decoder's first token; an encoder-decoder's first needs one of its decoder's.
         latency += token.seconds * (new if shape.task == "encoder-decoder" else new - 1)
     memory = (
-        shape.layers * shape.layer_weights * size + shape.embedding_weights * held
+        shape.layers * shape.layer_weights * SCHEMES[scheme] + shape.embedding_weights * held
         + 2 * batch * (prompt + new) * shape.layers * shape.narrow * held * bool(new)
     )  # fmt: skip
     backends = _backends(scheme, shape, machine, held, batch if new else batch * prompt)
     return Estimate(scheme, backends, prompt_part, token, latency, memory, memory <= machine.memory)
 
 
-def _behind(shape: Shape, prompt: int, new: int) -> int:
-    return prompt + new // 2 if shape.task == "decoder" else prompt
+def _floating(scheme: str, machine: Machine) -> str:
+    """In what everything but the linear layers is: in int8 the output's matrix, too."""
+    if scheme != "int8":
+        return scheme
+    return "float32" if machine.device == "cpu" else "bfloat16"
 
 
 def _pass(scheme: str, shape: Shape, machine: Machine, batch: int, rows: int, cached: int, side: str) -> Part:
     """A pass of `rows` new tokens in each of `batch`, which attend to those and to `cached` ones."""
-    floating = "float32" if scheme == "int8" and machine.device == "cpu" else "bfloat16" if scheme == "int8" else scheme
-    held, tokens, on_cpu = SCHEMES[floating], batch * rows, machine.device == "cpu"
+    floating, on_cpu, tokens = _floating(scheme, machine), machine.device == "cpu", batch * rows
     across = shape.task == "encoder-decoder" and side == "decoder"  # attends to the encoder as well
     of = dict.fromkeys(("arithmetic", "weights", "outputs", "cache", "elements", "calls"), 0.0)
 
-    def products(rates: Rates, size: int, tokens: int, weights: int, inputs: int, outputs: int, calls: int) -> None:
+    def products(of_scheme: str, tokens: int, layer: Layer, layers: int = 1) -> None:
         """On a CPU weights are read before they are multiplied; a GPU does both at once, and the longer one counts."""
-        flops, read = 2.0 * tokens * weights / rates.flops, weights * size / rates.bytes
+        rates, weights = machine.rates[of_scheme], layers * layer.weights
+        flops, read = 2.0 * tokens * weights / rates.flops, weights * SCHEMES[of_scheme] / rates.bytes
         if on_cpu or flops >= read:
             of["arithmetic"] += flops
         if on_cpu or flops < read:
             of["weights"] += read
-        of["outputs"] += outputs * rates.output
-        of["elements"] += tokens * inputs * rates.input
-        of["calls"] += calls * rates.call
+        of["outputs"] += layers * layer.outputs * rates.output
+        of["elements"] += tokens * layers * layer.inputs * rates.input
+        of["calls"] += layers * layer.linears * rates.call
 
-    # Of the keys and values of what the encoder has read there is nothing to compute again.
-    more = (2 * shape.hidden * shape.wide, shape.hidden + shape.wide, 2) if across else (0, 0, 0)
-    weights, outputs, calls = shape.encoder_weights, shape.encoder_outputs, shape.encoder_linears
-    products(
-        machine.rates[scheme], SCHEMES[scheme], tokens, shape.layers * (weights + more[0]),
-        shape.layers * (shape.encoder_inputs + more[1]), shape.layers * (outputs + more[1]),
-        shape.layers * (calls + more[2]),
-    )  # fmt: skip
+    products(scheme, tokens, shape.layer(across), shape.layers)
     if side == "decoder":
         # Of a prompt, the last token's logits alone are needed.
-        products(machine.rates[floating], held, batch, shape.head_weights, shape.hidden, shape.vocab, 1)
+        products(floating, batch, Layer(shape.head_weights, shape.hidden, shape.vocab, 1))
+    rates, held = machine.rates[floating], SCHEMES[floating]
     seen = cached + (rows / 2 if side == "decoder" else rows)  # a decoder's tokens see those before them
-    of["arithmetic"] += 4.0 * tokens * seen * shape.wide * shape.layers / machine.rates[floating].flops
-    of["cache"] = 2.0 * batch * cached * shape.narrow * shape.layers * held / machine.rates[floating].bytes
+    of["arithmetic"] += 4.0 * tokens * seen * shape.wide * shape.layers / rates.flops
+    of["cache"] = 2.0 * batch * cached * shape.narrow * shape.layers * held / rates.bytes
     # Two sums, two norms, an activation; the product with a gate, and the rotation of queries and keys.
     between = 4 * shape.hidden + shape.intermediate
     if shape.gated:
@@ -239,74 +321,22 @@ def _backends(scheme: str, shape: Shape, machine: Machine, held: int, rows: int)
     return {name: "triton" if line is None else line.backend for name, line in preferred.items()}
 
 
-def _products(e: Estimate) -> str:
-    return e.backends.get("int8_linear", "torch")
-
-
-def _chosen(
-    estimates: list[Estimate], shape: Shape, machine: Machine, bound: float, request: str, new: int
-) -> Recommendation:
-    fitting = [e for e in estimates if e.fits]
-    if not fitting:
-        least = min(e.memory for e in estimates)
-        raise ValueError(
-            f"machine: expected memory of at least {_gigabytes(least)} for {shape.parameters / 1e6:.0f} M parameters, "
-            f"got {_gigabytes(machine.memory)}"
-        )
-    error = machine.error or 1.0
-    likely = [e for e in fitting if e.latency <= bound]
-    e = (likely or sorted(fitting, key=lambda e: e.latency))[0]  # they stand in the order of accuracy
-    sure = machine.error is not None and e.latency * error <= bound
-    meets = "yes" if sure else "perhaps" if likely else "no"
-    reasons = _reasons(e, fitting, estimates, shape, machine, bound, request, new, meets)
-    span = (e.latency, e.latency / error, e.latency * error)
-    return Recommendation(e.scheme, _products(e), *span, meets, machine, shape, estimates, reasons)
-
-
-def _reasons(
-    e: Estimate, fitting: list[Estimate], estimates: list[Estimate], shape: Shape, machine: Machine, bound: float,
-    request: str, new: int, meets: str,
-) -> list[str]:  # fmt: skip
+def _model(shape: Shape) -> str:
     layers = f"{shape.layers} layers" + (" on each side" if shape.task == "encoder-decoder" else "")
+    return (
+        f"The model: {shape.task}, {shape.parameters / 1e6:.0f} M parameters in {layers} of width {shape.hidden}, "
+        f"vocabulary {shape.vocab}. {_scale(shape.parameters)}"
+    )
+
+
+def _rates_of(machine: Machine) -> str:
     came = (
         "Its rates were measured with linear layers"
         if machine.error
         else "Its rates are shares of the vendor's figures, or were never compared with whole models"
     )
     rates = (f"{s} {r.flops / 1e9:.0f} GFLOP/s, {r.bytes / 1e9:.3g} GB/s of weights" for s, r in machine.rates.items())
-    found = [
-        f"The model: {shape.task}, {shape.parameters / 1e6:.0f} M parameters in {layers} of width {shape.hidden}, "
-        f"vocabulary {shape.vocab}. {_scale(shape.parameters)}",
-        f"The machine: {machine.name}. {came}: {'; '.join(rates)}.",
-    ]
-    for dropped in estimates:
-        if dropped not in fitting:
-            needs, has = _gigabytes(dropped.memory), _gigabytes(machine.memory)
-            found.append(f"{dropped.scheme} needs {needs}, and the machine has {has}.")
-    for slower in fitting:
-        if slower is e:
-            break
-        found.append(f"{slower.scheme}, more accurate, would take about {seconds(slower.latency)}.")
-    of = f"{request}" + (f" and {new} more each" if new else "")
-    parts = f"the prompt's pass is bound by {e.prompt.bound}" + (f", a token's by {e.token.bound}" if e.token else "")
-    found.append(f"{e.scheme}: a request of {of} takes about {seconds(e.latency)}; {parts}.")
-    verdict = {
-        "yes": f"It meets the bound of {seconds(bound)}, also where the estimate is {machine.error} times too short.",
-        "perhaps": f"It meets the bound of {seconds(bound)} as estimated; "
-        + (f"estimates are within {machine.error} times of what was measured." if machine.error else
-           "how far estimates lie off on such a machine has not been measured."),
-        "no": f"Nothing that fits meets the bound of {seconds(bound)}: this is the fastest. A smaller model, fewer "
-        "tokens or a faster machine is needed.",
-    }  # fmt: skip
-    found.append(verdict[meets])
-    if meets == "perhaps" and machine.error is not None:
-        error = machine.error
-        surer = next((f for f in fitting if f.latency * error <= bound), None)
-        if surer is not None:
-            found.append(f"{surer.scheme}, at about {seconds(surer.latency)}, would meet it even then.")
-    if not shape.linear:
-        found.append("Int8 is left out: the model's matrices are not nn.Linear, which quantize_model replaces.")
-    return found
+    return f"The machine: {machine.name}. {came}: {'; '.join(rates)}."
 
 
 def _scale(parameters: int) -> str:

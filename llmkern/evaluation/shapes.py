@@ -22,6 +22,17 @@ _OFF = 0.05
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What the products of a layer are made of: elements of their matrices; elements that they take and give for each
+    token, counted for each product; their number."""
+
+    weights: int
+    inputs: int
+    outputs: int
+    linears: int
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes of a transformer. task: one of TASKS; of an encoder-decoder each half has `layers`. intermediate: the inner
     width of its feed-forward layers, which a gated one (SwiGLU) has twice on the way in. kv_heads: fewer than heads
@@ -67,17 +78,17 @@ class Shape:
         heads = named("num_attention_heads", "num_heads", "encoder_attention_heads", "n_head")
         layers = named("num_hidden_layers", "encoder_layers", "n_layer")
         inner = next((v for n in _INNER if (v := getattr(config, n, None)) is not None), 4 * hidden)
-        matrices = _matrices(config, task)
-        wide = sum(1 if n == inner else 2 for n, m in matrices.values() if m == hidden and n in (inner, 2 * inner))
+        matrices, linear = _matrices(config, task)
+        wide = sum(1 if n == inner else 2 for n, m in matrices if m == hidden and n in (inner, 2 * inner))
         sides = 2 if task == "encoder-decoder" else 1
         found = cls(
             task, layers, hidden, inner, heads, getattr(config, "num_key_value_heads", None) or heads,
             named("vocab_size"), gated=wide >= 2 * layers * sides,
             tied=bool(getattr(config, "tie_word_embeddings", True)),
             head=getattr(config, "head_dim", None) or getattr(config, "d_kv", None),
-            linear=not any("c_attn" in name for name in matrices),
+            linear=linear,
         )  # fmt: skip
-        real = sum(n * m for n, m in matrices.values())
+        real = sum(n * m for n, m in matrices)
         if abs(found.parameters - real) > _OFF * real:
             raise ValueError(
                 f"config: expected one whose sizes make its matrices, got {type(config).__name__}, of whose "
@@ -122,40 +133,24 @@ class Shape:
         """The width of keys, and of values."""
         return self.wide * self.kv_heads // self.heads
 
-    @property
-    def attention_weights(self) -> int:
-        """Of an attention's four matrices."""
-        return 2 * self.hidden * (self.wide + self.narrow)
-
-    @property
-    def encoder_weights(self) -> int:
-        """Of a layer's matrices: an encoder's, and a decoder's that attends to itself alone."""
-        return self.attention_weights + (3 if self.gated else 2) * self.hidden * self.intermediate
+    def layer(self, across: bool = False) -> Layer:
+        """An encoder's layer, a decoder's that attends to itself alone, and across: one that attends to an encoder as
+        well, whose keys and values are not made again for each token."""
+        into, queries, inner, more = (2 if self.gated else 1), 2 if across else 1, self.intermediate, self.hidden
+        return Layer(
+            weights=2 * more * (queries * self.wide + self.narrow) + (into + 1) * more * inner,
+            inputs=(2 + queries + into) * more + queries * self.wide + inner,
+            outputs=queries * (self.wide + more) + 2 * self.narrow + into * inner + more,
+            linears=2 * queries + 2 + into + 1,
+        )
 
     @property
     def layer_weights(self) -> int:
         """Of a layer's matrices; of an encoder-decoder those of one on each side."""
-        pairs = self.task == "encoder-decoder"
-        return 2 * self.encoder_weights + self.attention_weights if pairs else self.encoder_weights
-
-    @property
-    def attention_outputs(self) -> int:
-        """Elements that an attention's four products give for a token."""
-        return self.wide + 2 * self.narrow + self.hidden
-
-    @property
-    def encoder_outputs(self) -> int:
-        """Elements that a layer's products give for a token, as encoder_weights has them."""
-        return self.attention_outputs + (2 if self.gated else 1) * self.intermediate + self.hidden
-
-    @property
-    def encoder_inputs(self) -> int:
-        """Elements that a layer's products take for a token, those that several of them take counted for each."""
-        return (3 + (2 if self.gated else 1)) * self.hidden + self.wide + self.intermediate
-
-    @property
-    def encoder_linears(self) -> int:
-        return 7 if self.gated else 6
+        plain = self.layer().weights
+        if self.task != "encoder-decoder":
+            return plain
+        return 2 * plain + 2 * self.hidden * (self.wide + self.narrow)  # an attention more, keys and values among it
 
     @property
     def head_weights(self) -> int:
@@ -178,8 +173,9 @@ _INNER = ("n_inner", "intermediate_size", "encoder_ffn_dim", "d_ff")
 _BESIDE = ("position", "wpe", "token_type", "pooler", "relative_attention")
 
 
-def _matrices(config: Any, task: str) -> dict[str, tuple[int, int]]:
-    """The sizes of a configuration's model's matrices, by name; experts' count each."""
+def _matrices(config: Any, task: str) -> tuple[list[tuple[int, int]], bool]:
+    """The sizes of the matrices of a configuration's model, of experts of each, and whether those of its layers are
+    nn.Linear's."""
     try:
         import transformers
     except ImportError as error:
@@ -193,10 +189,9 @@ def _matrices(config: Any, task: str) -> dict[str, tuple[int, int]]:
             model = kinds[task].from_config(config)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"config: expected that of an {task} in transformers, got {type(config).__name__}") from error
-    held = {name: p for name, p in model.named_parameters() if p.dim() > 1}
-    return {
-        name: (p.numel() // p.shape[-1], p.shape[-1]) for name, p in held.items() if not any(b in name for b in _BESIDE)
-    }
+    held = [p for name, p in model.named_parameters() if p.dim() > 1 and not any(b in name for b in _BESIDE)]
+    linear = not any(isinstance(module, transformers.pytorch_utils.Conv1D) for module in model.modules())
+    return [(p.numel() // p.shape[-1], p.shape[-1]) for p in held], linear
 
 
 def _ratio(parameters: int) -> float:

@@ -98,7 +98,7 @@ def test_a_gpu_reads_and_multiplies_at_once_and_the_host_runs_ahead():
     shape = Shape.from_parameters(110_000_000, "encoder")
     found = estimate("bfloat16", shape, fast, 1, 1, 0).prompt
     assert found.bound == "weights" and found.of["calls"] == 0
-    assert found.seconds == pytest.approx(2 * shape.layers * shape.encoder_weights / 1e9, rel=1e-3)
+    assert found.seconds == pytest.approx(2 * shape.layers * shape.layer().weights / 1e9, rel=1e-3)
     assert estimate("bfloat16", shape, slow, 1, 1, 0).prompt.bound == "calls"
 
 
