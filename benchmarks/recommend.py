@@ -50,45 +50,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {rounds}")
     names = [n for n in MODELS if re.search(options.match, n) and (not options.quick or n in QUICK)]
-    described, rows = machine.describe(), []
+    described, runs = machine.describe(), []
     bar = progress(sum(len(MODELS[n].prompts) for n in names))
     for name in names:
         bar.start(name)
-        rows += compare(name, rounds, bar.step)
+        runs += compare(name, rounds, bar.step)
     bar.close()
     command = " ".join(["python -m benchmarks.recommend", *(argv if argv is not None else sys.argv[1:])])
-    print(f"`{command}`. {machine.line(described)}.\n\n{table(rows)}\n\n{summary(rows)}")
+    print(f"`{command}`. {machine.line(described)}.\n\n{table(runs)}\n\n{summary(runs)}")
     path = options.output / f"recommend-{slug(described['processor'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": described, "command": command, "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": described, "command": command, "runs": runs}, indent=1) + "\n")
     print(f"\nwritten: {path}")
     return 0
 
 
 def compare(name: str, rounds: int, step: Callable[[], Any]) -> list[dict[str, Any]]:
-    """A model's rows: estimated and measured seconds of each scheme and pass."""
+    """A model's runs, one for each prompt: the machine then, and each scheme's passes, estimated and measured."""
     case = MODELS[name]
     torch.manual_seed(0)
     plain = case.make().eval()
     shape = Shape.of(plain.config, case.task)
-    models = schemes(plain, shape)
+    models, new = schemes(plain, shape), 0 if case.task == "encoder" else rounds
     found: list[dict[str, Any]] = []
     for prompt in case.prompts:
         machines._measured.cache_clear()  # what others do on the machine now is in both figures
         here = Machine.here("cpu")
         with torch.inference_mode(False), torch.no_grad():
-            calls = {(scheme, part): call for scheme, m in models.items() for part, call in passes(m, case, prompt)}
-            result = timing.measure({f"{s} {p}": call for (s, p), call in calls.items()}, rounds=rounds)
-        for scheme, part in calls:
-            guess = estimate(scheme, shape, here, case.batch, prompt, 0 if case.task == "encoder" else rounds)
-            expected = guess.prompt if part == "prompt" else guess.token
-            assert expected is not None
-            measured = result.time(f"{scheme} {part}")
-            found.append({
-                "model": name, "shape": asdict(shape), "batch": case.batch, "prompt": prompt, "new": rounds,
+            calls = {f"{scheme} {part}": call for scheme, m in models.items() for part, call in passes(m, case, prompt)}
+            result = timing.measure(calls, rounds=rounds)
+        guesses = {scheme: estimate(scheme, shape, here, case.batch, prompt, new) for scheme in models}
+        rows = []
+        for label in calls:
+            scheme, part = label.split()
+            expected = vars(guesses[scheme])[part]
+            measured = result.time(label)
+            rows.append({
                 "scheme": scheme, "pass": part, "estimated": expected.seconds, "bound": expected.bound,
-                "measured": measured.median, "low": measured.low, "high": measured.high, "rates": asdict(here),
+                "measured": measured.median, "low": measured.low, "high": measured.high,
             })  # fmt: skip
+        found.append({
+            "model": name, "shape": asdict(shape), "machine": asdict(here), "batch": case.batch, "prompt": prompt,
+            "new": new, "passes": rows,
+        })  # fmt: skip
         step()
     return found
 
@@ -130,23 +134,23 @@ def passes(model: Any, case: Case, prompt: int) -> list[tuple[str, Callable[[], 
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(runs: list[dict[str, Any]]) -> str:
     lines = [
         ["model", "prompt", "pass", "scheme", "estimated", "measured", "20 to 80 %", "estimated / measured", "bound by"]
     ]
-    for r in rows:
-        lines.append([
-            r["model"], str(r["prompt"]), r["pass"], r["scheme"], timing.seconds(r["estimated"]),
-            timing.seconds(r["measured"]), f"{timing.seconds(r['low'])} to {timing.seconds(r['high'])}",
-            f"{r['estimated'] / r['measured']:.2f}", r["bound"],
-        ])  # fmt: skip
+    for run in runs:
+        for r in run["passes"]:
+            lines.append([
+                run["model"], str(run["prompt"]), r["pass"], r["scheme"], timing.seconds(r["estimated"]),
+                timing.seconds(r["measured"]), f"{timing.seconds(r['low'])} to {timing.seconds(r['high'])}",
+                f"{r['estimated'] / r['measured']:.2f}", r["bound"],
+            ])  # fmt: skip
     return timing.markdown(lines)
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    ratios = sorted(r["estimated"] / r["measured"] for r in rows)
-    off = max(max(1 / ratios[0], ratios[-1]), 1.0)
-    spread = timing.Spread.of(ratios)
+def summary(runs: list[dict[str, Any]]) -> str:
+    ratios = sorted(r["estimated"] / r["measured"] for run in runs for r in run["passes"])
+    off, spread = max(1 / ratios[0], ratios[-1], 1.0), timing.Spread.of(ratios)
     return (
         f"Estimated over measured: median {spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f}), "
         f"{ratios[0]:.2f} to {ratios[-1]:.2f} in all: {off:.2f} times off at most; {machines.ERROR:g} is stated."

@@ -15,17 +15,22 @@ from llmkern.evaluation import machines
 from llmkern.evaluation.machines import PUBLISHED, Machine, Rates
 from llmkern.evaluation.recommend import CALLS, PASS_CALLS, PYTHON, Shape, estimate
 
-#: Written by benchmarks/recommend.py: rates of a machine and what whole models then took on it.
-MEASURED = json.loads((Path(__file__).parent / "measured.json").read_text())["rows"]
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The passes in a file of benchmarks/recommend.py, each with what is told of its run."""
+    runs = json.loads(path.read_text())["runs"]
+    return [{**run, **row} for run in runs for row in run["passes"]]
+
+
+#: Rates of a machine and what whole models then took on it.
+MEASURED = rows_of(Path(__file__).parent / "measured.json")
 
 
 def recorded(row: dict[str, Any]) -> float:
     """The seconds that are estimated now from a row's rates."""
-    rates = {scheme: Rates(**values) for scheme, values in row["rates"]["rates"].items()}
-    machine, shape = Machine(**{**row["rates"], "rates": rates}), Shape(**row["shape"])
-    found = estimate(
-        row["scheme"], shape, machine, row["batch"], row["prompt"], 0 if shape.task == "encoder" else row["new"]
-    )
+    rates = {scheme: Rates(**values) for scheme, values in row["machine"]["rates"].items()}
+    machine, shape = Machine(**{**row["machine"], "rates": rates}), Shape(**row["shape"])
+    found = estimate(row["scheme"], shape, machine, row["batch"], row["prompt"], row["new"])
     part = found.prompt if row["pass"] == "prompt" else found.token
     assert part is not None
     return part.seconds
@@ -292,7 +297,7 @@ def test_the_benchmark(tmp_path, capsys):
     from benchmarks import recommend
 
     assert recommend.main(["--quick", "--output", str(tmp_path)]) == 0
-    rows = json.loads(next(tmp_path.glob("recommend-*.json")).read_text())["rows"]
+    rows = rows_of(next(tmp_path.glob("recommend-*.json")))
     assert len(rows) == 2 * len(machines.SCHEMES)
     for row in rows:
         assert recorded(row) == pytest.approx(row["estimated"])
